@@ -1,0 +1,1 @@
+"""Public functions: docstring, checks, autograd; one file per op."""

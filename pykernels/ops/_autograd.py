@@ -1,0 +1,40 @@
+"""What the autograd Functions of all ops have in common."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import _backends
+
+
+def forward(
+    ctx: Any, op: str, backend: ModuleType, options: dict[str, Any], tensors: tuple[Tensor | None, ...]
+) -> Any:
+    """Runs the backend's ``<op>_fwd`` and keeps on `ctx` what `backward` needs."""
+    outputs, saved = getattr(backend, f"{op}_fwd")(*tensors, **options)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+    ctx.backend, ctx.options = backend, options
+    return outputs
+
+
+def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of what forward of the Function took: the backend, the options, the tensors.
+
+    Where the gradient is to be differentiated again (``create_graph=True``) the reference's formula
+    of it runs instead of a kernel, as autograd can differentiate that.
+    """
+    needs = ctx.needs_input_grad[2:]
+    backend = _backends.module("reference", op) if torch.is_grad_enabled() else ctx.backend
+    run = getattr(backend, f"{op}_bwd")
+    found = run(ctx.saved_tensors, grads, needs=needs, **ctx.options)
+    return None, None, *(grad if need else None for grad, need in zip(found, needs, strict=True))
+
+
+def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,232 @@
+"""Self-attention: `attention`, and torch's `scaled_dot_product_attention` on top of it."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import _backends, _checks
+from pykernels.ops import _autograd
+
+
+class AttentionFunction(torch.autograd.Function):
+    """Autograd over one backend's ``attention_fwd`` and ``attention_bwd``; differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _autograd.forward(ctx, "attention", backend, options, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _autograd.backward(ctx, "attention", grads)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact attention that never builds the matrix of scores.
+
+    .. math:: \mathrm{out} = \mathrm{softmax}(\mathrm{scale} \cdot Q K^T + \mathrm{mask}) V
+
+    A. Vaswani et al., "Attention is all you need" (2017); computed tile by tile with an online
+    softmax as in T. Dao, "FlashAttention-2" (2023). Unlike torch's function it may return the
+    log-sum-exp of the scores, differentiable too, so that pieces computed apart can be merged.
+
+    Args:
+        q: queries, [B, N, S_q, D], any floating dtype.
+        k: keys, [B, N_kv, S_k, D].
+        v: values, [B, N_kv, S_k, D_v].
+        attn_mask: broadcastable to [B, N, S_q, S_k]: boolean, True where a query may see a key, or
+            of q's dtype and added to the scores.
+        is_causal: query i sees the keys j <= i only (top-left aligned, as torch); with `attn_mask`
+            both apply.
+        scale: 1/sqrt(D) if None.
+        enable_gqa: let N be a multiple of N_kv; query head n reads head n // (N // N_kv).
+        return_lse: return ``(out, lse)``.
+        backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
+
+    Returns:
+        ``out`` [B, N, S_q, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [B, N, S_q] in float32
+        (float64 for float64). A query that sees no key gets out = 0, lse = -inf and no gradient.
+
+    Raises:
+        TypeError: something is no tensor, dtypes differ or are not floating, scale is no number.
+        ValueError: a rank, size, device or backend is wrong; D is zero.
+    """
+    op = "attention"
+    for name, value, axes in (
+        ("q", q, "B, N, S_q, D"),
+        ("k", k, "B, N_kv, S_k, D"),
+        ("v", v, "B, N_kv, S_k, D_v"),
+    ):
+        _checks.tensor(op, name, value, q if name != "q" else None)
+        _checks.rank(op, name, value, axes)
+    _checks.floating(op, "q", q)
+    B, N, S_q, D = q.shape
+    N_kv, S_k = k.shape[1:3]
+    if enable_gqa:
+        if N != N_kv and (N_kv == 0 or N % N_kv):
+            _checks.fail(op, "q", f"of a number of heads divisible by N_kv = {N_kv}", list(q.shape))
+    elif N != N_kv:
+        _checks.fail(op, "k", f"of N = {N} heads unless enable_gqa is True", list(k.shape))
+    _checks.positive(op, "head dim D", D)
+    _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
+    _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
+    mask = None
+    if attn_mask is not None:
+        _check_mask(op, attn_mask, q)
+        _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
+        mask = attn_mask.expand(B, N, S_q, S_k)
+    _check_scale(op, scale)
+    out, lse = _run(q, k, v, mask, is_causal, scale, backend)
+    return (out, lse) if return_lse else out
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, the same signature to the letter.
+
+    Args:
+        query: [..., S_q, D] or, with heads, [..., N, S_q, D]; any floating dtype.
+        key: [..., N_kv, S_k, D].
+        value: [..., N_kv, S_k, D_v].
+        attn_mask: broadcastable to [..., N, S_q, S_k]; boolean (True = attend) or of query's dtype.
+        dropout_p: the probability of dropping a weight. A value over 0 runs the formula in plain
+            torch, with [S_q, S_k] weights: no fused kernel drops weights yet.
+        is_causal: query i sees the keys j <= i only; with `attn_mask` both apply.
+        scale: 1/sqrt(D) if None.
+        enable_gqa: let the heads of query be a multiple of those of key and value.
+
+    Returns:
+        [..., N, S_q, D_v] in the dtype of query; zeros for a query that sees no key.
+
+    Raises:
+        TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
+    """
+    op = "scaled_dot_product_attention"
+    for name, value in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(op, name, value, query if name != "query" else None)
+        if value.dim() < 2:
+            _checks.fail(op, name, "[..., S, D]", list(value.shape))
+    _checks.floating(op, "query", query)
+    _checks.number(op, "dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        _checks.fail(op, "dropout_p", "between 0 and 1", dropout_p)
+    _check_scale(op, scale)
+    S_q, D = query.shape[-2:]
+    S_k, D_v = key.shape[-2], value.shape[-1]
+    _checks.positive(op, "head dim D", D)
+    _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
+    _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
+    if attn_mask is not None:
+        _check_mask(op, attn_mask, query)
+    lead, heads, kv_heads = _leading(op, query, key, value, enable_gqa)
+    if attn_mask is not None:
+        sizes = (*lead, heads, S_q, S_k)[2:]
+        _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
+        attn_mask = _fold(attn_mask, lead, heads, S_q, S_k)
+    q = _fold(query, lead, heads, S_q, D)
+    k = _fold(key, lead, kv_heads, S_k, D)
+    v = _fold(value, lead, kv_heads, S_k, D_v)
+    if dropout_p > 0:
+        # Only the formula drops weights, and autograd differentiates it: the draw is its own.
+        features = frozenset({"dropout"})
+        formula = _backends.select("attention", None, q.device, q.dtype, features)
+        out = formula.attention(
+            q, k, v, attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p
+        )
+    else:
+        out, _ = _run(q, k, v, attn_mask, is_causal, scale, None)
+    return out.reshape(*(*lead, heads)[2:], S_q, D_v)
+
+
+def _leading(
+    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[tuple[int, ...], int, int]:
+    """The common sizes before the heads, the heads of query, and those of key and value.
+
+    Two axes of size one stand before what the tensors have, so that [S, D] has heads too.
+    """
+    shapes = [(1, 1, *t.shape[:-2]) for t in (query, key, value)]
+    try:
+        if enable_gqa:
+            heads, kv_heads = shapes[0][-1], shapes[1][-1]
+            if kv_heads != shapes[2][-1] or (heads != kv_heads and (not kv_heads or heads % kv_heads)):
+                _checks.fail(
+                    op, "query", "of heads divisible by the equal heads of key and value",
+                    " and ".join(str(list(t.shape)) for t in (query, key, value)),
+                )
+            lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
+        else:
+            *lead, heads = torch.broadcast_shapes(*shapes)
+            kv_heads = heads
+    except RuntimeError:
+        _checks.fail(
+            op, "key", f"broadcastable with query {list(query.shape)} and value "
+            f"{list(value.shape)} before the last two axes", list(key.shape),
+        )
+    return tuple(lead), heads, kv_heads
+
+
+def _fold(t: Tensor, lead: tuple[int, ...], heads: int, rows: int, columns: int) -> Tensor:
+    """[..., N, rows, columns] with all sizes before the heads folded into one batch axis."""
+    return t.expand(*lead, heads, rows, columns).reshape(math.prod(lead), heads, rows, columns)
+
+
+def _check_mask(op: str, attn_mask: Tensor, like: Tensor) -> None:
+    boolean = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    _checks.tensor(op, "attn_mask", attn_mask, None if boolean else like)
+    _checks.device(op, "attn_mask", attn_mask, like)
+
+
+def _check_scale(op: str, scale: float | None) -> None:
+    if scale is not None:
+        _checks.number(op, "scale", scale)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    features = set()
+    if v.shape[-1] != q.shape[-1]:
+        features.add("v_head_dim")
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        features.add("mask_grad")
+    chosen = _backends.select("attention", backend, q.device, q.dtype, frozenset(features))
+    options = {
+        "is_causal": bool(is_causal),
+        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+    }
+    tensors = (q, k, v, mask)
+    if _autograd.wanted(tensors):
+        return AttentionFunction.apply(chosen, options, *tensors)
+    return chosen.attention_fwd(*tensors, **options)[0]

@@ -1,0 +1,92 @@
+"""Scaled dot-product attention and its gradient, as the paper writes them.
+
+    S = scale * Q K^T + mask        P = softmax(S)        out = P V        lse = log sum exp(S)
+
+A. Vaswani et al., "Attention is all you need" (2017). The whole [S_q, S_k] matrix is built. A query
+that may see no key gets out = 0, lse = -inf and no gradient. Axes: B batch, N heads, S_q queries,
+S_k keys, D head dim; with N_kv < N heads of K and V, query head n reads head n // (N // N_kv).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+FEATURES = frozenset({"dropout", "mask_grad", "v_head_dim"})
+
+
+def scores(q, k, attn_mask=None, *, is_causal=False, scale=None):
+    """``S [B, N, S_q, S_k]``; -inf where a query may not see a key."""
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    s = scale * (q @ repeat_heads(k, q).transpose(-2, -1))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        s = s.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        s = s + attn_mask
+    if is_causal:
+        visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
+        s = s.masked_fill(~visible, -math.inf)
+    return s
+
+
+def attention(
+    q, k, v, attn_mask=None, *, is_causal=False, scale=None, return_lse=False, dropout_p=0.0
+):
+    """``out [B, N, S_q, D_v]`` and, on request, ``lse [B, N, S_q]``; differentiable by autograd."""
+    s = scores(q, k, attn_mask, is_causal=is_causal, scale=scale)
+    p = torch.dropout(probabilities(s), dropout_p, train=True)
+    out = p @ repeat_heads(v, q)
+    return (out, logsumexp(s)) if return_lse else out
+
+
+def probabilities(s):
+    """P = softmax(S); zero, with zero gradient, in a row that sees no key."""
+    blind = (s == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(s.masked_fill(blind, 0), -1).masked_fill(blind, 0)
+
+
+def logsumexp(s):
+    """log sum exp over the keys; -inf, with zero gradient, for a row that sees none."""
+    blind = (s == -math.inf).all(-1)
+    return torch.logsumexp(s.masked_fill(blind[..., None], 0), -1).masked_fill(blind, -math.inf)
+
+
+def repeat_heads(kv, q):
+    """``kv [B, N_kv, S_k, D]`` with each head repeated for its group of query heads."""
+    return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) if kv.shape[1] else kv
+
+
+def attention_fwd(q, k, v, attn_mask, *, is_causal, scale):
+    """See `pykernels._backends` for the contract."""
+    with torch.no_grad():
+        out, lse = attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale, return_lse=True)
+        lse = lse.to(torch.promote_types(q.dtype, torch.float32))
+    return (out, lse), (q, k, v, attn_mask, out, lse)
+
+
+def attention_bwd(saved, grads, *, is_causal, scale, needs):
+    """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
+
+        dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
+        dQ = scale * dS K    dK = scale * dS^T Q  dmask = dS summed over what was broadcast
+    """
+    q, k, v, attn_mask, out, _ = saved
+    dout, dlse = grads
+    dout = torch.zeros_like(out) if dout is None else dout
+    p = probabilities(scores(q, k, attn_mask, is_causal=is_causal, scale=scale))
+    delta = (out * dout).sum(-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse[..., None].to(q.dtype)
+    ds = p * (dout @ repeat_heads(v, q).transpose(-2, -1) - delta)
+    dq = scale * (ds @ repeat_heads(k, q))
+    dk = sum_groups(scale * (ds.transpose(-2, -1) @ q), k)
+    dv = sum_groups(p.transpose(-2, -1) @ dout, v)
+    return dq, dk, dv, ds if needs[3] else None
+
+
+def sum_groups(grad, kv):
+    """Adds up the gradients of the query heads that read one head of K or V: repeat_heads^T."""
+    B, N_kv, S_k, D = kv.shape
+    group = grad.shape[1] // max(1, N_kv)
+    return grad.reshape(B, N_kv, group, S_k, D).sum(2)
