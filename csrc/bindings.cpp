@@ -1,0 +1,41 @@
+// The Python module, built once for each instruction set: _C_baseline, _C_avx2, _C_avx512.
+#include <string>
+
+#include "bind.h"
+
+namespace pykernels {
+namespace {
+
+// Whether this processor, and the operating system on it, runs the build named `isa`.
+bool cpu_runs(const std::string& isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == "avx2") return avx2;
+  if (isa == "avx512")
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == "baseline";
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang++ " __clang_version__;
+#else
+  return "g++ " __VERSION__;
+#endif
+}
+
+}  // namespace
+}  // namespace pykernels
+
+PYBIND11_MODULE(PYKERNELS_MODULE, m) {
+  using namespace pykernels;
+  m.doc() = "CPU kernels of pykernels for one instruction set.";
+  m.def("cpu_runs", &cpu_runs, py::arg("isa"));
+  m.attr("compiler") = compiler();
+  bind_probe(m);
+  bind_rnn(m);
+  bind_attention(m);
+}

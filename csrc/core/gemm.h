@@ -1,0 +1,270 @@
+// Products C = A B on packed panels: the register tile that every op shares, packing from any
+// stride and storage, and a blocked product for large matrices.
+//
+// The scheme is that of K. Goto and R. van de Geijn, "Anatomy of high-performance matrix
+// multiplication" (2008), in the form of BLIS: a tile of C stays in registers while a panel of B,
+// kPanelVecs registers wide, streams past from the first-level cache.
+#pragma once
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace pykernels {
+
+// A panel of B is this many registers wide.
+constexpr int kPanelVecs = 2;
+
+template <class T>
+constexpr int kPanel = kPanelVecs * lanes<T>;
+
+// A tile has at most this many rows: its accumulators, one panel's registers of B and one broadcast
+// of A fill the register file (6 x 2 + 2 + 1 of 16, 14 x 2 + 2 + 1 of 32).
+constexpr int kTileRows = kVecRegisters == 32 ? 14 : 6;
+
+// Depth of one blocked step. The panel of B and the tile of A that meet in the first-level cache take
+// 22 KB of its 32 with AVX2, 46 KB with AVX-512, where shallower steps were no faster.
+template <class T>
+constexpr int64_t kDepth = 1024 / sizeof(T);
+
+// Rows of A packed at a time: with kDepth, 288 KB in float32 that stay in the second-level cache.
+constexpr int64_t kBlockRows = kTileRows * (kVecRegisters == 32 ? 16 : 24);
+
+// Columns of B packed at a time.
+constexpr int64_t kBlockColumns = 3072;
+
+// A matrix of any strides, stored as S.
+template <class S>
+struct View {
+  const S* data;
+  int64_t row, column;  // strides in elements
+
+  View at(int64_t i, int64_t j) const { return {data + i * row + j * column, row, column}; }
+  View transposed() const { return {data, column, row}; }
+};
+
+// ---- the register tile --------------------------------------------------------------------------
+
+// C (+)= A B for one tile: `rows` rows, at most kTileRows, by `panels` panels, at most
+// panels_of(rows); see gemm.cpp.
+//
+//   a: element (i, k) at a[i * a_row + k * a_step]
+//   b: row k of panel p at b[p * b_panel + k * b_step], kPanel values
+//   c: row i at c[i * c_row], panels * kPanel values; read only with `accumulate`
+template <class T>
+void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const T* a, int64_t a_row,
+                   int64_t a_step, const T* b, int64_t b_panel, int64_t b_step, bool accumulate,
+                   T* c, int64_t c_row);
+
+// How many panels a tile of `rows` rows may take: a power of two, at most four. Few rows take
+// several, since a multiply-add takes four cycles and eight of them in flight keep two units busy.
+constexpr int64_t panels_of(int64_t rows) {
+  return kTileRows / rows >= 4 ? 4 : kTileRows / rows >= 2 ? 2 : 1;
+}
+
+// Values in the largest tile.
+template <class T>
+constexpr int64_t kTileSize = kTileRows * kPanel<T>;
+
+// Rows of a tile where `rows` are cut as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4.
+PK_INLINE int64_t tile_rows(int64_t rows) {
+  return rows > 0 ? ceil_div(rows, ceil_div(rows, kTileRows)) : 1;
+}
+
+// Runs body(row, rows, panel, panels) over tiles that cover rows x panels. Panels are outside:
+// a panel of B stays in the first-level cache while the rows of A go by.
+template <class Body>
+PK_INLINE void for_each_tile(Range rows, Range panels, const Body& body) {
+  const int64_t step = tile_rows(rows.size());
+  const int64_t group = step < rows.size() ? 1 : panels_of(step);
+  for (int64_t panel = panels.begin; panel < panels.end;) {
+    int64_t count = group;
+    while (panel + count > panels.end) count /= 2;
+    for (int64_t row = rows.begin; row < rows.end; row += step)
+      body(row, std::min(step, rows.end - row), panel, count);
+    panel += count;
+  }
+}
+
+// ---- packing ------------------------------------------------------------------------------------
+
+// to[k * to_row + j] = from(j, k) for j < count and k < depth, where count <= kGroups * lanes and the
+// values of one j are contiguous. Writes whole registers: up to lanes - 1 values past each row's
+// end, which the next row then overwrites, and past the end of the last.
+template <class T, int kGroups, class S>
+void transpose_copy(const S* from, int64_t from_row, int64_t count, int64_t depth, T* to,
+                    int64_t to_row) {
+  constexpr int n = lanes<T>;
+  int64_t k = 0;
+  for (; k + n <= depth; k += n) {
+    vec<T> square[kGroups][n];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j)
+        square[g][j] = g * n + j < count ? load(from + (g * n + j) * from_row + k) : vec<T>{};
+      transpose(square[g]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g)
+        if (g * n < count) store(to + (k + i) * to_row + g * n, square[g][i]);
+  }
+  for (; k < depth; ++k)
+    for (int64_t j = 0; j < count; ++j) to[k * to_row + j] = widen(from[j * from_row + k]);
+}
+
+// The panel of B at columns [0, columns) of `from`: [depth, kPanel], zeros past the last column.
+template <class T, class S>
+void pack_panel(View<S> from, int64_t depth, int64_t columns, T* to) {
+  constexpr int width = kPanel<T>;
+  if (from.row == 1) {
+    if (columns < width) std::memset(static_cast<void*>(to), 0, depth * width * sizeof(T));
+    return transpose_copy<T, kPanelVecs>(from.data, from.column, columns, depth, to, width);
+  }
+  for (int64_t k = 0; k < depth; ++k, to += width, from.data += from.row) {
+    if (from.column == 1) {
+#pragma GCC unroll 4
+      for (int j = 0; j < width; j += lanes<T>)
+        store(to + j, j < columns ? load_n(from.data + j, columns - j) : vec<T>{});
+    } else {
+      for (int64_t j = 0; j < width; ++j) to[j] = j < columns ? widen(from.data[j * from.column]) : T(0);
+    }
+  }
+}
+
+// Floats that pack_panels writes.
+template <class T>
+PK_INLINE int64_t packed_size(int64_t depth, int64_t columns) {
+  return ceil_div(columns, kPanel<T>) * depth * kPanel<T>;
+}
+
+// All of B [depth, columns] as panels [columns / kPanel][depth, kPanel]; this thread's share.
+template <class T, class S>
+void pack_panels(const Team& team, View<S> from, int64_t depth, int64_t columns, T* to) {
+  constexpr int width = kPanel<T>;
+  const Range panels = team.share(ceil_div(columns, width));
+  for (int64_t p = panels.begin; p < panels.end; ++p)
+    pack_panel(from.at(0, p * width), depth, std::min<int64_t>(width, columns - p * width),
+               to + p * depth * width);
+}
+
+// Rows [0, rows) of A, cut into the tiles of for_each_tile: [tile][depth, rows of the tile], the tile
+// at `row` at to + row * depth. Writes up to a register past the end.
+template <class T, class S>
+void pack_rows(View<S> from, int64_t rows, int64_t depth, T* to) {
+  constexpr int groups = (kTileRows + lanes<T> - 1) / lanes<T>;
+  const int64_t step = tile_rows(rows);
+  for (int64_t i = 0; i < rows; i += step, from.data += step * from.row, to += step * depth) {
+    const int64_t height = std::min(step, rows - i);
+    if (from.column == 1) {
+      transpose_copy<T, groups>(from.data, from.row, height, depth, to, height);
+    } else if (from.row == 1 && height == kTileRows) {
+      for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 16
+        for (int r = 0; r < kTileRows; ++r)
+          to[k * kTileRows + r] = widen(from.data[k * from.column + r]);
+    } else {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t r = 0; r < height; ++r)
+          to[k * height + r] = widen(from.data[r * from.row + k * from.column]);
+    }
+  }
+}
+
+// ---- the blocked product ------------------------------------------------------------------------
+
+// C [m, n] = A [m, k] B [k, n] + bias, where `bias` [n] is optional; C is row-major with row stride
+// c_row. With `accumulate`, C is added to. The team splits C, so no thread waits for another, and
+// each element is summed in one order whatever the number of threads.
+template <class T, class SA, class SB>
+class Gemm {
+ public:
+  // Scratch is taken here, as the team must not allocate.
+  Gemm(int threads, int64_t m, int64_t n, int64_t k)
+      : m_(m), n_(n), k_(k), columns_(std::min(round_up(n, kPanel<T>), kBlockColumns)),
+        depth_(std::min(k, kDepth<T>)), per_thread_(columns_ * depth_ + kBlockRows * depth_ + lanes<T>),
+        scratch_(threads * per_thread_) {}
+
+  void run(const Team& team, View<SA> a, View<SB> b, const T* bias, bool accumulate, T* c,
+           int64_t c_row) const {
+    const Grid grid = choose_grid(team.size);
+    if (team.rank >= grid.rows * grid.columns) return;
+    const Range rows = split(m_, kTileRows, grid.rows, team.rank / grid.columns);
+    const Range columns = split(n_, kPanel<T>, grid.columns, team.rank % grid.columns);
+    if (rows.size() == 0 || columns.size() == 0) return;  // `a` and `b` may then be null
+    T* const packed_b = scratch_.get() + team.rank * per_thread_;
+    T* const packed_a = packed_b + columns_ * depth_;
+    for (int64_t j = columns.begin; j < columns.end; j += columns_) {
+      const int64_t width = std::min(columns_, columns.end - j);
+      if (k_ == 0) {
+        for (int64_t i = rows.begin; i < rows.end; ++i)
+          for (int64_t x = j; x < j + width; ++x)
+            c[i * c_row + x] = (accumulate ? c[i * c_row + x] : 0) + (bias ? bias[x] : 0);
+      }
+      for (int64_t k = 0; k < k_; k += depth_) {
+        const int64_t depth = std::min(depth_, k_ - k);
+        pack_panels<T>(Team{0, 1, nullptr}, b.at(k, j), depth, width, packed_b);
+        for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
+          const int64_t height = std::min(kBlockRows, rows.end - i);
+          pack_rows<T>(a.at(i, k), height, depth, packed_a);
+          block(height, width, depth, packed_a, packed_b, k == 0 && bias ? bias + j : nullptr,
+                accumulate || k > 0, c + i * c_row + j, c_row);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Grid {
+    int rows, columns;
+  };
+
+  // The split of the team that packs least: a thread packs its rows of A and its columns of B.
+  Grid choose_grid(int threads) const {
+    Grid best{1, 1};
+    double least = -1;
+    for (int rows = 1; rows <= threads; ++rows) {
+      const int columns = threads / rows;
+      const double tiles = double(ceil_div(ceil_div(m_, kTileRows), rows)) *
+                           double(ceil_div(ceil_div(n_, kPanel<T>), columns));
+      const double work = tiles * kTileRows * kPanel<T> +
+                          32. * (double(m_) / rows + double(n_) / columns);
+      if (least < 0 || work < least) {
+        least = work;
+        best = {rows, columns};
+      }
+    }
+    return best;
+  }
+
+  static void block(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b,
+                    const T* bias, bool accumulate, T* c, int64_t c_row) {
+    constexpr int64_t width = kPanel<T>;
+    alignas(kCacheLine) T edge[kTileSize<T>];
+    const Range panels{0, ceil_div(columns, width)};
+    for_each_tile({0, rows}, panels, [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
+      const int64_t first = panel * width;
+      const int64_t tile_row = wide * width;
+      const int64_t valid = std::min(tile_row, columns - first);
+      T* const to = c + row * c_row + first;
+      const bool whole = valid == tile_row && !bias;
+      multiply_tile(count, wide, depth, a + row * depth, 1, count, b + first * depth, depth * width,
+                    width, whole && accumulate, whole ? to : edge, whole ? c_row : tile_row);
+      if (whole) return;
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t x = 0; x < valid; x += lanes<T>) {
+          vec<T> value = load(edge + r * tile_row + x);
+          if (bias) value += load_n(bias + first + x, valid - x);
+          if (accumulate) value += load_n(to + r * c_row + x, valid - x);
+          store_n(to + r * c_row + x, value, valid - x);
+        }
+      }
+    });
+  }
+
+  const int64_t m_, n_, k_, columns_, depth_, per_thread_;
+  const Scratch<T> scratch_;
+};
+
+}  // namespace pykernels
