@@ -1,0 +1,507 @@
+// T. Dao, "FlashAttention-2" (2023), for caches instead of shared memory: scores exist for a few
+// query rows by one block of keys, and the softmax is rescaled as the row maximum grows. Scores are
+// kept in base 2: the queries are packed times scale * log2(e), so exp is exp2.
+#include "attention.h"
+
+#include <array>
+#include <tuple>
+#include <utility>
+#include <cmath>
+#include <limits>
+
+#include <pybind11/stl.h>
+
+#include "../bind.h"
+#include "../core/gemm.h"
+#include "../core/vec_math.h"
+
+namespace pykernels {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// Keys whose packed K and V a thread keeps in its second-level cache.
+constexpr int64_t kKeyBlock = 256;
+
+// Query rows by keys of scores at a time, in the backward pass.
+constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
+constexpr int64_t kBackwardKeys = 128;
+
+// Query rows whose scores are computed before their softmax: a few tiles, to stay near the first
+// level of cache.
+constexpr int64_t kScoreRows = kTileRows * (kVecRegisters == 32 ? 2 : 4);
+
+// Rows of scores are this much longer than a block of keys, so that they do not share cache sets.
+constexpr int64_t kRowPad = 16;
+
+// Bytes of packed queries and of outputs that one thread keeps while all keys go past.
+constexpr int64_t kQueryBytes = 200 * 1024;
+
+// The keys before `limit` that a query may see.
+PK_INLINE int64_t visible_keys(const AttentionSizes& n, int64_t query, int64_t limit) {
+  return n.causal ? std::min(query + 1, limit) : limit;
+}
+
+// Adds the mask of keys [first, first + count) to one row of scores.
+template <class S, class T>
+void apply_mask(const AttentionMask& mask, int64_t b, int64_t h, int64_t i, int64_t first,
+                int64_t count, T* scores) {
+  const int64_t start = b * mask.batch + h * mask.head + i * mask.row + first * mask.column;
+  if (mask.kind == AttentionMask::kBoolean) {
+    const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
+    for (int64_t j = 0; j < count; ++j)
+      scores[j] = attend[j * mask.column] ? scores[j] : -kInfinity<T>;
+  } else if (mask.kind == AttentionMask::kAdditive) {
+    const S* const bias = static_cast<const S*>(mask.data) + start;
+    for (int64_t j = 0; j < count; ++j) scores[j] += widen(bias[j * mask.column]) * T(kLog2E);
+  }
+}
+
+// row[from, to) = value, where `to` is rounded up to whole registers.
+template <class T>
+PK_INLINE void fill(T* row, int64_t from, int64_t to, T value) {
+  for (int64_t j = from; j < round_up(to, lanes<T>); ++j) row[j] = value;
+}
+
+// row *= factor, in whole registers.
+template <class T>
+PK_INLINE void scale_row(T* row, int64_t count, T factor) {
+  for (int64_t j = 0; j < count; j += lanes<T>) store(row + j, load(row + j) * factor);
+}
+
+// c [rows, panels] (+)= a b, with b packed in panels and c a multiple of a panel wide.
+template <class T>
+PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
+                        int64_t a_step, const T* b, int64_t b_depth, bool accumulate, T* c,
+                        int64_t c_row) {
+  constexpr int64_t width = kPanel<T>;
+  for_each_tile({0, rows}, {0, ceil_div(columns, width)},
+                [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
+                  multiply_tile(count, wide, depth, a + row * a_row, a_row, a_step,
+                                b + panel * b_depth * width, b_depth * width, width, accumulate,
+                                c + row * c_row + panel * width, c_row);
+                });
+}
+
+// The same with `a` packed by pack_rows.
+template <class T>
+PK_INLINE void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b,
+                               T* c, int64_t c_row) {
+  constexpr int64_t width = kPanel<T>;
+  for_each_tile({0, rows}, {0, ceil_div(columns, width)},
+                [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
+                  multiply_tile(count, wide, depth, a + row * depth, 1, count,
+                                b + panel * depth * width, depth * width, width, false,
+                                c + row * c_row + panel * width, c_row);
+                });
+}
+
+template <class T, class S>
+void pack_alone(View<S> from, int64_t depth, int64_t columns, T* to) {
+  pack_panels<T>(Team{0, 1, nullptr}, from, depth, columns, to);
+}
+
+// The next of `count` items; the team takes them in order. Which thread computes an item changes
+// nothing in it.
+class Items {
+ public:
+  explicit Items(int64_t count) : count_(count) {}
+  bool take(int64_t* item) {
+    *item = next_.fetch_add(1, std::memory_order_relaxed);
+    return *item < count_;
+  }
+
+ private:
+  const int64_t count_;
+  std::atomic<int64_t> next_{0};
+};
+
+// Consecutive parts of one aligned buffer.
+template <class T>
+class Arena {
+ public:
+  explicit Arena(T* start) : next_(start) {}
+  T* take(int64_t count) {
+    T* const part = next_;
+    next_ += padded(count);
+    return part;
+  }
+  // Packing may write a register past the end.
+  static int64_t padded(int64_t count) { return round_up(count + lanes<T>, kCacheLine); }
+
+ private:
+  T* next_;
+};
+
+// ---- forward ------------------------------------------------------------------------------------
+
+// One item is a chunk of queries of all heads that share one head of K and V: `group` heads by
+// `chunk` queries, as rows in that order.
+template <class S>
+class Forward {
+  using T = compute_t<S>;
+
+ public:
+  Forward(int threads, const AttentionForward<S>& p)
+      : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
+        out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
+        chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
+        per_thread_(Arena<T>::padded(rows_ * n_.D) * 2 + Arena<T>::padded(rows_ * out_width_) +
+                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
+                    Arena<T>::padded(kKeyBlock * out_width_) +
+                    Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad))),
+        scratch_(threads * per_thread_) {}
+
+  int64_t items() const { return n_.B * n_.N_kv * chunks_; }
+
+  void run(const Team& team, int64_t item) const {
+    Arena<T> arena(scratch_.get() + team.rank * per_thread_);
+    T* const queries = arena.take(rows_ * n_.D);
+    T* const packed_q = arena.take(rows_ * n_.D);
+    T* const out = arena.take(rows_ * out_width_);
+    T* const maximum = arena.take(rows_);
+    T* const sum = arena.take(rows_);
+    T* const packed_k = arena.take(round_up(kKeyBlock, kPanel<T>) * n_.D);
+    T* const packed_v = arena.take(kKeyBlock * out_width_);
+    T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
+    constexpr int64_t score_row = kKeyBlock + kRowPad;
+
+    // The last chunks see the most keys in a causal mask: they go first.
+    const int64_t b = item / n_.N_kv % n_.B, g = item % n_.N_kv;
+    const int64_t i0 = (chunks_ - 1 - item / (n_.B * n_.N_kv)) * chunk_;
+    const int64_t length = std::min(chunk_, n_.S_q - i0), rows = group_ * length;
+    const auto head = [&](int64_t row) { return g * group_ + row / length; };
+    const auto query = [&](int64_t row) { return i0 + row % length; };
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* const from = p_.q.at(b, head(r), query(r));
+      for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]) * T(n_.scale * kLog2E);
+    }
+    for (int64_t r = 0; r < rows; r += kScoreRows)
+      pack_rows<T>(View<T>{queries + r * n_.D, n_.D, 1}, std::min(kScoreRows, rows - r), n_.D,
+                   packed_q + r * n_.D);
+    std::fill(out, out + rows * out_width_, T(0));
+    std::fill(maximum, maximum + rows, -kInfinity<T>);
+    std::fill(sum, sum + rows, T(0));
+
+    const int64_t keys_end = visible_keys(n_, i0 + length - 1, n_.S_k);
+    for (int64_t j0 = 0; j0 < keys_end; j0 += kKeyBlock) {
+      const int64_t keys = std::min(kKeyBlock, keys_end - j0);
+      pack_alone<T>(View<S>{p_.k.at(b, g, j0), 1, p_.k.row}, n_.D, keys, packed_k);
+      pack_alone<T>(View<S>{p_.v.at(b, g, j0), p_.v.row, 1}, keys, n_.D_v, packed_v);
+      for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
+        const int64_t count = std::min(kScoreRows, rows - r0);
+        int64_t seen = 0;  // keys of this block that some row of these sees
+        for (int64_t r = r0; r < r0 + count; ++r)
+          seen = std::max(seen, visible_keys(n_, query(r), j0 + keys) - j0);
+        if (seen <= 0) continue;
+        multiply_packed(count, seen, n_.D, packed_q + r0 * n_.D, packed_k, scores, score_row);
+        for (int64_t r = r0; r < r0 + count; ++r) {
+          T* const row = scores + (r - r0) * score_row;
+          const int64_t mine =
+              std::max<int64_t>(0, visible_keys(n_, query(r), j0 + keys) - j0);
+          apply_mask<S>(p_.mask, b, head(r), query(r), j0, mine, row);
+          softmax(row, mine, &maximum[r], &sum[r], out + r * out_width_);
+          fill(row, round_up(mine, lanes<T>), seen, T(0));
+        }
+        multiply(count, n_.D_v, seen, scores, score_row, 1, packed_v, keys, true,
+                 out + r0 * out_width_, out_width_);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (b * n_.N + head(r)) * n_.S_q + query(r);
+      const T* const from = out + r * out_width_;
+      const T inverse = sum[r] > 0 || sum[r] != sum[r] ? 1 / sum[r] : T(0);
+      for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
+        store_n(p_.out + at * n_.D_v + d, load(from + d) * inverse, n_.D_v - d);
+      p_.lse[at] = maximum[r] * T(kLn2) + std::log(sum[r]);
+    }
+  }
+
+ private:
+  // As many queries as fit in the cache, unless that leaves threads idle.
+  int64_t choose_chunk(int threads) const {
+    const int64_t fit = kQueryBytes / (group_ * (n_.D + out_width_) * int64_t(sizeof(T)));
+    const int64_t heads = n_.B * n_.N_kv;
+    const int64_t pieces = heads ? ceil_div(threads > 1 ? 4 * threads : 1, heads) : 1;
+    return std::max<int64_t>(
+        1, std::min({round_up(std::max<int64_t>(fit, 1), kScoreRows),
+                     round_up(ceil_div(n_.S_q, pieces), kScoreRows), n_.S_q}));
+  }
+
+  // scores[0, count) to weights, with the row's maximum, sum and output brought up to date.
+  void softmax(T* scores, int64_t count, T* maximum, T* sum, T* out) const {
+    fill(scores, count, count, -kInfinity<T>);
+    vec<T> largest = broadcast(*maximum);
+    for (int64_t j = 0; j < count; j += lanes<T>) largest = max(load(scores + j), largest);
+    const T top = reduce_max(largest);
+    if (top == -kInfinity<T>) return fill(scores, 0, count, T(0));
+    if (top != *maximum) {
+      // exp2(-inf) = 0 for the first block, when there is nothing to scale.
+      const T factor = std::exp2(*maximum - top);
+      *maximum = top;
+      *sum *= factor;
+      scale_row(out, out_width_, factor);
+    }
+    vec<T> total{};
+    const vec<T> shift = broadcast(top);
+    for (int64_t j = 0; j < count; j += lanes<T>) {
+      const vec<T> weight = exp2_softmax<T>(load(scores + j) - shift);
+      total += weight;
+      store(scores + j, weight);
+    }
+    *sum += reduce_add(total);
+  }
+
+  const AttentionForward<S>& p_;
+  const AttentionSizes& n_;
+  const int64_t group_, out_width_, chunk_, chunks_, rows_, per_thread_;
+  const Scratch<T> scratch_;
+};
+
+// ---- backward -----------------------------------------------------------------------------------
+
+// With P the weights and delta_i = out_i . dout_i - dlse_i, one number a query:
+//
+//   dV = P^T dout      dP = dout V^T      dS = P * (dP - delta)      dQ = dS K      dK = dS^T Q
+//
+// where dQ and dK take the scale. An item is one head of K and V, or every `splits`-th block of its
+// keys where there are fewer heads than threads; each split adds to a dQ of its own, and these are
+// summed in order at the end.
+template <class S>
+class Backward {
+  using T = compute_t<S>;
+
+ public:
+  Backward(int threads, const AttentionBackward<S>& p)
+      : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
+        width_(round_up(n_.D, kPanel<T>)), v_width_(round_up(n_.D_v, kPanel<T>)),
+        splits_(choose_splits(threads)), dq_size_(n_.B * n_.N * n_.S_q * width_),
+        per_thread_(Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
+                    Arena<T>::padded(kBackwardKeys * width_) * 2 +
+                    Arena<T>::padded(kBackwardKeys * v_width_) +
+                    Arena<T>::padded(kBackwardRows * n_.D) + Arena<T>::padded(kBackwardRows * n_.D_v) +
+                    Arena<T>::padded(kBackwardRows * width_) +
+                    Arena<T>::padded(kBackwardRows * v_width_) +
+                    Arena<T>::padded(kBackwardRows * kTileLine) * 2),
+        scratch_(threads * per_thread_), delta_(n_.B * n_.N * n_.S_q), dq_(p.dq ? splits_ * dq_size_ : 0) {}
+
+  int64_t items() const { return n_.B * n_.N_kv * splits_; }
+
+  // Before any item: this thread's share of delta, and of a cleared dQ.
+  void prepare(const Team& team) const {
+    const Range rows = team.share(n_.B * n_.N * n_.S_q);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const S* const dout = p_.dout.at(r / n_.S_q / n_.N, r / n_.S_q % n_.N, r % n_.S_q);
+      const S* const out = p_.out + r * n_.D_v;
+      vec<T> sum{};
+      for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
+        sum += load_n(dout + d, n_.D_v - d) * load_n(out + d, n_.D_v - d);
+      delta_.get()[r] = reduce_add(sum) - (p_.dlse ? p_.dlse[r] : 0);
+    }
+    if (!p_.dq) return;
+    const Range all = team.share(splits_ * dq_size_, lanes<T>);
+    std::fill(dq_.get() + all.begin, dq_.get() + all.end, T(0));
+  }
+
+  void run(const Team& team, int64_t item) const {
+    Arena<T> arena(scratch_.get() + team.rank * per_thread_);
+    T* const keys_t = arena.take(kBackwardKeys * n_.D);       // K^T
+    T* const values_t = arena.take(kBackwardKeys * n_.D_v);   // V^T
+    T* const keys_scaled = arena.take(kBackwardKeys * width_);
+    T* const dk = arena.take(kBackwardKeys * width_);
+    T* const dv = arena.take(kBackwardKeys * v_width_);
+    Rows rows;
+    rows.queries = arena.take(kBackwardRows * n_.D);
+    rows.douts = arena.take(kBackwardRows * n_.D_v);
+    rows.query_panels = arena.take(kBackwardRows * width_);
+    rows.dout_panels = arena.take(kBackwardRows * v_width_);
+    rows.weights = arena.take(kBackwardRows * kTileLine);
+    rows.dscores = arena.take(kBackwardRows * kTileLine);
+
+    const int64_t b = item / splits_ / n_.N_kv, g = item / splits_ % n_.N_kv;
+    const int64_t split = item % splits_;
+    for (int64_t j0 = split * kBackwardKeys; j0 < n_.S_k; j0 += splits_ * kBackwardKeys) {
+      const int64_t keys = std::min(kBackwardKeys, n_.S_k - j0);
+      const S* const k = p_.k.at(b, g, j0);
+      pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, keys_t);
+      pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, values_t);
+      pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, keys_scaled);
+      scale_row(keys_scaled, keys * width_, T(n_.scale));
+      std::fill(dk, dk + keys * width_, T(0));
+      std::fill(dv, dv + keys * v_width_, T(0));
+      for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
+        // Earlier queries see none of these keys in a causal mask.
+        for (int64_t i0 = n_.causal ? j0 : 0; i0 < n_.S_q; i0 += kBackwardRows) {
+          const int64_t count = std::min(kBackwardRows, n_.S_q - i0);
+          const int64_t seen = visible_keys(n_, i0 + count - 1, j0 + keys) - j0;
+          weights(b, h, i0, count, j0, keys, seen, keys_t, values_t, rows);
+          if (p_.dv)
+            multiply(seen, n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels, count, true,
+                     dv, v_width_);
+          if (p_.dk)
+            multiply(seen, n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count, true,
+                     dk, width_);
+          if (p_.dq)
+            multiply(count, n_.D, seen, rows.dscores, kTileLine, 1, keys_scaled, keys, true,
+                     dq_.get() + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
+        }
+      }
+      const int64_t at = (b * n_.N_kv + g) * n_.S_k + j0;
+      if (p_.dk) write(dk, keys, n_.D, width_, T(n_.scale), p_.dk + at * n_.D);
+      if (p_.dv) write(dv, keys, n_.D_v, v_width_, T(1), p_.dv + at * n_.D_v);
+    }
+  }
+
+  // After all items: this thread's share of dQ, the splits added in order.
+  void finish(const Team& team) const {
+    if (!p_.dq) return;
+    const Range rows = team.share(n_.B * n_.N * n_.S_q);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      for (int64_t d = 0; d < n_.D; d += lanes<T>) {
+        vec<T> sum = load(dq_.get() + r * width_ + d);
+        for (int64_t s = 1; s < splits_; ++s) sum += load(dq_.get() + s * dq_size_ + r * width_ + d);
+        store_n(p_.dq + r * n_.D + d, sum, n_.D - d);
+      }
+    }
+  }
+
+ private:
+  // Values from one row of scores to the next.
+  static constexpr int64_t kTileLine = kBackwardKeys + kRowPad;
+
+  // What a block of queries is packed into, and the two matrices of its scores.
+  struct Rows {
+    T *queries, *douts;             // tiles: Q times scale * log2(e), and dout
+    T *query_panels, *dout_panels;  // panels
+    T *weights, *dscores;           // [rows, kTileLine]: P and dS
+  };
+
+  int64_t choose_splits(int threads) const {
+    const int64_t heads = std::max<int64_t>(1, n_.B * n_.N_kv);
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(n_.S_k, kBackwardKeys));
+    return heads >= 2 * threads || heads % threads == 0 ? 1 : std::min<int64_t>(threads, blocks);
+  }
+
+  // P and dS of queries [i0, i0 + count) by keys [j0, j0 + seen).
+  void weights(int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, int64_t keys,
+               int64_t seen, const T* keys_t, const T* values_t, const Rows& rows) const {
+    const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
+    const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
+    pack_rows<T>(q, count, n_.D, rows.queries);
+    scale_row(rows.queries, count * n_.D, T(n_.scale * kLog2E));
+    pack_rows<T>(dout, count, n_.D_v, rows.douts);
+    pack_alone<T>(q, count, n_.D, rows.query_panels);
+    pack_alone<T>(dout, count, n_.D_v, rows.dout_panels);
+    multiply_packed(count, seen, n_.D, rows.queries, keys_t, rows.weights, kTileLine);
+    multiply_packed(count, seen, n_.D_v, rows.douts, values_t, rows.dscores, kTileLine);
+    for (int64_t r = 0; r < count; ++r) {
+      T* const weight = rows.weights + r * kTileLine;
+      T* const dscore = rows.dscores + r * kTileLine;
+      const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
+      apply_mask<S>(p_.mask, b, h, i0 + r, j0, mine, weight);
+      const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
+      // A row that saw no key has lse = -inf and P = 0.
+      const T lse = p_.lse[at] == -kInfinity<T> ? kInfinity<T> : p_.lse[at] * T(kLog2E);
+      const vec<T> shift = broadcast(lse), delta = broadcast(delta_.get()[at]);
+      for (int64_t j = 0; j < mine; j += lanes<T>) {
+        const vec<T> p = exp2_softmax<T>(load(weight + j) - shift);
+        store(weight + j, p);
+        store(dscore + j, p * (load(dscore + j) - delta));
+      }
+      fill(weight, mine, seen, T(0));
+      fill(dscore, mine, seen, T(0));
+    }
+  }
+
+  static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, T factor, S* to) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t d = 0; d < columns; d += lanes<T>)
+        store_n(to + i * columns + d, load(from + i * from_row + d) * factor, columns - d);
+  }
+
+  const AttentionBackward<S>& p_;
+  const AttentionSizes& n_;
+  const int64_t group_, width_, v_width_, splits_, dq_size_, per_thread_;
+  const Scratch<T> scratch_, delta_, dq_;
+};
+
+}  // namespace
+
+template <class S>
+void attention_forward(int threads, const AttentionForward<S>& p) {
+  const Forward<S> forward(threads, p);
+  Items items(forward.items());
+  parallel(static_cast<int>(std::min<int64_t>(threads, forward.items())), [&](const Team& team) {
+    for (int64_t item; items.take(&item);) forward.run(team, item);
+  });
+}
+
+template <class S>
+void attention_backward(int threads, const AttentionBackward<S>& p) {
+  const Backward<S> backward(threads, p);
+  Items items(backward.items());
+  parallel(threads, [&](const Team& team) {
+    backward.prepare(team);
+    team.wait();
+    for (int64_t item; items.take(&item);) backward.run(team, item);
+    team.wait();
+    backward.finish(team);
+  });
+}
+
+namespace {
+
+using Sizes = std::array<int64_t, 7>;  // B, N, N_kv, S_q, S_k, D, D_v
+using Rows = std::pair<Address, std::array<int64_t, 3>>;
+using MaskRows = std::tuple<int, Address, std::array<int64_t, 4>>;
+
+AttentionSizes sizes(const Sizes& n, bool causal, double scale) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], causal, scale};
+}
+
+template <class S>
+Heads<const S> heads(const Rows& rows) {
+  const auto& [data, strides] = rows;
+  return {pointer<const S>(data), strides[0], strides[1], strides[2]};
+}
+
+AttentionMask mask_of(const MaskRows& rows) {
+  const auto& [kind, data, strides] = rows;
+  return {static_cast<AttentionMask::Kind>(kind), pointer<const void>(data), strides[0], strides[1],
+          strides[2], strides[3]};
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+                                const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out,
+                                Address lse) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      attention_forward<S>(threads, {sizes(n, causal, scale), heads<S>(qkv[0]), heads<S>(qkv[1]),
+                                     heads<S>(qkv[2]), mask_of(mask), pointer<S>(out),
+                                     pointer<compute_t<S>>(lse)});
+    });
+  });
+  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+                                 const std::array<Rows, 4>& in, const MaskRows& mask,
+                                 const std::array<Address, 3>& of_rows,
+                                 const std::array<Address, 3>& grads) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      attention_backward<S>(
+          threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
+                    mask_of(mask), pointer<S>(of_rows[0]), pointer<T>(of_rows[1]), heads<S>(in[3]),
+                    pointer<T>(of_rows[2]), pointer<S>(grads[0]), pointer<S>(grads[1]),
+                    pointer<S>(grads[2])});
+    });
+  });
+}
+
+}  // namespace pykernels

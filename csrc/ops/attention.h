@@ -1,0 +1,61 @@
+// out = softmax(scale Q K^T + mask) V and its gradient, without the matrix of scores.
+#pragma once
+
+#include "../core/parallel.h"
+
+namespace pykernels {
+
+struct AttentionSizes {
+  int64_t B, N, N_kv, S_q, S_k, D, D_v;  // N is a multiple of N_kv
+  bool causal;                           // query i sees keys j <= i only
+  double scale;
+};
+
+// A tensor [B, heads, rows, columns] whose columns are contiguous; strides in elements.
+template <class S>
+struct Heads {
+  S* data;
+  int64_t batch, head, row;
+
+  S* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+};
+
+// [B, N, S_q, S_k] of any strides, 0 where it broadcasts.
+struct AttentionMask {
+  enum Kind : int { kNone, kBoolean, kAdditive };
+  Kind kind;
+  const void* data;  // uint8_t, nonzero = attend; or S, added to the scores
+  int64_t batch, head, row, column;
+};
+
+template <class S>
+struct AttentionForward {
+  AttentionSizes sizes;
+  Heads<const S> q, k, v;
+  AttentionMask mask;
+  S* out;             // [B, N, S_q, D_v]
+  compute_t<S>* lse;  // [B, N, S_q], natural log
+};
+
+// A gradient that is not wanted is nullptr.
+template <class S>
+struct AttentionBackward {
+  AttentionSizes sizes;
+  Heads<const S> q, k, v;
+  AttentionMask mask;
+  const S* out;              // [B, N, S_q, D_v], of the forward pass
+  const compute_t<S>* lse;   // [B, N, S_q], of the forward pass
+  Heads<const S> dout;       // [B, N, S_q, D_v]
+  const compute_t<S>* dlse;  // [B, N, S_q] or nullptr for zeros
+  S* dq;                     // [B, N, S_q, D]
+  S* dk;                     // [B, N_kv, S_k, D]
+  S* dv;                     // [B, N_kv, S_k, D_v]
+};
+
+template <class S>
+void attention_forward(int threads, const AttentionForward<S>& p);
+
+template <class S>
+void attention_backward(int threads, const AttentionBackward<S>& p);
+
+}  // namespace pykernels

@@ -1,0 +1,97 @@
+"""Launches csrc/ops/attention.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pykernels import _backends, cpp
+from pykernels.cpp import address
+
+DTYPES = frozenset(cpp.DTYPES)
+FEATURES = frozenset({"v_head_dim"})
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """See `pykernels._backends` for the contract."""
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    # The copies must outlive the call: their addresses alone reach it.
+    rows = [_rows(t) for t in (q, k, v)]
+    _backends.load_extension().attention_forward(
+        cpp.DTYPES[q.dtype],
+        torch.get_num_threads(),
+        _sizes(q, k, v),
+        is_causal,
+        scale,
+        [_strided(t) for t in rows],
+        _mask(attn_mask),
+        address(out),
+        address(lse),
+    )
+    return (out, lse), (q, k, v, attn_mask, out, lse)
+
+
+def attention_bwd(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, Tensor | None],
+    *,
+    is_causal: bool,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """See `pykernels._backends` for the contract; `attn_mask` gets no gradient here."""
+    q, k, v, attn_mask, out, lse = saved
+    dout, dlse = grads
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = (
+        t.new_empty(t.shape) if need else None
+        for t, need in zip((q, k, v), needs[:3], strict=True)
+    )
+    rows = [_rows(t) for t in (q, k, v, dout)]
+    out = out.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    _backends.load_extension().attention_backward(
+        cpp.DTYPES[q.dtype],
+        torch.get_num_threads(),
+        _sizes(q, k, v),
+        is_causal,
+        scale,
+        [_strided(t) for t in rows],
+        _mask(attn_mask),
+        [address(t) for t in (out, lse, dlse)],
+        [address(t) for t in (dq, dk, dv)],
+    )
+    return dq, dk, dv, None
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """B, N, N_kv, S_q, S_k, D, D_v."""
+    B, N, S_q, D = q.shape
+    return B, N, k.shape[1], S_q, k.shape[2], D, v.shape[3]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last axis contiguous, copied only if it is not."""
+    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
+
+
+def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address, and strides of batch, head and row."""
+    return tensor.data_ptr(), tensor.stride()[:3]
+
+
+def _mask(mask: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+    """Kind (0 none, 1 boolean, 2 additive), address and strides."""
+    if mask is None:
+        return 0, 0, (0, 0, 0, 0)
+    return 1 if mask.dtype == torch.bool else 2, mask.data_ptr(), mask.stride()
