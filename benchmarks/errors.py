@@ -1,0 +1,101 @@
+"""Measures the error of ours and of stock torch against the reference in float64, spec by spec.
+
+    python benchmarks/errors.py                   every spec, in every dtype that ours serves
+    python benchmarks/errors.py --op rnn --dtype bfloat16
+
+One row an output or gradient; the exit code is 1 where the tolerance rule is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import records
+import torch
+from progress import make_console, progress
+from workload import DTYPES, SPECS, Setting
+
+from pykernels import _backends
+
+KEY = ("op", "spec", "dtype", "tensor", "backend", "device")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = make_console()
+    torch.set_num_threads(options.threads)
+    common = records.provenance()
+    path = options.output or records.default_path(common, "errors", records.KEPT)
+    chosen = [
+        (spec, dtype)
+        for op in options.op
+        for spec in SPECS[op]
+        if options.shapes in spec.name
+        for dtype in options.dtype
+    ]
+    rows: list[records.Row] = []
+    broken: list[str] = []
+    try:
+        with progress(console, len(chosen)) as advance:
+            for spec, dtype in chosen:
+                setting = Setting(spec, dtype, options.device, options.backend)
+                for tensor, measured in setting.check().items():
+                    if not measured.ok:
+                        broken.append(
+                            f"{spec.name} {dtype} {tensor}: error {measured.error:.2e}, "
+                            f"allowed {measured.limit:.2e}, stock torch's {measured.stock:.2e}"
+                        )
+                    rows.append(
+                        {
+                            "op": spec.op,
+                            "spec": spec.name,
+                            "dtype": dtype,
+                            "tensor": tensor,
+                            "backend": setting.backend_of("ours"),
+                            "device": options.device,
+                            "error": f"{measured.error:.3e}",
+                            "torch_error": f"{measured.stock:.3e}",
+                            "limit": f"{measured.limit:.3e}",
+                            "scale": f"{measured.scale:.3e}",
+                            **common,
+                        }
+                    )
+                advance(f"{spec.name} {dtype}", 1)
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing is written.")
+        return 130
+    records.merge(path, rows, KEY)
+    better = sum(float(row["error"]) <= float(row["torch_error"]) for row in rows)
+    console.print(
+        f"{len(rows)} tensors: {better} at most as far from the truth as stock torch's, "
+        f"{len(broken)} beyond the tolerance rule. Rows written to {path}",
+        soft_wrap=True,
+    )
+    for line in broken:
+        console.print(f"WRONG: {line}", style="red", markup=False, soft_wrap=True)
+    return 1 if broken else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops")
+    add("--shapes", default="", help="only specs whose name contains this")
+    add("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="which dtypes")
+    add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU on this machine")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Draws the newest kept results: speed.png and errors.png in benchmarks/results.
+
+python benchmarks/plot.py
+python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import records
+import torch
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+
+COLOURS = {"forward": "#1d4e89", "forward+backward": "#00a6a6"}
+DTYPE_COLOURS = {
+    "float64": "#6b7280",
+    "float32": "#1d4e89",
+    "bfloat16": "#d97706",
+    "float16": "#00a6a6",
+}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--speed", type=Path, help="CSV file of run.py (default: the newest kept)")
+    parser.add_argument("--errors", type=Path, help="CSV file of errors.py (default: likewise)")
+    parser.add_argument("--output", type=Path, default=records.KEPT, help="folder")
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    given = options.speed or options.errors
+    drawn = 0
+    for kind, draw in (("speed", speed), ("errors", errors)):
+        source = getattr(options, kind) or (None if given else records.newest(kind))
+        if source is None:
+            continue
+        target = options.output / f"{kind}.png"
+        with plt.rc_context(STYLE):
+            figure = draw(records.read(source))
+            figure.savefig(target, dpi=150, bbox_inches="tight")
+            plt.close(figure)
+        print(f"{source} -> {target}")
+        drawn += 1
+    if not drawn:
+        print(f"There are no results in {records.KEPT}; benchmarks/run.py makes them.")
+    return 0 if drawn else 1
+
+
+def speed(rows: list[records.Row]) -> plt.Figure:
+    """Bars of torch's time over ours, a pair a shape, each with its share of the FMA floor."""
+    ours = [row for row in rows if row["implementation"] == "ours"]
+    dtypes = {row["dtype"] for row in ours}
+    cases: dict[str, dict[str, records.Row]] = {}
+    for row in ours:
+        label = row["shape"] if len(dtypes) == 1 else f"{row['shape']} {row['dtype']}"
+        cases.setdefault(label, {})[row["pass"]] = row
+    figure, axis = plt.subplots(figsize=(9.5, 1.2 + 0.52 * len(cases)))
+    height = 0.38
+    ratios = [float(row["times_torch"]) for row in ours]
+    for place, by_pass in enumerate(cases.values()):
+        for k, (which, colour) in enumerate(COLOURS.items()):
+            if which not in by_pass:
+                continue
+            row = by_pass[which]
+            ratio, y = float(row["times_torch"]), place + (k - 0.5) * height
+            axis.barh(y, ratio - 1, height * 0.92, left=1, color=colour)
+            share = f" · {float(row['fma_share']):.0%} of floor" if row["fma_share"] else ""
+            axis.text(max(ratio, 1) * 1.02, y, f"{ratio:.2f}x{share}", va="center", fontsize=8)
+    axis.axvline(1, color="#b91c1c", linewidth=1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(min(0.5, min(ratios) / 1.2), max(2.0, max(ratios)) * 2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axis.set_yticks(range(len(cases)), list(cases))
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        "stock torch's time over ours (log scale): right of the red line ours is faster;\n"
+        "beside the bars, the share of the FMA floor that ours reaches"
+    )
+    first = ours[0]
+    kind = f"{first['dtype']}, " if len(dtypes) == 1 else ""
+    above = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axis.annotate("Speed against stock torch", xytext=(0, 20), weight="bold", **above)
+    axis.annotate(f"{kind}{where(first)}", xytext=(0, 6), fontsize=8, **above)
+    patches = [Patch(color=colour, label=which) for which, colour in COLOURS.items()]
+    axis.legend(
+        handles=patches,
+        frameon=False,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=1.2,  # as high as the title, over the line below it
+        ncols=2,
+    )
+    axis.grid(axis="x", alpha=0.25)
+    axis.set_axisbelow(True)
+    return figure
+
+
+def errors(rows: list[records.Row]) -> plt.Figure:
+    """Our error over stock torch's, a dot for each output and gradient, in ulp of the largest."""
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, axes = plt.subplots(1, len(ops), figsize=(5.4 * len(ops), 5), squeeze=False)
+    for axis, op in zip(axes[0], ops, strict=True):
+        scatter(axis, [row for row in rows if row["op"] == op])
+        axis.set_title(op)
+    axes[0][0].set_ylabel("error of ours, ulp of the largest value")
+    figure.suptitle(f"Distance from the truth in float64: {where(rows[0])}", fontsize=11)
+    return figure
+
+
+def scatter(axis: Axes, rows: list[records.Row]) -> None:
+    least, most = 0.02, 10.0
+    for dtype, colour in DTYPE_COLOURS.items():
+        eps = torch.finfo(getattr(torch, dtype)).eps
+        pairs = np.array(
+            [
+                [
+                    float(row[name]) / (eps * float(row["scale"]))
+                    for name in ("torch_error", "error")
+                ]
+                for row in rows
+                if row["dtype"] == dtype
+                and float(row["scale"]) > 0
+                and math.isfinite(float(row["torch_error"]))
+            ]
+        ).reshape(-1, 2)
+        if len(pairs):
+            shown = pairs.clip(least, None)
+            most = max(most, shown[np.isfinite(shown)].max())
+            axis.scatter(*shown.T, s=14, color=colour, alpha=0.5, linewidths=0, label=dtype)
+    line = np.geomspace(least, most * 1.5, 200)
+    axis.plot(line, line, color="#111827", linewidth=1, label="as stock torch")
+    axis.plot(line, 2 * line + 4, color="#b91c1c", linewidth=1.2, label="the limit: twice, + 4 ulp")
+    axis.fill_between(line, 2 * line + 4, 1e9, color="#b91c1c", alpha=0.07, linewidth=0)
+    axis.set(xscale="log", yscale="log", xlim=(least, line[-1]), ylim=(least, line[-1] * 3))
+    axis.set_xlabel(f"error of stock torch (at most {least:g}: at the edge)")
+    axis.grid(alpha=0.2)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def where(row: records.Row) -> str:
+    """The machine and versions of a row."""
+    machine = row["gpu"] if row["device"] == "cuda" else row["cpu"]
+    threads = f", {row['threads']} threads" if "threads" in row else ""
+    kernels = f", {row['isa']} kernels" if row["device"] == "cpu" else ""
+    return f"{machine}{threads}{kernels}, torch {row['torch']}, commit {row['commit']}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

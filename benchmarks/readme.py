@@ -1,0 +1,185 @@
+"""Fills the blocks of README.md that no hand writes: what is supported, how fast, how exact.
+
+    python benchmarks/readme.py             writes them
+    python benchmarks/readme.py --check     exits with 1 where the README is not current
+
+The support table comes from the backends and from the list of specs that tests run through; figures
+come from the newest kept files in benchmarks/results. A block lies between <!-- begin:name --> and
+<!-- end:name -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import records
+from workload import DTYPES, SPECS
+
+from pykernels import _backends
+from pykernels.testing.specs import Spec
+
+README = Path(__file__).parent.parent / "README.md"
+NO_RESULTS = "No results are kept yet: `make bench` makes them."
+
+#: What a spec must have to count as a case of the line.
+CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
+    "rnn": {
+        "tanh": lambda s: s.nonlinearity == "tanh",
+        "relu": lambda s: s.nonlinearity == "relu",
+        "backwards in time": lambda s: s.reverse,
+        "without bias": lambda s: not s.bias,
+        "initial state and its gradient": lambda s: s.h0,
+        "no step, or an empty batch": lambda s: s.t == 0 or s.b == 0,
+        "any strides": lambda s: s.layout != "contiguous",
+    },
+    "attention": {
+        "full": lambda s: not s.is_causal and s.mask is None,
+        "causal": lambda s: s.is_causal,
+        "boolean mask, broadcast": lambda s: s.mask == "bool",
+        "additive mask, broadcast": lambda s: s.mask == "float",
+        "lengths of queries and keys differ": lambda s: s.s_q != s.s_k,
+        "grouped or shared key heads": lambda s: s.n != s.n_kv,
+        "queries that see no key": lambda s: s.dead_rows or s.s_k == 0,
+        "log-sum-exp and its gradient": lambda s: True,
+        "any strides": lambda s: s.layout != "contiguous",
+    },
+}
+FEATURES = {
+    "v_head_dim": "values of another head size",
+    "mask_grad": "gradient of the mask",
+    "dropout": "dropout",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if old == new:
+        print("README.md is current.")
+        return 0
+    if options.check:
+        print("README.md is not current: run `make readme`.")
+        return 1
+    README.write_text(new, encoding="utf-8")
+    print("README.md is written.")
+    return 0
+
+
+def render(text: str) -> str:
+    """`text` with every block filled."""
+    for name, fill in {"support": support, "speed": speed, "accuracy": accuracy}.items():
+        begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
+        block = re.compile(f"{begin}.*?{end}", re.DOTALL)
+        if len(block.findall(text)) != 1:
+            raise ValueError(f"README.md must hold {begin} ... {end} once")
+        filled = f"{begin}\n{fill()}\n{end}"
+        text = block.sub(lambda _, filled=filled: filled, text)
+    return text
+
+
+def support() -> str:
+    """What each backend serves, and how many specs prove it: a table an op."""
+    return "\n\n".join("\n".join(support_of(op)) for op in SPECS)
+
+
+def support_of(op: str) -> list[str]:
+    modules = {name: _backends.module(name, op) for name in _backends.BACKENDS}
+    lines = row(f"`{op}`", *(f"`{name}`" for name in modules), "cases", first=True)
+    lines += row("dtypes", *map(dtypes, modules.values()), "")
+    for line, has in CAPABILITIES[op].items():
+        cases = [spec for spec in SPECS[op] if has(spec)]
+        served = (
+            yes(any(needs(spec) <= module.FEATURES for spec in cases))
+            for module in modules.values()
+        )
+        lines += row(line, *served, len(cases))
+    known = frozenset().union(*(module.FEATURES for module in modules.values()))
+    for feature in (feature for feature in FEATURES if feature in known):
+        cases = [spec for spec in SPECS[op] if feature in needs(spec)]
+        served = (yes(feature in module.FEATURES) for module in modules.values())
+        lines += row(FEATURES[feature], *served, len(cases) or "own test")
+    return lines
+
+
+def needs(spec: Spec) -> frozenset[str]:
+    return getattr(spec, "features", frozenset())
+
+
+def dtypes(module: ModuleType) -> str:
+    return ", ".join(name for name, dtype in DTYPES.items() if dtype in module.DTYPES)
+
+
+def yes(served: bool) -> str:
+    return "yes" if served else "no"
+
+
+def speed() -> str:
+    """The picture and the table of the newest kept speeds."""
+    path = records.newest("speed")
+    if path is None:
+        return NO_RESULTS
+    cases: dict[tuple[str, ...], dict[str, records.Row]] = {}
+    for each in records.read(path):
+        key = (each["shape"], each["dtype"], each["pass"])
+        cases.setdefault(key, {})[each["implementation"]] = each
+    lines = row(
+        "shape", "dtype", "pass", "ours, ms", "torch, ms", "reference, ms", "torch / ours",
+        "share of FMA floor", first=True,
+    )  # fmt: skip
+    for key, by in cases.items():
+        ours = by["ours"]
+        times = (f"{float(by[name]['median_ms']):.3g}" for name in ("ours", "torch", "reference"))
+        share = f"{float(ours['fma_share']):.0%}" if ours["fma_share"] else "-"
+        lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", share)
+    return "\n".join([picture("speed"), *lines, "", made_by(path, ours)])
+
+
+def accuracy() -> str:
+    """The picture and a summary of the newest kept errors."""
+    path = records.newest("errors")
+    if path is None:
+        return NO_RESULTS
+    groups: dict[tuple[str, str], list[records.Row]] = {}
+    for each in records.read(path):
+        groups.setdefault((each["op"], each["dtype"]), []).append(each)
+    lines = row(
+        "op", "dtype", "outputs and gradients", "no further from the truth than torch",
+        "largest error as a share of what is allowed", first=True,
+    )  # fmt: skip
+    for key, rows in groups.items():
+        near = sum(float(r["error"]) <= float(r["torch_error"]) for r in rows)
+        shares = [float(r["error"]) / float(r["limit"]) for r in rows if float(r["limit"]) > 0]
+        lines += row(*key, len(rows), near, f"{max(shares, default=0):.0%}")
+    return "\n".join([picture("errors"), *lines, "", made_by(path, rows[0])])
+
+
+def row(*cells: object, first: bool = False) -> list[str]:
+    line = "| " + " | ".join(map(str, cells)) + " |"
+    return [line, "|" + " --- |" * len(cells)] if first else [line]
+
+
+def picture(name: str) -> str:
+    """A Markdown image with an empty line below, once the picture is there."""
+    path = records.KEPT / f"{name}.png"
+    return f"![{name}]({path.relative_to(README.parent)})\n" if path.exists() else ""
+
+
+def made_by(path: Path, row: records.Row) -> str:
+    machine = row["gpu"] if row["device"] == "cuda" else f"{row['cpu']}, {row['isa']} kernels"
+    threads = f", {row['threads']} threads" if "threads" in row else ""
+    return (
+        f"Measured {row['date'][:10]} on {machine}{threads}, torch {row['torch']}, commit "
+        f"{row['commit']}; all of it in [{path.name}]({path.relative_to(README.parent)})."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

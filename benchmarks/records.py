@@ -1,0 +1,85 @@
+"""What is kept: one CSV file a day and machine, one row a shape, pass and implementation."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pykernels import __main__ as about
+
+HERE = Path(__file__).parent
+KEPT = HERE / "results"
+SCRATCH = HERE / "output"  # ignored by git: quick runs, which prove nothing
+
+Row = dict[str, str]
+
+
+def provenance() -> Row:
+    """The columns that every row ends with: when, where and by what it was made."""
+    versions = about.versions()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "cpu": about.processor(),
+        "cores": str(os.cpu_count()),
+        "isa": about.instruction_set(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        **{name: versions[name] for name in ("python", "torch", "triton", "pykernels", "compiler")},
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where the code differs from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=HERE.parent, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=10", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + (
+        "+" if git("status", "--porcelain", "--", "csrc", "kernels", "pykernels") else ""
+    )
+
+
+def default_path(row: Row, kind: str, folder: Path) -> Path:
+    """<folder>/<date>-<processor>-<isa>-<kind>.csv"""
+    where = row["gpu"] or f"{row['cpu']}-{row['isa']}"
+    slug = re.sub(r"[^a-z0-9]+", "-", where.lower()).strip("-")
+    return folder / f"{row['date'][:10]}-{slug}-{kind}.csv"
+
+
+def newest(kind: str, folder: Path = KEPT) -> Path | None:
+    """The newest kept file of "speed" or "errors", by its name's date; None where there is none."""
+    return max(folder.glob(f"*-{kind}.csv"), default=None, key=lambda path: path.name)
+
+
+def read(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def merge(path: Path, rows: Iterable[Row], key: Iterable[str]) -> None:
+    """Writes `rows` to `path`; a row there already is replaced where its `key` columns agree."""
+    key = tuple(key)
+    old = read(path) if path.exists() else []
+    kept = {tuple(row[name] for name in key): row for row in (*old, *rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as lines:
+        columns = list(dict.fromkeys(name for row in kept.values() for name in row))
+        writer = csv.DictWriter(lines, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept.values())

@@ -1,0 +1,252 @@
+"""Times our ops, stock torch and the naive reference on named shapes, in one run.
+
+    python benchmarks/run.py                      every benchmark shape in float32
+    python benchmarks/run.py --quick              a few shapes, briefly
+    python benchmarks/run.py --op attention --shapes causal --dtype float32 bfloat16
+
+Ours and torch share one thread pool and are timed in turn, round after round, after their results
+have been compared: a kernel whose error breaks the tolerance rule of `pykernels.testing` is not
+timed, and the exit code is 1. The share of the FMA floor is the arithmetic of the op (see
+`pykernels.cost`) at the rate of multiply-adds that registers alone reach, over the time taken. That
+rate is measured five times between the rounds; the best of the five counts, as whatever disturbs
+the measurement can only lower it, so the share is never flattered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import records
+import timing
+import torch
+from progress import make_console, progress
+from rich.table import Table
+from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting
+
+from pykernels import _backends
+
+KEY = ("op", "shape", "pass", "dtype", "device", "threads", "implementation")
+FMA_SECONDS = 0.02
+
+Case = tuple[Setting, str]  # and the pass
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = make_console()
+    torch.set_num_threads(options.threads)
+    cases = choose(options)
+    common = records.provenance()
+    folder = records.SCRATCH if options.quick else records.KEPT
+    path = options.output or records.default_path(common, "speed", folder)
+    cpu = f"{common['cpu']}, {common['isa']} kernels, {options.threads} threads"
+    console.print(
+        f"{len(cases)} cases on {common['gpu'] if options.device == 'cuda' else cpu}, "
+        f"torch {common['torch']}; about {len(cases) * options.seconds:.0f} s and the checks"
+    )
+    rows: list[records.Row] = []
+    failures: list[str] = []
+    interrupted = False
+    try:
+        with progress(console, len(cases)) as advance:
+            for case in checked(cases, failures, advance):
+                new = measure(case, options)
+                rows += [{**row, **common} for row in new]
+                advance(f"{name(case)}: {summary(new)}", 1)
+    except KeyboardInterrupt:
+        interrupted = True
+    if rows:
+        records.merge(path, rows, KEY)
+        console.print(table(rows))
+        console.print(f"Rows written to {path}", soft_wrap=True)
+    for failure in failures:
+        console.print(f"WRONG, not timed: {failure}", style="red", markup=False, soft_wrap=True)
+    if interrupted:
+        console.print("Interrupted; what was measured until then is kept.")
+        return 130
+    return 1 if failures else 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops")
+    add("--shapes", default="", help="only shapes whose name contains this")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="which dtypes")
+    add("--passes", nargs="+", choices=PASSES, default=[*PASSES], help="which passes")
+    add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    add("--seconds", type=float, help="to time one case (default: 4, with --quick 0.4)")
+    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    add("--quick", action="store_true", help="few shapes, briefly; the figures are rough")
+    options = parser.parse_args(arguments)
+    if options.seconds is None:
+        options.seconds = 0.4 if options.quick else 4.0
+    if options.threads < 1 or options.seconds <= 0:
+        parser.error("--threads and --seconds must be positive")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU on this machine")
+    chosen = choose(options)
+    if not chosen:
+        known = ", ".join(
+            spec.name for op in options.op for spec in SPECS[op] if "bench" in spec.tags
+        )
+        parser.error(f"--shapes {options.shapes!r} matches none of {known}")
+    try:
+        for setting, _ in chosen:
+            setting.backend_of("ours")
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def choose(options: argparse.Namespace) -> list[Case]:
+    """The cases, with all passes of one shape and dtype together."""
+    tag = "quick" if options.quick else "bench"
+    return [
+        (Setting(spec, dtype, options.device, options.backend), which)
+        for op in options.op
+        for spec in SPECS[op]
+        if tag in spec.tags and options.shapes in spec.name
+        for dtype in options.dtype
+        for which in options.passes
+    ]
+
+
+def checked(
+    cases: Iterable[Case], failures: list[str], advance: Callable[[str, int], None]
+) -> Iterator[Case]:
+    """The cases whose results are right; what is wrong with the others goes to `failures`."""
+    verdicts: dict[Setting, bool] = {}
+    for case in cases:
+        setting, _ = case
+        if setting not in verdicts:
+            advance(f"{setting.spec.name} {setting.dtype}: comparing the results", 0)
+            wrong = {what: error for what, error in setting.check().items() if not error.ok}
+            verdicts[setting] = not wrong
+            failures += [
+                f"{setting.spec.name} {setting.dtype} {what}: error {error.error:.2e}, "
+                f"allowed {error.limit:.2e}, stock torch's {error.stock:.2e}"
+                for what, error in wrong.items()
+            ]
+        if verdicts[setting]:
+            advance(f"{name(case)}: timing", 0)
+            yield case
+        else:
+            advance(f"{name(case)}: wrong results", 1)
+
+
+def measure(case: Case, options: argparse.Namespace) -> list[records.Row]:
+    """Times one case; a row for each implementation."""
+    setting, which = case
+    rates: list[float] = []
+    cpu = options.device == "cpu"
+
+    def fma_rate() -> None:
+        if cpu and _backends.available("cpp") is None:
+            kind = "float64" if setting.dtype == "float64" else "float32"  # 16 bits compute in it
+            extension = _backends.load_extension()
+            rates.append(extension.fma_rate(kind, options.threads, FMA_SECONDS))
+
+    timed = timing.interleave(
+        setting.calls(which),
+        options.seconds,
+        slow=["reference"],
+        rounds=3 if options.quick else 5,
+        between=fma_rate,
+        synchronize=(lambda: None) if cpu else torch.cuda.synchronize,
+    )
+    flops = setting.flops(which)
+    rows = []
+    for each, samples in timed.items():
+        low, high = samples.quartiles
+        rows.append(
+            {
+                "op": setting.spec.op,
+                "shape": setting.spec.name,
+                "pass": which,
+                "dtype": setting.dtype,
+                "device": options.device,
+                "threads": str(options.threads),
+                "implementation": each,
+                "backend": setting.backend_of(each),
+                "median_ms": f"{samples.median * 1e3:.5g}",
+                "q1_ms": f"{low * 1e3:.5g}",
+                "q3_ms": f"{high * 1e3:.5g}",
+                "samples": str(len(samples.seconds)),
+                "calls_a_sample": str(samples.calls),
+                "times_torch": f"{timed['torch'].median / samples.median:.4g}",
+                "gflop": f"{flops / 1e9:.5g}",
+                "gflop_per_s": f"{flops / samples.median / 1e9:.4g}",
+                "fma_gflop_per_s": f"{max(rates) / 1e9:.4g}" if rates else "",
+                "fma_share": f"{flops / samples.median / max(rates):.4g}" if rates else "",
+            }
+        )
+    return rows
+
+
+def name(case: Case) -> str:
+    setting, which = case
+    return f"{setting.spec.name} {setting.dtype} {which}"
+
+
+def summary(rows: list[records.Row]) -> str:
+    by = {row["implementation"]: row for row in rows}
+    return (
+        f"ours {milliseconds(by['ours'])} ms, torch {milliseconds(by['torch'])} ms, "
+        f"{float(by['ours']['times_torch']):.2f} times as fast"
+    )
+
+
+def milliseconds(row: records.Row) -> str:
+    time = float(row["median_ms"])
+    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
+
+
+def spread(row: records.Row) -> str:
+    """The width of the middle half of the samples, in percent of the median."""
+    if row["samples"] == "1":
+        return "-"
+    return f"{(float(row['q3_ms']) - float(row['q1_ms'])) / float(row['median_ms']):.0%}"
+
+
+def table(rows: list[records.Row]) -> Table:
+    """One line a case; the dtype is named where there are several."""
+    drawn = Table(caption="times in ms: the median, and how wide the middle half of the samples is")
+    cases: dict[tuple[str, ...], dict[str, records.Row]] = {}
+    for row in rows:
+        key = (row["op"], row["shape"], row["dtype"], row["pass"])
+        cases.setdefault(key, {})[row["implementation"]] = row
+    several = len({row["dtype"] for row in rows}) > 1
+    drawn.add_column("shape", overflow="fold")
+    drawn.add_column("pass")
+    for column in ("ours", "", "torch", "", "reference", "", "torch / ours", "of FMA floor"):
+        drawn.add_column(column, justify="right")
+    before = None
+    for (op, shape, dtype, which), by in cases.items():
+        if before not in (None, op):
+            drawn.add_section()
+        before = op
+        ratio, share = float(by["ours"]["times_torch"]), by["ours"]["fma_share"]
+        times = [
+            cell for each in IMPLEMENTATIONS for cell in (milliseconds(by[each]), spread(by[each]))
+        ]
+        drawn.add_row(
+            f"{shape} {dtype}" if several else shape,
+            which,
+            *times,
+            f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]",
+            f"{float(share):.0%}" if share else "-",
+        )
+    return drawn
+
+
+if __name__ == "__main__":
+    sys.exit(main())

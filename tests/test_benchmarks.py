@@ -1,0 +1,211 @@
+"""The benchmark's own rules: fair turns, no time for a wrong kernel, no figure typed by hand."""
+
+import csv
+import gc
+
+import errors
+import plot
+import pytest
+import readme
+import records
+import run
+import timing
+import torch
+import workload
+
+from pykernels import _backends, functional
+
+SMALLEST = ["--quick", "--op", "rnn", "--shapes", "rnn-1024x1x64x64", "--seconds", "0.02"]
+
+
+class Clock:
+    """Stands in for the time module: only the calls that are timed take time."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.log = []
+
+    def perf_counter(self):
+        return self.now
+
+    def call(self, name, seconds):
+        def advance():
+            self.log.append(name)
+            self.now += seconds
+
+        return advance
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(timing, "time", made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_turns_rotate_and_medians_are_per_call(clock):
+    calls = {"a": clock.call("a", 0.01), "b": clock.call("b", 0.02)}
+    samples = timing.interleave(calls, 0.3)
+    warm_up = 4
+    assert clock.log[warm_up : warm_up + 6] == ["a", "b", "b", "a", "a", "b"]
+    assert samples["a"].median == pytest.approx(0.01)
+    assert samples["b"].quartiles == pytest.approx((0.02, 0.02))
+    assert len(samples["a"].seconds) == len(samples["b"].seconds) == 10
+
+
+def test_short_calls_are_timed_many_at_once(clock):
+    samples = timing.interleave({"a": clock.call("a", 1e-5)}, 0.05)
+    assert samples["a"].calls == pytest.approx(timing.SAMPLE_SECONDS / 1e-5, abs=1)
+    assert samples["a"].median == pytest.approx(1e-5)
+
+
+def test_the_slow_one_stands_back_but_is_timed(clock):
+    calls = {"fast": clock.call("fast", 0.01), "slow": clock.call("slow", 1.0)}
+    samples = timing.interleave(calls, 2.0, slow=["slow"])
+    assert len(samples["slow"].seconds) == 1
+    assert len(samples["fast"].seconds) >= 50
+
+
+def test_least_rounds_and_rates_between(clock):
+    seen = []
+    samples = timing.interleave(
+        {"a": clock.call("a", 3.0)}, 1.0, rounds=4, between=lambda: seen.append(gc.isenabled())
+    )
+    assert len(samples["a"].seconds) == 4
+    assert 1 <= len(seen) <= 5
+    assert not any(seen), "the garbage collector is off while it is timed"
+    assert gc.isenabled()
+    timing.interleave({"a": clock.call("a", 0.01)}, 2.0, between=lambda: seen.append(None))
+    assert seen.count(None) == 5
+
+
+def test_rows_of_a_second_run_replace_those_of_the_first(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    records.merge(path, [{"shape": "a", "ms": "1"}, {"shape": "b", "ms": "2"}], ["shape"])
+    records.merge(path, [{"shape": "b", "ms": "3", "more": "x"}], ["shape"])
+    assert [row["ms"] for row in records.read(path)] == ["1", "3"]
+
+
+def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
+    path = tmp_path / "speed.csv"
+    assert run.main([*SMALLEST, "--output", str(path)]) == 0
+    with path.open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["pass"], row["implementation"]) for row in rows] == [
+        (which, each) for which in workload.PASSES for each in workload.IMPLEMENTATIONS
+    ]
+    for row in rows:
+        assert float(row["q1_ms"]) <= float(row["median_ms"]) <= float(row["q3_ms"])
+        for column in ("commit", "date", "cpu", "cores", "isa", "python", "torch", "pykernels"):
+            assert row[column]
+    assert {row["times_torch"] for row in rows if row["implementation"] == "torch"} == {"1"}
+    out = capsys.readouterr().out
+    assert "rnn-1024x1x64x64" in out
+    assert "torch / ours" in out
+    assert plot.main(["--speed", str(path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_a_wrong_kernel_is_not_timed(tmp_path, capsys, monkeypatch):
+    right = functional.rnn
+
+    def wrong(*tensors, backend=None, **options):
+        y, h_n = right(*tensors, backend=backend, **options)
+        return (y, h_n) if backend == "reference" else (y * 1.001, h_n)
+
+    monkeypatch.setattr(functional, "rnn", wrong)
+    path = tmp_path / "speed.csv"
+    assert run.main([*SMALLEST, "--output", str(path)]) == 1
+    assert not path.exists()
+    assert "WRONG, not timed: rnn-1024x1x64x64 float32 y: error" in capsys.readouterr().out
+
+
+def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    measure, measured = run.measure, []
+
+    def once(case, options):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return measure(case, options)
+
+    monkeypatch.setattr(run, "measure", once)
+    path = tmp_path / "speed.csv"
+    assert run.main([*SMALLEST, "--output", str(path)]) == 130
+    assert len(records.read(path)) == len(workload.IMPLEMENTATIONS)
+    assert "Interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shapes", "nothing"], "matches none of rnn-50x1x300x512"),
+        (["--threads", "0"], "must be positive"),
+        (["--op", "gru"], "invalid choice: 'gru'"),
+        (["--op", "rnn", "--backend", "nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_refusals(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_serve_is_said(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _backends._select.cache_clear()
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--quick", "--backend", "triton"])
+    assert "rnn: backend 'triton' cannot serve this call" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("program", [run, errors])
+def test_no_gpu_is_said(program, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--device", "cuda"])
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_errors_are_measured_and_drawn(tmp_path, capsys):
+    path = tmp_path / "errors.csv"
+    for op, shape in (("rnn", "plain"), ("attention", "mask-dead")):
+        assert errors.main(["--op", op, "--shapes", shape, "--output", str(path)]) == 0
+    rows = records.read(path)
+    assert {row["dtype"] for row in rows} == set(workload.DTYPES)
+    assert {row["tensor"] for row in rows if row["op"] == "attention"} == {
+        *("out", "lse", "dq", "dk", "dv")
+    }
+    assert "0 beyond the tolerance rule" in capsys.readouterr().out
+    assert plot.main(["--errors", str(path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
+
+
+def test_bench_shapes_count_what_they_do():
+    """The counts of the benchmark's shapes, by hand."""
+    spec = {s.name: s for specs in workload.SPECS.values() for s in specs}
+    forward = workload.count(spec["rnn-50x32x300x512"], "forward", 4)
+    assert forward.multiply_adds == 32 * 20_787_200
+    full = workload.count(spec["attention-1x8x2048x64"], "forward", 4)
+    causal = workload.count(spec["attention-1x8x2048x64-causal"], "forward", 4)
+    assert full.flops == 4 * 8 * 2048**2 * 64
+    assert causal.flops == 4 * 8 * (2048 * 2049 // 2) * 64
+
+
+def test_readme_is_current():
+    """Its tables say what the specs, the backends and the kept results say."""
+    pytest.importorskip("triton")
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.render(text) == text, "run `make readme`"
+
+
+def test_readme_blocks_must_be_there():
+    with pytest.raises(ValueError, match="must hold <!-- begin:support -->"):
+        readme.render("no blocks")
