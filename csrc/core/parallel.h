@@ -11,9 +11,6 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #include "vec.h"
 
@@ -48,9 +45,7 @@ class Barrier {
     }
     for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
       if (spins < kSpins) {
-#if defined(__SSE2__)
-        _mm_pause();
-#endif
+        spin_pause();
       } else {
         std::this_thread::yield();  // more threads than cores: let the late one run
       }
@@ -58,7 +53,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 4096;
+  static constexpr int kSpins = 512;
   alignas(kCacheLine) std::atomic<int> arrived_{0};
   alignas(kCacheLine) std::atomic<uint32_t> phase_{0};
 };

@@ -12,6 +12,9 @@
 
 namespace pykernels {
 
+// Multiply-adds in a step from which two threads beat one: half of them take as long as a meeting.
+constexpr int64_t kShareableStep = 32768;
+
 // Runs `steps` steps. The right-hand side [depth, columns] is packed in panels, once for all steps.
 //
 //   const T* cell.left(step)     the left-hand side [rows, depth], row-major; nullptr for zeros
@@ -19,15 +22,18 @@ namespace pykernels {
 //                                one register of the product, of which `count` lanes are valid
 //
 // With rows for every thread the team splits the rows and no thread waits for another; with few
-// rows it splits the columns, and meets after every step.
+// rows it splits the columns, and meets after every step. A step too small to pay for the meeting
+// runs on one thread.
 template <class T, class Cell>
 void run_recurrence(const Team& team, int64_t steps, int64_t rows, int64_t depth, int64_t columns,
                     const T* packed, const Cell& cell) {
   constexpr int width = kPanel<T>;
   const int64_t panels = ceil_div(columns, width);
-  const bool split_rows = rows >= team.size * (kTileRows / 2) || panels < team.size;
+  const bool alone = rows * depth * columns < kShareableStep;
+  const bool split_rows = !alone && (rows >= team.size * (kTileRows / 2) || panels < team.size);
+  if (alone && team.rank > 0) return;
   const Range my_rows = split_rows ? team.share(rows) : Range{0, rows};
-  const Range my_panels = split_rows ? Range{0, panels} : team.share(panels);
+  const Range my_panels = split_rows || alone ? Range{0, panels} : team.share(panels);
   alignas(kCacheLine) T tile[kTileSize<T>];
   for (int64_t step = 0; step < steps; ++step) {
     const T* const left = cell.left(step);
@@ -42,7 +48,7 @@ void run_recurrence(const Team& team, int64_t steps, int64_t rows, int64_t depth
           cell.finish(step, row + r, first + x, std::min<int64_t>(lanes<T>, valid - x),
                       load(tile + r * tile_row + x));
     });
-    if (!split_rows) team.wait();
+    if (!split_rows && !alone) team.wait();
   }
 }
 

@@ -113,20 +113,6 @@ PK_INLINE V min(V a, V b) {
 #endif
 }
 
-template <class V>
-PK_INLINE lane_t<V> reduce_add(V v) {
-  lane_t<V> sum = v[0];
-  for (int i = 1; i < lanes<lane_t<V>>; ++i) sum += v[i];
-  return sum;
-}
-
-template <class V>
-PK_INLINE lane_t<V> reduce_max(V v) {
-  lane_t<V> largest = v[0];
-  for (int i = 1; i < lanes<lane_t<V>>; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
-}
-
 // ---- 16-bit storage, one element ----------------------------------------------------------------
 
 PK_INLINE float widen(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
@@ -232,7 +218,7 @@ PK_INLINE void store_n(S* p, vec<compute_t<S>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
-// ---- transposition ------------------------------------------------------------------------------
+// ---- across lanes -------------------------------------------------------------------------------
 
 namespace detail {
 
@@ -261,7 +247,30 @@ PK_INLINE void transpose_bit(V* rows) {
   }
 }
 
+// v with the lanes of each pair that differ in bit kBit swapped.
+template <int kBit, class V, int... I>
+PK_INLINE V swap_lanes(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ kBit)...);
+}
+
+template <int kBit, class V, class Combine>
+PK_INLINE lane_t<V> reduce(V v, const Combine& combine) {
+  constexpr int n = lanes<lane_t<V>>;
+  if constexpr (kBit == n) return v[0];
+  else return reduce<2 * kBit>(combine(v, swap_lanes<kBit>(v, std::make_integer_sequence<int, n>{})), combine);
+}
+
 }  // namespace detail
+
+template <class V>
+PK_INLINE lane_t<V> reduce_add(V v) {
+  return detail::reduce<1>(v, [](V a, V b) { return a + b; });
+}
+
+template <class V>
+PK_INLINE lane_t<V> reduce_max(V v) {
+  return detail::reduce<1>(v, [](V a, V b) { return max(a, b); });
+}
 
 // Swaps rows and lanes of a square of registers: one bit of the two indices at a time.
 template <class V>
@@ -269,7 +278,14 @@ PK_INLINE void transpose(V (&rows)[lanes<lane_t<V>>]) {
   detail::transpose_bit<1>(rows);
 }
 
-// ---- denormals ----------------------------------------------------------------------------------
+// ---- the processor ------------------------------------------------------------------------------
+
+// One turn of a loop that waits for another thread.
+PK_INLINE void spin_pause() {
+#if defined(__SSE2__)
+  _mm_pause();
+#endif
+}
 
 // While one lives, this thread takes denormal numbers for zero. A state that decays towards zero
 // would otherwise slow every operation on it by up to a hundred times. The caller's mode returns.

@@ -38,7 +38,7 @@ constexpr int64_t kScoreRows = kTileRows * (kVecRegisters == 32 ? 2 : 4);
 constexpr int64_t kRowPad = 16;
 
 // Bytes of packed queries and of outputs that one thread keeps while all keys go past.
-constexpr int64_t kQueryBytes = 200 * 1024;
+constexpr int64_t kQueryBytes = 1024 * 1024;
 
 // The keys before `limit` that a query may see.
 PK_INLINE int64_t visible_keys(const AttentionSizes& n, int64_t query, int64_t limit) {
@@ -54,7 +54,7 @@ void apply_mask(const AttentionMask& mask, int64_t b, int64_t h, int64_t i, int6
     const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
     for (int64_t j = 0; j < count; ++j)
       scores[j] = attend[j * mask.column] ? scores[j] : -kInfinity<T>;
-  } else if (mask.kind == AttentionMask::kAdditive) {
+  } else {
     const S* const bias = static_cast<const S*>(mask.data) + start;
     for (int64_t j = 0; j < count; ++j) scores[j] += widen(bias[j * mask.column]) * T(kLog2E);
   }
@@ -150,7 +150,8 @@ class Forward {
         out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
         chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
         per_thread_(Arena<T>::padded(rows_ * n_.D) * 2 + Arena<T>::padded(rows_ * out_width_) +
-                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
+                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kScoreRows) * 2 +
+                    Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
                     Arena<T>::padded(kKeyBlock * out_width_) +
                     Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad))),
         scratch_(threads * per_thread_) {}
@@ -164,6 +165,8 @@ class Forward {
     T* const out = arena.take(rows_ * out_width_);
     T* const maximum = arena.take(rows_);
     T* const sum = arena.take(rows_);
+    T* const top = arena.take(kScoreRows);
+    T* const factor = arena.take(kScoreRows);
     T* const packed_k = arena.take(round_up(kKeyBlock, kPanel<T>) * n_.D);
     T* const packed_v = arena.take(kKeyBlock * out_width_);
     T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
@@ -194,18 +197,29 @@ class Forward {
       pack_alone<T>(View<S>{p_.v.at(b, g, j0), p_.v.row, 1}, keys, n_.D_v, packed_v);
       for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
         const int64_t count = std::min(kScoreRows, rows - r0);
-        int64_t seen = 0;  // keys of this block that some row of these sees
-        for (int64_t r = r0; r < r0 + count; ++r)
-          seen = std::max(seen, visible_keys(n_, query(r), j0 + keys) - j0);
-        if (seen <= 0) continue;
+        int64_t mine[kScoreRows];  // keys of this block that a row sees
+        int64_t seen = 0;          // and that any of these rows sees
+        for (int64_t r = 0; r < count; ++r) {
+          mine[r] = n_.causal ? std::max<int64_t>(0, std::min(query(r0 + r) + 1 - j0, keys)) : keys;
+          seen = std::max(seen, mine[r]);
+        }
+        if (seen == 0) continue;
         multiply_packed(count, seen, n_.D, packed_q + r0 * n_.D, packed_k, scores, score_row);
-        for (int64_t r = r0; r < r0 + count; ++r) {
-          T* const row = scores + (r - r0) * score_row;
-          const int64_t mine =
-              std::max<int64_t>(0, visible_keys(n_, query(r), j0 + keys) - j0);
-          apply_mask<S>(p_.mask, b, head(r), query(r), j0, mine, row);
-          softmax(row, mine, &maximum[r], &sum[r], out + r * out_width_);
-          fill(row, round_up(mine, lanes<T>), seen, T(0));
+        for (int64_t r = 0; r < count; ++r) {
+          T* const row = scores + r * score_row;
+          if (p_.mask.kind != AttentionMask::kNone)
+            apply_mask<S>(p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
+          top[r] = row_maximum(row, mine[r], maximum[r0 + r]);
+        }
+        // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to scale.
+        for (int64_t r = 0; r < count; r += lanes<T>) {
+          const vec<T> before = load(maximum + r0 + r), now = load(top + r);
+          store(factor + r, select<vec<T>>(before == now, 1 + vec<T>{}, exp2_softmax<T>(before - now)));
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          if (factor[r] != 1) scale_row(out + (r0 + r) * out_width_, out_width_, factor[r]);
+          sum[r0 + r] = sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r]);
+          maximum[r0 + r] = top[r];
         }
         multiply(count, n_.D_v, seen, scores, score_row, 1, packed_v, keys, true,
                  out + r0 * out_width_, out_width_);
@@ -232,28 +246,31 @@ class Forward {
                      round_up(ceil_div(n_.S_q, pieces), kScoreRows), n_.S_q}));
   }
 
-  // scores[0, count) to weights, with the row's maximum, sum and output brought up to date.
-  void softmax(T* scores, int64_t count, T* maximum, T* sum, T* out) const {
+  // The largest of `most` and scores[0, count), and the rest of the last register at -inf.
+  static T row_maximum(T* scores, int64_t count, T most) {
     fill(scores, count, count, -kInfinity<T>);
-    vec<T> largest = broadcast(*maximum);
-    for (int64_t j = 0; j < count; j += lanes<T>) largest = max(load(scores + j), largest);
-    const T top = reduce_max(largest);
-    if (top == -kInfinity<T>) return fill(scores, 0, count, T(0));
-    if (top != *maximum) {
-      // exp2(-inf) = 0 for the first block, when there is nothing to scale.
-      const T factor = std::exp2(*maximum - top);
-      *maximum = top;
-      *sum *= factor;
-      scale_row(out, out_width_, factor);
+    vec<T> even = broadcast(most), odd = even;
+    int64_t j = 0;
+    for (; j + lanes<T> < count; j += 2 * lanes<T>) {
+      even = max(load(scores + j), even);
+      odd = max(load(scores + j + lanes<T>), odd);
     }
+    if (j < count) even = max(load(scores + j), even);
+    return reduce_max(max(even, odd));
+  }
+
+  // scores[0, count) to weights 2^(score - top), and zeros to `seen`; returns their sum.
+  static T weigh(T* scores, int64_t count, int64_t seen, T top) {
+    // With every score at -inf so far, any finite shift gives the weights their zeros.
+    const vec<T> shift = broadcast(top == -kInfinity<T> ? T(0) : top);
     vec<T> total{};
-    const vec<T> shift = broadcast(top);
     for (int64_t j = 0; j < count; j += lanes<T>) {
       const vec<T> weight = exp2_softmax<T>(load(scores + j) - shift);
       total += weight;
       store(scores + j, weight);
     }
-    *sum += reduce_add(total);
+    fill(scores, round_up(count, lanes<T>), seen, T(0));
+    return reduce_add(total);
   }
 
   const AttentionForward<S>& p_;
@@ -402,7 +419,8 @@ class Backward {
       T* const weight = rows.weights + r * kTileLine;
       T* const dscore = rows.dscores + r * kTileLine;
       const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
-      apply_mask<S>(p_.mask, b, h, i0 + r, j0, mine, weight);
+      if (p_.mask.kind != AttentionMask::kNone)
+        apply_mask<S>(p_.mask, b, h, i0 + r, j0, mine, weight);
       const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
       // A row that saw no key has lse = -inf and P = 0.
       const T lse = p_.lse[at] == -kInfinity<T> ? kInfinity<T> : p_.lse[at] * T(kLog2E);

@@ -66,6 +66,25 @@ class Result {
   const Scratch<T> scratch_;
 };
 
+// sums[j] = sum over i of values[i, j]; this thread's columns. Partial sums of 64 rows keep the
+// rounding of a long sum down.
+template <class T>
+void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, T* sums) {
+  constexpr int64_t block = 64;
+  const Range mine = team.share(columns, lanes<T>);
+  for (int64_t j = mine.begin; j < mine.end; j += lanes<T>) {
+    const int64_t count = mine.end - j;
+    vec<T> total{};
+    for (int64_t i0 = 0; i0 < rows; i0 += block) {
+      vec<T> partial{};
+      for (int64_t i = i0; i < std::min(rows, i0 + block); ++i)
+        partial += load_n(values + i * columns + j, count);
+      total += partial;
+    }
+    store_n(sums + j, total, count);
+  }
+}
+
 template <class T, class S>
 struct ForwardCell {
   RnnSizes n;
@@ -172,15 +191,7 @@ void rnn_backward(int threads, const RnnBackward<S>& p) {
     dw_ih_product.run(team, {delta.get(), 1, n.H}, {p.x, n.I, 1}, nullptr, false, dw_ih.get(), n.I);
     dw_hh_product.run(team, {delta_later, 1, n.H}, {y_before, n.H, 1}, nullptr, false, dw_hh.get(), n.H);
     dw_hh_first.run(team, {delta_first, 1, n.H}, {p.h0, n.H, 1}, nullptr, true, dw_hh.get(), n.H);
-    if (p.db) {
-      const Range mine = team.share(n.H, lanes<T>);
-      for (int64_t j = mine.begin; j < mine.end; j += lanes<T>) {
-        const int64_t count = std::min<int64_t>(lanes<T>, mine.end - j);
-        vec<T> sum{};
-        for (int64_t i = 0; i < rows; ++i) sum += load_n(delta.get() + i * n.H + j, count);
-        store_n(db.get() + j, sum, count);
-      }
-    }
+    if (p.db) sum_rows(team, delta.get(), rows, n.H, db.get());
     team.wait();
     dx.narrow_share(team);
     dw_ih.narrow_share(team);
