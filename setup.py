@@ -1,6 +1,6 @@
 """Builds the C++ kernels, once for each instruction set of this kind of processor.
 
-Everything else about the package is in pyproject.toml. Neither torch nor a BLAS is needed or linked.
+Everything else about the package is in pyproject.toml. Neither torch nor a BLAS is linked.
 ``CXX`` names another compiler.
 """
 
@@ -76,17 +76,21 @@ class BuildKernels(build_ext):
 
     def build_extensions(self):
         cxx = compiler()
-        if not compiles(cxx, "#include <optional>\nint main() { if constexpr (true) return 0; }",
-                        "-std=c++17"):
+        if not compiles(
+            cxx, "#include <optional>\nint main() { if constexpr (true) return 0; }", "-std=c++17"
+        ):
             stop(f"{cxx} does not compile C++17; install g++ 9 or clang++ 10 or newer, or set CXX")
         threads = ["-fopenmp"]
-        if not compiles(cxx, "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }",
-                        *threads):
+        if not compiles(
+            cxx, "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }", *threads
+        ):
             print(f"pykernels: {cxx} has no OpenMP; the kernels will use one thread", flush=True)
             threads = []
         self.compiler.set_executables(
-            compiler_so=f"{cxx} -fPIC", compiler_so_cxx=f"{cxx} -fPIC",
-            linker_so=f"{cxx} -shared", linker_so_cxx=f"{cxx} -shared",
+            compiler_so=f"{cxx} -fPIC",
+            compiler_so_cxx=f"{cxx} -fPIC",
+            linker_so=f"{cxx} -shared",
+            linker_so_cxx=f"{cxx} -shared",
         )
         for extension in self.extensions:
             extension.extra_compile_args += threads

@@ -102,22 +102,28 @@ auto by_name(const std::string& dtype, const Body& body) {
 }  // namespace
 
 void bind_probe(py::module_& m) {
-  m.def("fma_rate", [](const std::string& dtype, int threads, double seconds) {
-    return by_name(dtype, [&](auto tag) {
-      return fma_rate<typename decltype(tag)::type>(threads, seconds);
-    });
-  }, py::arg("dtype"), py::arg("threads"), py::arg("seconds"));
-  m.def("copy_rate", [](int threads, int64_t bytes, double seconds) {
-    const py::gil_scoped_release release;
-    return copy_rate(threads, bytes, seconds);
-  }, py::arg("threads"), py::arg("bytes"), py::arg("seconds"));
-  m.def("vec_math", [](const std::string& name, const std::string& dtype, Address in, Address out,
-                       int64_t n) {
-    by_name(dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      vec_math(name, pointer<const T>(in), pointer<T>(out), n);
-    });
-  });
+  m.def(
+      "fma_rate",
+      [](const std::string& dtype, int threads, double seconds) {
+        return by_name(dtype, [&](auto tag) {
+          return fma_rate<typename decltype(tag)::type>(threads, seconds);
+        });
+      },
+      py::arg("dtype"), py::arg("threads"), py::arg("seconds"));
+  m.def(
+      "copy_rate",
+      [](int threads, int64_t bytes, double seconds) {
+        const py::gil_scoped_release release;
+        return copy_rate(threads, bytes, seconds);
+      },
+      py::arg("threads"), py::arg("bytes"), py::arg("seconds"));
+  m.def("vec_math",
+        [](const std::string& name, const std::string& dtype, Address in, Address out, int64_t n) {
+          by_name(dtype, [&](auto tag) {
+            using T = typename decltype(tag)::type;
+            vec_math(name, pointer<const T>(in), pointer<T>(out), n);
+          });
+        });
   m.def("gemm", [](const std::string& dtype, int64_t m_, int64_t n, int64_t k, Address a, Address b,
                    Address c) {
     by_name(dtype, [&](auto tag) {

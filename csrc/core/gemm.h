@@ -21,8 +21,8 @@ constexpr int kPanel = kPanelVecs * lanes<T>;
 // of A fill the register file (6 x 2 + 2 + 1 of 16, 14 x 2 + 2 + 1 of 32).
 constexpr int kTileRows = kVecRegisters == 32 ? 14 : 6;
 
-// Depth of one blocked step. The panel of B and the tile of A that meet in the first-level cache take
-// 22 KB of its 32 with AVX2, 46 KB with AVX-512, where shallower steps were no faster.
+// Depth of one blocked step. The panel of B and the tile of A that meet in the first-level cache
+// take 22 KB of its 32 with AVX2, 46 KB with AVX-512, where shallower steps were no faster.
 template <class T>
 constexpr int64_t kDepth = 1024 / sizeof(T);
 
@@ -87,9 +87,9 @@ PK_INLINE void for_each_tile(Range rows, Range panels, const Body& body) {
 
 // ---- packing ------------------------------------------------------------------------------------
 
-// to[k * to_row + j] = from(j, k) for j < count and k < depth, where count <= kGroups * lanes and the
-// values of one j are contiguous. Writes whole registers: up to lanes - 1 values past each row's
-// end, which the next row then overwrites, and past the end of the last.
+// to[k * to_row + j] = from(j, k) for j < count and k < depth, where count <= kGroups * lanes and
+// the values of one j are contiguous. Writes whole registers: up to lanes - 1 values past each
+// row's end, which the next row then overwrites, and past the end of the last.
 template <class T, int kGroups, class S>
 void transpose_copy(const S* from, int64_t from_row, int64_t count, int64_t depth, T* to,
                     int64_t to_row) {
@@ -128,7 +128,8 @@ void pack_panel(View<S> from, int64_t depth, int64_t columns, T* to) {
       for (int j = 0; j < width; j += lanes<T>)
         store(to + j, j < columns ? load_n(from.data + j, columns - j) : vec<T>{});
     } else {
-      for (int64_t j = 0; j < width; ++j) to[j] = j < columns ? widen(from.data[j * from.column]) : T(0);
+      for (int64_t j = 0; j < width; ++j)
+        to[j] = j < columns ? widen(from.data[j * from.column]) : T(0);
     }
   }
 }
@@ -149,8 +150,8 @@ void pack_panels(const Team& team, View<S> from, int64_t depth, int64_t columns,
                to + p * depth * width);
 }
 
-// Rows [0, rows) of A, cut into the tiles of for_each_tile: [tile][depth, rows of the tile], the tile
-// at `row` at to + row * depth. Writes up to a register past the end.
+// Rows [0, rows) of A, cut into the tiles of for_each_tile: [tile][depth, rows of the tile], the
+// tile at `row` at to + row * depth. Writes up to a register past the end.
 template <class T, class S>
 void pack_rows(View<S> from, int64_t rows, int64_t depth, T* to) {
   constexpr int groups = (kTileRows + lanes<T> - 1) / lanes<T>;
@@ -183,7 +184,8 @@ class Gemm {
   // Scratch is taken here, as the team must not allocate.
   Gemm(int threads, int64_t m, int64_t n, int64_t k)
       : m_(m), n_(n), k_(k), columns_(std::min(round_up(n, kPanel<T>), kBlockColumns)),
-        depth_(std::min(k, kDepth<T>)), per_thread_(columns_ * depth_ + kBlockRows * depth_ + lanes<T>),
+        depth_(std::min(k, kDepth<T>)),
+        per_thread_(columns_ * depth_ + kBlockRows * depth_ + lanes<T>),
         scratch_(threads * per_thread_) {}
 
   void run(const Team& team, View<SA> a, View<SB> b, const T* bias, bool accumulate, T* c,
@@ -228,8 +230,8 @@ class Gemm {
       const int columns = threads / rows;
       const double tiles = double(ceil_div(ceil_div(m_, kTileRows), rows)) *
                            double(ceil_div(ceil_div(n_, kPanel<T>), columns));
-      const double work = tiles * kTileRows * kPanel<T> +
-                          32. * (double(m_) / rows + double(n_) / columns);
+      const double work =
+          tiles * kTileRows * kPanel<T> + 32. * (double(m_) / rows + double(n_) / columns);
       if (least < 0 || work < least) {
         least = work;
         best = {rows, columns};

@@ -90,7 +90,8 @@ constexpr __mmask16 kAllLanes = 0xffff;
 template <class V>
 PK_INLINE V max(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(lane_t<V>) == 4) return (V)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
+  if constexpr (sizeof(lane_t<V>) == 4)
+    return (V)_mm512_maskz_max_ps(kAllLanes, (__m512)a, (__m512)b);
   else return (V)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
   if constexpr (sizeof(lane_t<V>) == 4) return (V)_mm256_max_ps((__m256)a, (__m256)b);
@@ -103,7 +104,8 @@ PK_INLINE V max(V a, V b) {
 template <class V>
 PK_INLINE V min(V a, V b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(lane_t<V>) == 4) return (V)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
+  if constexpr (sizeof(lane_t<V>) == 4)
+    return (V)_mm512_maskz_min_ps(kAllLanes, (__m512)a, (__m512)b);
   else return (V)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)b);
 #elif defined(__AVX2__)
   if constexpr (sizeof(lane_t<V>) == 4) return (V)_mm256_min_ps((__m256)a, (__m256)b);
@@ -191,7 +193,8 @@ PK_INLINE vec<float> load(const f16* p) {
 
 PK_INLINE void store(f16* p, vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm512_maskz_cvtps_ph(kAllLanes, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -222,8 +225,8 @@ PK_INLINE void store_n(S* p, vec<compute_t<S>> v, int64_t n) {
 
 namespace detail {
 
-// Of a and b, lane by lane: with kHigh false, a's lanes whose index has no bit kBit, and beside them
-// b's; with kHigh true, those that have it.
+// Of a and b, lane by lane: with kHigh false, a's lanes whose index has no bit kBit, and beside
+// them b's; with kHigh true, those that have it.
 template <int kBit, bool kHigh, class V, int... I>
 PK_INLINE V exchange(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
@@ -257,7 +260,9 @@ template <int kBit, class V, class Combine>
 PK_INLINE lane_t<V> reduce(V v, const Combine& combine) {
   constexpr int n = lanes<lane_t<V>>;
   if constexpr (kBit == n) return v[0];
-  else return reduce<2 * kBit>(combine(v, swap_lanes<kBit>(v, std::make_integer_sequence<int, n>{})), combine);
+  else
+    return reduce<2 * kBit>(combine(v, swap_lanes<kBit>(v, std::make_integer_sequence<int, n>{})),
+                            combine);
 }
 
 }  // namespace detail

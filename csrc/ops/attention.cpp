@@ -4,10 +4,10 @@
 #include "attention.h"
 
 #include <array>
-#include <tuple>
-#include <utility>
 #include <cmath>
 #include <limits>
+#include <tuple>
+#include <utility>
 
 #include <pybind11/stl.h>
 
@@ -181,7 +181,8 @@ class Forward {
 
     for (int64_t r = 0; r < rows; ++r) {
       const S* const from = p_.q.at(b, head(r), query(r));
-      for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]) * T(n_.scale * kLog2E);
+      for (int64_t d = 0; d < n_.D; ++d)
+        queries[r * n_.D + d] = widen(from[d]) * T(n_.scale * kLog2E);
     }
     for (int64_t r = 0; r < rows; r += kScoreRows)
       pack_rows<T>(View<T>{queries + r * n_.D, n_.D, 1}, std::min(kScoreRows, rows - r), n_.D,
@@ -211,14 +212,17 @@ class Forward {
             apply_mask<S>(p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
           top[r] = row_maximum(row, mine[r], maximum[r0 + r]);
         }
-        // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to scale.
+        // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to
+        // scale.
         for (int64_t r = 0; r < count; r += lanes<T>) {
           const vec<T> before = load(maximum + r0 + r), now = load(top + r);
-          store(factor + r, select<vec<T>>(before == now, 1 + vec<T>{}, exp2_softmax<T>(before - now)));
+          store(factor + r,
+                select<vec<T>>(before == now, 1 + vec<T>{}, exp2_softmax<T>(before - now)));
         }
         for (int64_t r = 0; r < count; ++r) {
           if (factor[r] != 1) scale_row(out + (r0 + r) * out_width_, out_width_, factor[r]);
-          sum[r0 + r] = sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r]);
+          sum[r0 + r] =
+              sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r]);
           maximum[r0 + r] = top[r];
         }
         multiply(count, n_.D_v, seen, scores, score_row, 1, packed_v, keys, true,
@@ -241,9 +245,8 @@ class Forward {
     const int64_t fit = kQueryBytes / (group_ * (n_.D + out_width_) * int64_t(sizeof(T)));
     const int64_t heads = n_.B * n_.N_kv;
     const int64_t pieces = heads ? ceil_div(threads > 1 ? 4 * threads : 1, heads) : 1;
-    return std::max<int64_t>(
-        1, std::min({round_up(std::max<int64_t>(fit, 1), kScoreRows),
-                     round_up(ceil_div(n_.S_q, pieces), kScoreRows), n_.S_q}));
+    return std::max<int64_t>(1, std::min({round_up(std::max<int64_t>(fit, 1), kScoreRows),
+                                          round_up(ceil_div(n_.S_q, pieces), kScoreRows), n_.S_q}));
   }
 
   // The largest of `most` and scores[0, count), and the rest of the last register at -inf.
@@ -297,14 +300,15 @@ class Backward {
       : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
         width_(round_up(n_.D, kPanel<T>)), v_width_(round_up(n_.D_v, kPanel<T>)),
         splits_(choose_splits(threads)), dq_size_(n_.B * n_.N * n_.S_q * width_),
-        per_thread_(Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
-                    Arena<T>::padded(kBackwardKeys * width_) * 2 +
-                    Arena<T>::padded(kBackwardKeys * v_width_) +
-                    Arena<T>::padded(kBackwardRows * n_.D) + Arena<T>::padded(kBackwardRows * n_.D_v) +
-                    Arena<T>::padded(kBackwardRows * width_) +
-                    Arena<T>::padded(kBackwardRows * v_width_) +
-                    Arena<T>::padded(kBackwardRows * kTileLine) * 2),
-        scratch_(threads * per_thread_), delta_(n_.B * n_.N * n_.S_q), dq_(p.dq ? splits_ * dq_size_ : 0) {}
+        per_thread_(
+            Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
+            Arena<T>::padded(kBackwardKeys * width_) * 2 +
+            Arena<T>::padded(kBackwardKeys * v_width_) + Arena<T>::padded(kBackwardRows * n_.D) +
+            Arena<T>::padded(kBackwardRows * n_.D_v) + Arena<T>::padded(kBackwardRows * width_) +
+            Arena<T>::padded(kBackwardRows * v_width_) +
+            Arena<T>::padded(kBackwardRows * kTileLine) * 2),
+        scratch_(threads * per_thread_), delta_(n_.B * n_.N * n_.S_q),
+        dq_(p.dq ? splits_ * dq_size_ : 0) {}
 
   int64_t items() const { return n_.B * n_.N_kv * splits_; }
 
@@ -326,8 +330,8 @@ class Backward {
 
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
-    T* const keys_t = arena.take(kBackwardKeys * n_.D);       // K^T
-    T* const values_t = arena.take(kBackwardKeys * n_.D_v);   // V^T
+    T* const keys_t = arena.take(kBackwardKeys * n_.D);      // K^T
+    T* const values_t = arena.take(kBackwardKeys * n_.D_v);  // V^T
     T* const keys_scaled = arena.take(kBackwardKeys * width_);
     T* const dk = arena.take(kBackwardKeys * width_);
     T* const dv = arena.take(kBackwardKeys * v_width_);
@@ -364,7 +368,8 @@ class Backward {
                      dk, width_);
           if (p_.dq)
             multiply(count, n_.D, seen, rows.dscores, kTileLine, 1, keys_scaled, keys, true,
-                     dq_.get() + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
+                     dq_.get() + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_,
+                     width_);
         }
       }
       const int64_t at = (b * n_.N_kv + g) * n_.S_k + j0;
@@ -380,7 +385,8 @@ class Backward {
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       for (int64_t d = 0; d < n_.D; d += lanes<T>) {
         vec<T> sum = load(dq_.get() + r * width_ + d);
-        for (int64_t s = 1; s < splits_; ++s) sum += load(dq_.get() + s * dq_size_ + r * width_ + d);
+        for (int64_t s = 1; s < splits_; ++s)
+          sum += load(dq_.get() + s * dq_size_ + r * width_ + d);
         store_n(p_.dq + r * n_.D + d, sum, n_.D - d);
       }
     }
@@ -435,7 +441,8 @@ class Backward {
     }
   }
 
-  static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, T factor, S* to) {
+  static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, T factor,
+                    S* to) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < columns; d += lanes<T>)
         store_n(to + i * columns + d, load(from + i * from_row + d) * factor, columns - d);
@@ -489,37 +496,41 @@ Heads<const S> heads(const Rows& rows) {
 
 AttentionMask mask_of(const MaskRows& rows) {
   const auto& [kind, data, strides] = rows;
-  return {static_cast<AttentionMask::Kind>(kind), pointer<const void>(data), strides[0], strides[1],
-          strides[2], strides[3]};
+  return {static_cast<AttentionMask::Kind>(kind),
+          pointer<const void>(data),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3]};
 }
 
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out,
-                                Address lse) {
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      attention_forward<S>(threads, {sizes(n, causal, scale), heads<S>(qkv[0]), heads<S>(qkv[1]),
-                                     heads<S>(qkv[2]), mask_of(mask), pointer<S>(out),
-                                     pointer<compute_t<S>>(lse)});
-    });
-  });
-  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                 const std::array<Rows, 4>& in, const MaskRows& mask,
-                                 const std::array<Address, 3>& of_rows,
-                                 const std::array<Address, 3>& grads) {
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      using T = compute_t<S>;
-      attention_backward<S>(
-          threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
-                    mask_of(mask), pointer<S>(of_rows[0]), pointer<T>(of_rows[1]), heads<S>(in[3]),
-                    pointer<T>(of_rows[2]), pointer<S>(grads[0]), pointer<S>(grads[1]),
-                    pointer<S>(grads[2])});
-    });
-  });
+  m.def("attention_forward",
+        [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+           const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out, Address lse) {
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            attention_forward<S>(threads, {sizes(n, causal, scale), heads<S>(qkv[0]),
+                                           heads<S>(qkv[1]), heads<S>(qkv[2]), mask_of(mask),
+                                           pointer<S>(out), pointer<compute_t<S>>(lse)});
+          });
+        });
+  m.def("attention_backward",
+        [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+           const std::array<Rows, 4>& in, const MaskRows& mask,
+           const std::array<Address, 3>& of_rows, const std::array<Address, 3>& grads) {
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = compute_t<S>;
+            attention_backward<S>(
+                threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]),
+                          heads<S>(in[2]), mask_of(mask), pointer<S>(of_rows[0]),
+                          pointer<T>(of_rows[1]), heads<S>(in[3]), pointer<T>(of_rows[2]),
+                          pointer<S>(grads[0]), pointer<S>(grads[1]), pointer<S>(grads[2])});
+          });
+        });
 }
 
 }  // namespace pykernels

@@ -43,8 +43,7 @@ class Widened {
 template <class T, class S>
 class Result {
  public:
-  Result(S* to, int64_t count)
-      : to_(to), count_(count), scratch_(kSame || !to ? 0 : count) {}
+  Result(S* to, int64_t count) : to_(to), count_(count), scratch_(kSame || !to ? 0 : count) {}
   T* get() const {
     if constexpr (kSame) return to_;
     else return scratch_.get();
@@ -121,8 +120,7 @@ struct BackwardCell {
     return step == 0 ? nullptr : delta + walk.time(step - 1) * n.B * n.H;
   }
 
-  PK_INLINE void finish(int64_t step, int64_t row, int64_t column, int64_t count,
-                        vec<T> dh) const {
+  PK_INLINE void finish(int64_t step, int64_t row, int64_t column, int64_t count, vec<T> dh) const {
     const int64_t cell = row * n.H + column;
     if (step == 0 && dh_n) dh += load_n(dh_n + cell, count);
     if (step == n.T) return store_n(dh0 + cell, dh, count);
@@ -189,7 +187,8 @@ void rnn_backward(int threads, const RnnBackward<S>& p) {
     team.wait();
     dx_product.run(team, {delta.get(), n.H, 1}, {p.w_ih, n.I, 1}, nullptr, false, dx.get(), n.I);
     dw_ih_product.run(team, {delta.get(), 1, n.H}, {p.x, n.I, 1}, nullptr, false, dw_ih.get(), n.I);
-    dw_hh_product.run(team, {delta_later, 1, n.H}, {y_before, n.H, 1}, nullptr, false, dw_hh.get(), n.H);
+    dw_hh_product.run(team, {delta_later, 1, n.H}, {y_before, n.H, 1}, nullptr, false, dw_hh.get(),
+                      n.H);
     dw_hh_first.run(team, {delta_first, 1, n.H}, {p.h0, n.H, 1}, nullptr, true, dw_hh.get(), n.H);
     if (p.db) sum_rows(team, delta.get(), rows, n.H, db.get());
     team.wait();

@@ -54,8 +54,7 @@ def attention_bwd(
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv = (
-        t.new_empty(t.shape) if need else None
-        for t, need in zip((q, k, v), needs[:3], strict=True)
+        t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
     )
     rows = [_rows(t) for t in (q, k, v, dout)]
     out = out.contiguous()

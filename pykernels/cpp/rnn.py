@@ -24,7 +24,7 @@ def rnn_fwd(
     reverse: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
-    T, B, I = x.shape  # noqa: E741
+    T, B, I = x.shape
     H = w_hh.shape[0]
     y, h_n = x.new_empty(T, B, H), x.new_empty(B, H)
     # The contiguous copies must outlive the call: their addresses alone reach it.
@@ -52,7 +52,7 @@ def rnn_bwd(
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract."""
     x, w_ih, w_hh, h0, y = saved
-    T, B, I = x.shape  # noqa: E741
+    T, B, I = x.shape
     H = w_hh.shape[0]
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_h0 = needs
     dx = x.new_empty(T, B, I) if need_x else None

@@ -12,7 +12,11 @@ from pykernels import _backends
 
 
 def forward(
-    ctx: Any, op: str, backend: ModuleType, options: dict[str, Any], tensors: tuple[Tensor | None, ...]
+    ctx: Any,
+    op: str,
+    backend: ModuleType,
+    options: dict[str, Any],
+    tensors: tuple[Tensor | None, ...],
 ) -> Any:
     """Runs the backend's ``<op>_fwd`` and keeps on `ctx` what `backward` needs."""
     outputs, saved = getattr(backend, f"{op}_fwd")(*tensors, **options)

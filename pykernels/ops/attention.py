@@ -80,9 +80,9 @@ def attention(
     B, N, S_q, D = q.shape
     N_kv, S_k = k.shape[1:3]
     if enable_gqa:
-        if N != N_kv and (N_kv == 0 or N % N_kv):
+        if N_kv != N and (N_kv == 0 or N % N_kv):
             _checks.fail(op, "q", f"of a number of heads divisible by N_kv = {N_kv}", list(q.shape))
-    elif N != N_kv:
+    elif N_kv != N:
         _checks.fail(op, "k", f"of N = {N} heads unless enable_gqa is True", list(k.shape))
     _checks.positive(op, "head dim D", D)
     _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
@@ -174,9 +174,13 @@ def _leading(
     try:
         if enable_gqa:
             heads, kv_heads = shapes[0][-1], shapes[1][-1]
-            if kv_heads != shapes[2][-1] or (heads != kv_heads and (not kv_heads or heads % kv_heads)):
+            if kv_heads != shapes[2][-1] or (
+                heads != kv_heads and (not kv_heads or heads % kv_heads)
+            ):
                 _checks.fail(
-                    op, "query", "of heads divisible by the equal heads of key and value",
+                    op,
+                    "query",
+                    "of heads divisible by the equal heads of key and value",
                     " and ".join(str(list(t.shape)) for t in (query, key, value)),
                 )
             lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
@@ -185,8 +189,11 @@ def _leading(
             kv_heads = heads
     except RuntimeError:
         _checks.fail(
-            op, "key", f"broadcastable with query {list(query.shape)} and value "
-            f"{list(value.shape)} before the last two axes", list(key.shape),
+            op,
+            "key",
+            f"broadcastable with query {list(query.shape)} and value "
+            f"{list(value.shape)} before the last two axes",
+            list(key.shape),
         )
     return tuple(lead), heads, kv_heads
 

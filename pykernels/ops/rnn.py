@@ -124,7 +124,7 @@ def rnn_cell(
 def _check_weights(
     op: str,
     x: Tensor,
-    I: int,  # noqa: E741
+    I: int,
     w_ih: Tensor,
     w_hh: Tensor,
     b_ih: Tensor | None,

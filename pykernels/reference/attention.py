@@ -10,7 +10,6 @@ S_k keys, D head dim; with N_kv < N heads of K and V, query head n reads head n 
 import math
 
 import torch
-from torch import Tensor
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 FEATURES = frozenset({"dropout", "mask_grad", "v_head_dim"})
@@ -68,8 +67,8 @@ def attention_fwd(q, k, v, attn_mask, *, is_causal, scale):
 def attention_bwd(saved, grads, *, is_causal, scale, needs):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
-        dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
-        dQ = scale * dS K    dK = scale * dS^T Q  dmask = dS summed over what was broadcast
+    dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
+    dQ = scale * dS K    dK = scale * dS^T Q  dmask = dS summed over what was broadcast
     """
     q, k, v, attn_mask, out, _ = saved
     dout, dlse = grads

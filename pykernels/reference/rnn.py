@@ -8,7 +8,6 @@ J. L. Elman, "Finding structure in time", Cognitive Science 14 (1990), in the pa
 """
 
 import torch
-from torch import Tensor
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 FEATURES: frozenset[str] = frozenset()
@@ -32,19 +31,17 @@ def rnn(x, w_ih, w_hh, b_ih=None, b_hh=None, h0=None, *, nonlinearity="tanh", re
 def rnn_fwd(x, w_ih, w_hh, b_ih, b_hh, h0, *, nonlinearity, reverse):
     """See `pykernels._backends` for the contract."""
     with torch.no_grad():
-        y, h_n = rnn(
-            x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse
-        )
+        y, h_n = rnn(x, w_ih, w_hh, b_ih, b_hh, h0, nonlinearity=nonlinearity, reverse=reverse)
     return (y, h_n.clone()), (x, w_ih, w_hh, h0, y)
 
 
 def rnn_bwd(saved, grads, *, nonlinearity, reverse, needs):
     """Backpropagation through time, with delta_t = dL/da_t:
 
-        dh_t    = dy_t + W_hh^T delta_{t+1}
-        delta_t = dh_t * f'(a_t),   f' = 1 - h_t^2 (tanh) or [h_t > 0] (relu)
-        dW_ih = sum_t delta_t x_t^T     dW_hh = sum_t delta_t h_{t-1}^T     db = sum_t delta_t
-        dx_t  = W_ih^T delta_t          dh_0  = W_hh^T delta_1
+    dh_t    = dy_t + W_hh^T delta_{t+1}
+    delta_t = dh_t * f'(a_t),   f' = 1 - h_t^2 (tanh) or [h_t > 0] (relu)
+    dW_ih = sum_t delta_t x_t^T     dW_hh = sum_t delta_t h_{t-1}^T     db = sum_t delta_t
+    dx_t  = W_ih^T delta_t          dh_0  = W_hh^T delta_1
     """
     x, w_ih, w_hh, h0, y = saved
     dy, dh_n = grads

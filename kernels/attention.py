@@ -1,0 +1,965 @@
+"""Scaled dot-product attention on a GPU, after FlashAttention-2 (T. Dao, 2023).
+
+    S = scale * Q K^T + mask    lse_i = log sum_j exp(S_ij)    P = exp(S - lse)    out = P V
+
+The scores exist one tile at a time and never in memory. Tiles that the causal rule hides are never
+computed, and only tiles that the diagonal or the end of the keys crosses pay for a comparison.
+Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
+one order, so two runs agree bit for bit.
+
+Scores live in units that depend on the storage dtype, WIDE being float32 and float64. For 16-bit
+floats they are S * log2(e), so that an exponential is one fused multiply-add and one exp2. For wide
+ones they are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _common, _configs
+from ._common import (
+    LN_2,
+    LOG2_E,
+    TRITON_DTYPES,
+    block_size,
+    capability,
+    compute_dtype,
+    dot,
+    load_tile,
+    on_device_of,
+    to_storage,
+    with_dense_rows,
+)
+
+DTYPES = _common.DTYPES
+FEATURES = frozenset({"v_head_dim"})
+
+#: The largest D and D_v whose tiles fit a GPU's registers, and the smallest block of them.
+MAX_HEAD_DIM = 256
+LEAST_BLOCK_D = 32
+
+
+@triton.jit
+def _exp(x, WIDE: tl.constexpr):
+    return tl.exp(x) if WIDE else tl.exp2(x)
+
+
+@triton.jit
+def _log(x, WIDE: tl.constexpr):
+    return tl.log(x) if WIDE else tl.log2(x)
+
+
+@triton.jit
+def _unit_factor(scale, WIDE: tl.constexpr):
+    """|scale| in the units of scores; above zero, so that a score of -inf stays -inf."""
+    factor = tl.maximum(tl.abs(scale), 1e-30)
+    return factor if WIDE else factor * LOG2_E
+
+
+@triton.jit
+def _rows(ptr, index, stride, cols):
+    """Pointers [M, N] to columns `cols` [N] of rows `index` [M]; offsets may pass 2^31."""
+    return ptr + index.to(tl.int64)[:, None] * stride + cols[None, :]
+
+
+@triton.jit
+def _scores(
+    a,  # [M, D], queries; or keys, and all is transposed
+    b,  # [N, D]
+    factor,
+    mask_rows,  # [M, 1], pointers to the mask's rows
+    mask_cols,  # [1, N], offsets in them
+    visible,  # [M, N], the causal rule and the end of the keys, checked where EDGE
+    inside,  # [M, N], what lies in the mask's memory
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """What `_minus` takes an offset from: -inf where a query does not see a key."""
+    s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], ACC))
+    if NEGATIVE:
+        s = -s
+    if MASK == "bool":
+        keep = tl.load(mask_rows + mask_cols, mask=inside, other=0)
+        s = tl.where(keep != 0, s, float("-inf"))
+    elif MASK == "float":
+        bias = tl.load(mask_rows + mask_cols, mask=inside, other=0.0).to(ACC)
+        s = s * factor + (bias if WIDE else bias * LOG2_E)
+    if EDGE:
+        s = tl.where(visible, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _minus(s, factor, offset, MASK: tl.constexpr):
+    """s * factor - offset, rounded once: near the row's maximum it cancels. A float mask forced the
+    factor on `s` already."""
+    return s - offset if MASK == "float" else tl.fma(s, factor, -offset)
+
+
+@triton.jit
+def _key_ranges(m, S_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For queries m ... m + BLOCK_M - 1: keys [0, full) need no comparison, [full, end) do."""
+    end = S_k
+    full = S_k // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        end = tl.minimum(S_k, m + BLOCK_M)
+        full = tl.minimum(full, (m + 1) // BLOCK_N * BLOCK_N)
+    return full, end
+
+
+@triton.jit
+def _fwd_keys(
+    acc,  # [BLOCK_M, BLOCK_DV], sum of P V, P relative to exp(highest)
+    total,  # [BLOCK_M], row sums of P
+    highest,  # [BLOCK_M], row maxima of the scores
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,
+    v_ptr,
+    mask_rows,
+    rows,
+    start,
+    stop,
+    S_q,
+    S_k,
+    D,
+    D_V,
+    stride_ks,
+    stride_vs,
+    stride_mask_k,
+    factor,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    """The online softmax over keys [start, stop)."""
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    for n in range(start, stop, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        keys_ok = keys < S_k
+        k_ptrs = _rows(k_ptr, keys, stride_ks, ds)
+        k = load_tile(k_ptrs, keys_ok[:, None], (ds < D)[None, :], EDGE, not WHOLE_D)
+        visible = keys_ok[None, :]
+        inside = (rows < S_q)[:, None] & visible
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= rows[:, None])
+        mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
+        s = _scores(
+            q,
+            k,
+            factor,
+            mask_rows,
+            mask_cols,
+            visible,
+            inside,
+            ACC,
+            NEGATIVE,
+            MASK,
+            EDGE,
+            WIDE,
+        )
+
+        top = tl.max(s, 1)
+        highest_now = tl.maximum(highest, top if MASK == "float" else top * factor)
+        # A row that has seen no key yet has highest -inf, and -inf - -inf would be NaN.
+        anchor = tl.where(highest_now == float("-inf"), 0.0, highest_now)
+        p = _exp(_minus(s, factor, anchor[:, None], MASK), WIDE)
+        fade = _exp(highest - anchor, WIDE)
+        total = total * fade + tl.sum(p, 1)
+        v_ptrs = _rows(v_ptr, keys, stride_vs, dvs)
+        v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
+        acc = dot(to_storage(p, v.dtype), v, acc * fade[:, None])
+        highest = highest_now
+    return acc, total, highest
+
+
+@triton.jit
+def attention_fwd_kernel(
+    q_ptr,  # [B, N, S_q, D]
+    k_ptr,  # [B, N_kv, S_k, D]
+    v_ptr,  # [B, N_kv, S_k, D_v]
+    mask_ptr,  # [B, N, S_q, S_k], bytes if MASK is "bool"
+    out_ptr,  # [B, N, S_q, D_v]
+    lse_ptr,  # [B, N, S_q], contiguous
+    N,
+    group,  # N // N_kv
+    S_q,
+    S_k,
+    D,
+    D_V,
+    scale: tl.float64,
+    stride_qb,
+    stride_qn,
+    stride_qs,
+    stride_kb,
+    stride_kn,
+    stride_ks,
+    stride_vb,
+    stride_vn,
+    stride_vs,
+    stride_mask_b,
+    stride_mask_n,
+    stride_mask_q,
+    stride_mask_k,
+    stride_ob,
+    stride_on,
+    stride_os,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # scale < 0
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "bool" or "float"
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,  # D == BLOCK_D
+    WHOLE_DV: tl.constexpr,
+):
+    # Tiles of one head run side by side and share its K and V in L2; the last one, the longest
+    # under the causal rule, starts first.
+    tiles = tl.cdiv(S_q, BLOCK_M)
+    pid = tl.program_id(0)
+    m = (tiles - 1 - pid % tiles) * BLOCK_M
+    head = pid // tiles
+    b = (head // N).to(tl.int64)
+    n = (head % N).to(tl.int64)
+    n_kv = n // group
+    factor = _unit_factor(tl.full([], scale, ACC), WIDE)
+
+    rows = m + tl.arange(0, BLOCK_M)
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    rows_ok = (rows < S_q)[:, None]
+    q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
+    q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
+    k_ptr += b * stride_kb + n_kv * stride_kn
+    v_ptr += b * stride_vb + n_kv * stride_vn
+    mask_rows = mask_ptr
+    if MASK != "none":
+        mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
+        mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
+
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
+    total = tl.zeros([BLOCK_M], ACC)
+    highest = tl.full([BLOCK_M], float("-inf"), ACC)
+    full, end = _key_ranges(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
+    for edge in tl.static_range(2):
+        acc, total, highest = _fwd_keys(
+            acc,
+            total,
+            highest,
+            q,
+            k_ptr,
+            v_ptr,
+            mask_rows,
+            rows,
+            full if edge else 0,
+            end if edge else full,
+            S_q,
+            S_k,
+            D,
+            D_V,
+            stride_ks,
+            stride_vs,
+            stride_mask_k,
+            factor,
+            ACC=ACC,
+            NEGATIVE=NEGATIVE,
+            CAUSAL=CAUSAL,
+            MASK=MASK,
+            EDGE=edge == 1,
+            WIDE=WIDE,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+            BLOCK_DV=BLOCK_DV,
+            WHOLE_D=WHOLE_D,
+            WHOLE_DV=WHOLE_DV,
+        )
+
+    blind = total == 0  # saw no key
+    total = tl.where(blind, 1.0, total)
+    lse = highest + _log(total, WIDE)
+    lse = tl.where(blind, float("-inf"), lse if WIDE else lse * LN_2)
+    out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
+    out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * S_q + rows, lse, mask=rows < S_q)
+
+
+@triton.jit
+def attention_bwd_delta_kernel(
+    out_ptr,  # [B, N, S_q, D_v]
+    dout_ptr,  # [B, N, S_q, D_v]
+    lse_ptr,  # [B, N, S_q], contiguous
+    dlse_ptr,  # [B, N, S_q], contiguous
+    delta_ptr,  # [B, N, S_q], contiguous
+    N,
+    S_q,
+    D_V,
+    stride_ob,
+    stride_on,
+    stride_os,
+    stride_dob,
+    stride_don,
+    stride_dos,
+    ACC: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """delta_i = out_i . dout_i - dlse_i, which with P gives dS = P * (dP - delta)."""
+    tiles = tl.cdiv(S_q, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // tiles
+    b = (head // N).to(tl.int64)
+    n = (head % N).to(tl.int64)
+    rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    dvs = tl.arange(0, BLOCK_DV)
+    rows_ok = rows < S_q
+    inside = rows_ok[:, None] & (dvs < D_V)[None, :]
+    out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
+    dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
+    out = tl.load(out_ptrs, mask=inside, other=0.0).to(ACC)
+    dout = tl.load(dout_ptrs, mask=inside, other=0.0).to(ACC)
+    delta = tl.sum(out * dout, 1)
+    at = tl.cast(head, tl.int64) * S_q + rows
+    if HAS_DLSE:
+        # The lse of a row that sees no key is constant: whatever gradient it gets goes nowhere.
+        seen = tl.load(lse_ptr + at, mask=rows_ok, other=0.0) != float("-inf")
+        delta -= tl.load(dlse_ptr + at, mask=rows_ok & seen, other=0.0).to(ACC)
+    tl.store(delta_ptr + at, delta, mask=rows_ok)
+
+
+@triton.jit
+def _load_lse(ptrs, ok, WIDE: tl.constexpr):
+    """lse in the units of scores; +inf, so that P = 0, in rows that see no key or do not exist."""
+    lse = tl.load(ptrs, mask=ok, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse if WIDE else lse * LOG2_E)
+
+
+@triton.jit
+def _bwd_queries(
+    dk,  # [BLOCK_N, BLOCK_D]
+    dv,  # [BLOCK_N, BLOCK_DV]
+    k,  # [BLOCK_N, BLOCK_D]
+    v,  # [BLOCK_N, BLOCK_DV]
+    q_ptr,
+    dout_ptr,
+    mask_rows,
+    lse_ptr,
+    delta_ptr,
+    keys,
+    start,
+    stop,
+    S_q,
+    S_k,
+    D,
+    D_V,
+    stride_qs,
+    stride_dos,
+    stride_mask_q,
+    factor,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    """What queries [start, stop) add to dK (but for the scale) and dV of one tile of keys.
+
+    Tiles of scores are transposed, keys by queries, so that both sums over queries have their left
+    operand in registers. Keys past S_k gather rubbish, each in a row of its own that is not stored.
+    """
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    for m in range(start, stop, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        rows_ok = rows < S_q
+        q_ptrs = _rows(q_ptr, rows, stride_qs, ds)
+        q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
+        lse = _load_lse(lse_ptr + rows, rows_ok, WIDE)
+        inside = (keys < S_k)[:, None] & rows_ok[None, :]
+        visible = inside
+        if CAUSAL:
+            visible = keys[:, None] <= rows[None, :]
+        mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
+        st = _scores(
+            k,
+            q,
+            factor,
+            mask_rows,
+            mask_cols,
+            visible,
+            inside,
+            ACC,
+            NEGATIVE,
+            MASK,
+            EDGE,
+            WIDE,
+        )
+        pt = _exp(_minus(st, factor, lse[None, :], MASK), WIDE)
+        dout_ptrs = _rows(dout_ptr, rows, stride_dos, dvs)
+        dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
+        dv = dot(to_storage(pt, dout.dtype), dout, dv)
+        delta = tl.load(delta_ptr + rows, mask=rows_ok, other=0.0)
+        dpt = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], ACC))
+        dst = pt * (dpt - delta[None, :])
+        dk = dot(to_storage(dst, q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def attention_bwd_dkv_kernel(
+    q_ptr,  # [B, N, S_q, D]
+    k_ptr,  # [B, N_kv, S_k, D]
+    v_ptr,  # [B, N_kv, S_k, D_v]
+    mask_ptr,  # [B, N, S_q, S_k]
+    dout_ptr,  # [B, N, S_q, D_v]
+    lse_ptr,  # [B, N, S_q], contiguous
+    delta_ptr,  # [B, N, S_q], contiguous
+    dk_ptr,  # [B, N_kv, S_k, D]
+    dv_ptr,  # [B, N_kv, S_k, D_v]
+    N,
+    group,
+    S_q,
+    S_k,
+    D,
+    D_V,
+    scale: tl.float64,
+    stride_qb,
+    stride_qn,
+    stride_qs,
+    stride_kb,
+    stride_kn,
+    stride_ks,
+    stride_vb,
+    stride_vn,
+    stride_vs,
+    stride_mask_b,
+    stride_mask_n,
+    stride_mask_q,
+    stride_mask_k,
+    stride_dob,
+    stride_don,
+    stride_dos,
+    stride_dkb,
+    stride_dkn,
+    stride_dks,
+    stride_dvb,
+    stride_dvn,
+    stride_dvs,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    # The first keys are seen by the most queries under the causal rule: they start first.
+    tiles = tl.cdiv(S_k, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid % tiles * BLOCK_N
+    head_kv = pid // tiles
+    N_kv = N // group
+    b = (head_kv // N_kv).to(tl.int64)
+    n_kv = (head_kv % N_kv).to(tl.int64)
+    scale_acc = tl.full([], scale, ACC)
+    factor = _unit_factor(scale_acc, WIDE)
+
+    keys = first + tl.arange(0, BLOCK_N)
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    keys_ok = (keys < S_k)[:, None]
+    k_ptrs = _rows(k_ptr + b * stride_kb + n_kv * stride_kn, keys, stride_ks, ds)
+    v_ptrs = _rows(v_ptr + b * stride_vb + n_kv * stride_vn, keys, stride_vs, dvs)
+    k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
+    v = load_tile(v_ptrs, keys_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+
+    # Queries [start, full) need a comparison, [full, S_q) do not.
+    start = 0
+    full = 0
+    if CAUSAL:
+        start = first // BLOCK_M * BLOCK_M
+        full = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M), tl.cdiv(S_q, BLOCK_M)) * BLOCK_M
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
+    for member in range(group):
+        n = n_kv * group + member
+        row = (b * N + n) * S_q
+        mask_rows = mask_ptr
+        if MASK != "none":
+            mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
+            mask_rows = mask_rows + keys.to(tl.int64)[:, None] * stride_mask_k
+        for edge in tl.static_range(2 if CAUSAL else 1):
+            dk, dv = _bwd_queries(
+                dk,
+                dv,
+                k,
+                v,
+                q_ptr + b * stride_qb + n * stride_qn,
+                dout_ptr + b * stride_dob + n * stride_don,
+                mask_rows,
+                lse_ptr + row,
+                delta_ptr + row,
+                keys,
+                start if edge else full,
+                full if edge else S_q,
+                S_q,
+                S_k,
+                D,
+                D_V,
+                stride_qs,
+                stride_dos,
+                stride_mask_q,
+                factor,
+                ACC=ACC,
+                NEGATIVE=NEGATIVE,
+                CAUSAL=CAUSAL,
+                MASK=MASK,
+                EDGE=edge == 1,
+                WIDE=WIDE,
+                BLOCK_M=BLOCK_M,
+                BLOCK_N=BLOCK_N,
+                BLOCK_D=BLOCK_D,
+                BLOCK_DV=BLOCK_DV,
+                WHOLE_D=WHOLE_D,
+                WHOLE_DV=WHOLE_DV,
+            )
+
+    dk_ptrs = _rows(dk_ptr + b * stride_dkb + n_kv * stride_dkn, keys, stride_dks, ds)
+    dv_ptrs = _rows(dv_ptr + b * stride_dvb + n_kv * stride_dvn, keys, stride_dvs, dvs)
+    dk = to_storage(dk * scale_acc, dk_ptr.dtype.element_ty)
+    dv = to_storage(dv, dv_ptr.dtype.element_ty)
+    tl.store(dk_ptrs, dk, mask=keys_ok & (ds < D)[None, :])
+    tl.store(dv_ptrs, dv, mask=keys_ok & (dvs < D_V)[None, :])
+
+
+@triton.jit
+def _bwd_keys(
+    dq,  # [BLOCK_M, BLOCK_D]
+    q,  # [BLOCK_M, BLOCK_D]
+    dout,  # [BLOCK_M, BLOCK_DV]
+    lse,  # [BLOCK_M]
+    delta,  # [BLOCK_M]
+    k_ptr,
+    v_ptr,
+    mask_rows,
+    rows,
+    start,
+    stop,
+    S_q,
+    S_k,
+    D,
+    D_V,
+    stride_ks,
+    stride_vs,
+    stride_mask_k,
+    factor,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    """What keys [start, stop) add to dQ (but for the scale) of one tile of queries."""
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    for n in range(start, stop, BLOCK_N):
+        keys = n + tl.arange(0, BLOCK_N)
+        keys_ok = keys < S_k
+        k_ptrs = _rows(k_ptr, keys, stride_ks, ds)
+        v_ptrs = _rows(v_ptr, keys, stride_vs, dvs)
+        k = load_tile(k_ptrs, keys_ok[:, None], (ds < D)[None, :], EDGE, not WHOLE_D)
+        v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
+        visible = keys_ok[None, :]
+        inside = (rows < S_q)[:, None] & visible
+        if CAUSAL:
+            visible = visible & (keys[None, :] <= rows[:, None])
+        mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
+        s = _scores(
+            q,
+            k,
+            factor,
+            mask_rows,
+            mask_cols,
+            visible,
+            inside,
+            ACC,
+            NEGATIVE,
+            MASK,
+            EDGE,
+            WIDE,
+        )
+        p = _exp(_minus(s, factor, lse[:, None], MASK), WIDE)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC))
+        dscores = p * (dp - delta[:, None])
+        dq = dot(to_storage(dscores, k.dtype), k, dq)
+    return dq
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    q_ptr,  # [B, N, S_q, D]
+    k_ptr,  # [B, N_kv, S_k, D]
+    v_ptr,  # [B, N_kv, S_k, D_v]
+    mask_ptr,  # [B, N, S_q, S_k]
+    dout_ptr,  # [B, N, S_q, D_v]
+    lse_ptr,  # [B, N, S_q], contiguous
+    delta_ptr,  # [B, N, S_q], contiguous
+    dq_ptr,  # [B, N, S_q, D]
+    N,
+    group,
+    S_q,
+    S_k,
+    D,
+    D_V,
+    scale: tl.float64,
+    stride_qb,
+    stride_qn,
+    stride_qs,
+    stride_kb,
+    stride_kn,
+    stride_ks,
+    stride_vb,
+    stride_vn,
+    stride_vs,
+    stride_mask_b,
+    stride_mask_n,
+    stride_mask_q,
+    stride_mask_k,
+    stride_dob,
+    stride_don,
+    stride_dos,
+    stride_dqb,
+    stride_dqn,
+    stride_dqs,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    tiles = tl.cdiv(S_q, BLOCK_M)
+    pid = tl.program_id(0)
+    m = (tiles - 1 - pid % tiles) * BLOCK_M
+    head = pid // tiles
+    b = (head // N).to(tl.int64)
+    n = (head % N).to(tl.int64)
+    n_kv = n // group
+    scale_acc = tl.full([], scale, ACC)
+    factor = _unit_factor(scale_acc, WIDE)
+
+    rows = m + tl.arange(0, BLOCK_M)
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    rows_ok = (rows < S_q)[:, None]
+    q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
+    dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
+    q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
+    dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+    at = tl.cast(head, tl.int64) * S_q + rows
+    lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
+    delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
+    k_ptr += b * stride_kb + n_kv * stride_kn
+    v_ptr += b * stride_vb + n_kv * stride_vn
+    mask_rows = mask_ptr
+    if MASK != "none":
+        mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
+        mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    full, end = _key_ranges(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
+    for edge in tl.static_range(2):
+        dq = _bwd_keys(
+            dq,
+            q,
+            dout,
+            lse,
+            delta,
+            k_ptr,
+            v_ptr,
+            mask_rows,
+            rows,
+            full if edge else 0,
+            end if edge else full,
+            S_q,
+            S_k,
+            D,
+            D_V,
+            stride_ks,
+            stride_vs,
+            stride_mask_k,
+            factor,
+            ACC=ACC,
+            NEGATIVE=NEGATIVE,
+            CAUSAL=CAUSAL,
+            MASK=MASK,
+            EDGE=edge == 1,
+            WIDE=WIDE,
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+            BLOCK_DV=BLOCK_DV,
+            WHOLE_D=WHOLE_D,
+            WHOLE_DV=WHOLE_DV,
+        )
+
+    dq_ptrs = _rows(dq_ptr + b * stride_dqb + n * stride_dqn, rows, stride_dqs, ds)
+    dq = to_storage(dq * scale_acc, dq_ptr.dtype.element_ty)
+    tl.store(dq_ptrs, dq, mask=rows_ok & (ds < D)[None, :])
+
+
+def _options(
+    tables: dict,
+    q: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> dict[str, object]:
+    """The constants of a launch with the block sizes of `tables`."""
+    D, D_v = q.shape[-1], v.shape[-1]
+    block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
+    plain = attn_mask is None and D == block_d == D_v
+    config = _configs.attention(
+        tables, capability(q.device), q.dtype, max(block_d, block_dv), plain
+    )
+    mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float"
+    return {
+        "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
+        "NEGATIVE": scale < 0,
+        "CAUSAL": is_causal,
+        "MASK": mask,
+        "WIDE": q.dtype == compute_dtype(q.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "WHOLE_D": block_d == D,
+        "WHOLE_DV": block_dv == D_v,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """The inputs as kernels take them, and their strides; a bool mask is read as bytes."""
+    q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
+    steps = sum((tensor.stride()[:3] for tensor in (q, k, v)), ())
+    if attn_mask is None:
+        return q, k, v, None, (*steps, 0, 0, 0, 0)
+    mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+    return q, k, v, mask, (*steps, *mask.stride())
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    """Attention and the log-sum-exp of the scores.
+
+    Args:
+        q: [B, N, S_q, D].
+        k: [B, N_kv, S_k, D]; N is a multiple of N_kv.
+        v: [B, N_kv, S_k, D_v].
+        attn_mask: None, or [B, N, S_q, S_k] of any strides, bool (True: attend) or added to the
+            scores.
+        is_causal: query i sees keys j <= i.
+        scale: what the scores are multiplied by.
+
+    Returns:
+        ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``.
+
+    Raises:
+        ValueError: D or D_v is above `MAX_HEAD_DIM`.
+    """
+    B, N, S_q, D = q.shape
+    S_k, D_v = v.shape[2:]
+    if max(D, D_v) > MAX_HEAD_DIM:
+        raise ValueError(
+            f"attention: the triton backend serves head dims up to {MAX_HEAD_DIM}, "
+            f"got D = {D}, D_v = {D_v}"
+        )
+    saved = (q, k, v, attn_mask)
+    q, k, v, mask, steps = _operands(q, k, v, attn_mask)
+    # Laid out as q where that is possible: what follows attention reshapes without a copy.
+    out = torch.empty_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
+    lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
+    if lse.numel() > 0:
+        options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, is_causal, scale)
+        with on_device_of(q):
+            attention_fwd_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
+                q,
+                k,
+                v,
+                mask,
+                out,
+                lse,
+                N,
+                N // max(k.shape[1], 1),
+                S_q,
+                S_k,
+                D,
+                D_v,
+                scale,
+                *steps,
+                *out.stride()[:3],
+                **options,
+            )
+    return (out, lse), (*saved, out, lse)
+
+
+def attention_bwd(
+    saved: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, Tensor | None],
+    *,
+    is_causal: bool,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k and v.
+
+    Args:
+        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, out, lse).
+        grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
+        is_causal, scale: as in `attention_fwd`.
+        needs: which of the four gradients are wanted; that of the mask is not served.
+
+    Returns:
+        ``(dq, dk, dv, None)``, None where not wanted.
+    """
+    q, k, v, attn_mask, out, lse = saved
+    dout, dlse = grads
+    B, N, S_q, D = q.shape
+    N_kv, S_k, D_v = v.shape[1:]
+    group = N // max(N_kv, 1)
+    q, k, v, mask, steps = _operands(q, k, v, attn_mask)
+    out = with_dense_rows(out)
+    dout = torch.zeros_like(out) if dout is None else with_dense_rows(dout)
+
+    delta = torch.empty_like(lse)
+    if delta.numel() > 0:
+        block_dv = block_size(D_v, LEAST_BLOCK_D)
+        config = _configs.ATTENTION_DELTA
+        with on_device_of(q):
+            attention_bwd_delta_kernel[(triton.cdiv(S_q, config.block_m) * B * N,)](
+                out,
+                dout,
+                lse,
+                None if dlse is None else dlse.contiguous(),
+                delta,
+                N,
+                S_q,
+                D_v,
+                *out.stride()[:3],
+                *dout.stride()[:3],
+                ACC=TRITON_DTYPES[compute_dtype(q.dtype)],
+                HAS_DLSE=dlse is not None,
+                BLOCK_M=config.block_m,
+                BLOCK_DV=block_dv,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
+
+    dq = dk = dv = None
+    if needs[0]:
+        dq = torch.empty_like(q)
+        if dq.numel() > 0:
+            options = _options(_configs.ATTENTION_DQ, q, v, attn_mask, is_causal, scale)
+            with on_device_of(q):
+                attention_bwd_dq_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
+                    q,
+                    k,
+                    v,
+                    mask,
+                    dout,
+                    lse,
+                    delta,
+                    dq,
+                    N,
+                    group,
+                    S_q,
+                    S_k,
+                    D,
+                    D_v,
+                    scale,
+                    *steps,
+                    *dout.stride()[:3],
+                    *dq.stride()[:3],
+                    **options,
+                )
+    if needs[1] or needs[2]:
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        if dk.numel() > 0:
+            options = _options(_configs.ATTENTION_DKV, q, v, attn_mask, is_causal, scale)
+            with on_device_of(q):
+                attention_bwd_dkv_kernel[(triton.cdiv(S_k, options["BLOCK_N"]) * B * N_kv,)](
+                    q,
+                    k,
+                    v,
+                    mask,
+                    dout,
+                    lse,
+                    delta,
+                    dk,
+                    dv,
+                    N,
+                    group,
+                    S_q,
+                    S_k,
+                    D,
+                    D_v,
+                    scale,
+                    *steps,
+                    *dout.stride()[:3],
+                    *dk.stride()[:3],
+                    *dv.stride()[:3],
+                    **options,
+                )
+    return dq, dk if needs[1] else None, dv if needs[2] else None, None

@@ -1,0 +1,20 @@
+"""What tests and benchmarks share: named inputs, stock torch's equivalents, the tolerance rule."""
+
+from pykernels.testing import evaluate, specs, stock
+from pykernels.testing.evaluate import check
+from pykernels.testing.specs import ATTENTION_SPECS, RNN_SPECS, AttentionSpec, RNNSpec
+from pykernels.testing.tolerance import Measured, assert_close, measure
+
+__all__ = [
+    "ATTENTION_SPECS",
+    "RNN_SPECS",
+    "AttentionSpec",
+    "Measured",
+    "RNNSpec",
+    "assert_close",
+    "check",
+    "evaluate",
+    "measure",
+    "specs",
+    "stock",
+]

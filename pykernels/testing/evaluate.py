@@ -1,0 +1,135 @@
+"""One spec run by us, by stock torch or by the reference: outputs and gradients by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import functional
+from pykernels.testing import stock as _stock
+from pykernels.testing.specs import Spec
+from pykernels.testing.tolerance import Measured, assert_close, measure
+
+Results = dict[str, Tensor]
+
+# Inputs that `usual_error` draws of a spec that is not large.
+USUAL_DRAWS = 4
+
+
+def ours(
+    spec: Spec, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0
+) -> Results:
+    """Outputs and gradients of `functional.<op>` on `backend`."""
+    op = functools.partial(getattr(functional, spec.op), backend=backend)
+    return _evaluate(op, spec, spec.inputs(dtype, device, seed), dtype, seed)
+
+
+@functools.lru_cache(maxsize=16)  # several backends are measured against one result
+def stock(spec: Spec, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Results:
+    """The same from stock torch, at the same dtype on the same input."""
+    return _evaluate(getattr(_stock, spec.op), spec, spec.inputs(dtype, device, seed), dtype, seed)
+
+
+@functools.lru_cache(maxsize=16)
+def truth(spec: Spec, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Results:
+    """The same from the reference in float64, on the input as `dtype` rounds it."""
+    op = functools.partial(getattr(functional, spec.op), backend="reference")
+    inputs = {
+        name: t.double() if t.is_floating_point() else t
+        for name, t in spec.inputs(dtype, device, seed).items()
+    }
+    return _evaluate(op, spec, inputs, dtype, seed)
+
+
+def check(
+    spec: Spec, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0
+) -> dict[str, Measured]:
+    """`assert_close` on every output and gradient of a spec; the measured errors by name."""
+    # first, so that nothing a test does to a backend reaches them
+    expected, usual = truth(spec, dtype, device, seed), stock(spec, dtype, device, seed)
+    actual = ours(spec, dtype, backend, device, seed)
+    return compare(spec, actual, expected, usual, dtype)
+
+
+def compare(
+    spec: Spec, actual: Results, expected: Results, usual: Results, dtype: torch.dtype
+) -> dict[str, Measured]:
+    """`assert_close` on every tensor of `actual`."""
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"{spec.name}: got {sorted(actual)}, expected {sorted(expected)}")
+    luck = usual_error(spec, dtype)
+    return {
+        name: assert_close(
+            actual[name],
+            expected[name],
+            usual[name],
+            f"{spec.name} {name} ({dtype})",
+            dtype,
+            usual=luck[name],
+            condition=spec.condition,
+        )
+        for name in expected
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def usual_error(spec: Spec, dtype: torch.dtype) -> dict[str, float]:
+    """Stock torch's error by name, in relation to max|truth|: what is usual for such an input.
+
+    A tensor of few numbers may be exact by luck, on one processor and not on the next, so several
+    inputs are drawn. In float64 stock torch and the truth are made of the same products, so that
+    their difference is too small, often 0: there float32's error counts, in units of the dtype.
+    """
+    draws = 1 if "bench" in spec.tags else USUAL_DRAWS
+    measured: dict[str, float] = {}
+    for seed in range(draws):
+        expected, found = truth(spec, dtype, seed=seed), stock(spec, dtype, seed=seed)
+        for name in expected:
+            one = measure(found[name], expected[name], found[name], dtype)
+            relative = one.error / one.scale if one.scale else 0.0
+            measured[name] = max(measured.get(name, 0.0), relative)
+    if dtype == torch.float64:
+        units = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        narrow = usual_error(spec, torch.float32)
+        measured = {name: max(error, units * narrow[name]) for name, error in measured.items()}
+    return measured
+
+
+def _evaluate(
+    op: Callable[..., Any], spec: Spec, inputs: Mapping[str, Tensor], dtype: torch.dtype, seed: int
+) -> Results:
+    """Outputs, and the gradient "d<argument>" of each floating argument, by name.
+
+    The upstream gradients are random, for every output. Float masks are left out: their gradient
+    is an optional feature, tested on its own.
+    """
+    leaves = {
+        name: t.detach().requires_grad_(t.is_floating_point() and name != "attn_mask")
+        for name, t in inputs.items()
+    }
+    options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
+    outputs = dict(zip(spec.outputs, op(**leaves, **options), strict=True))
+    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
+    generator = torch.Generator().manual_seed(seed + 1)
+    upstream = [
+        # rounded as the inputs are, so that every dtype of computation is given the same numbers
+        torch.randn(out.shape, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .to(dtype=out.dtype, device=out.device)
+        for out in outputs.values()
+    ]
+    # an output that depends on no input (the state after no step) has no gradient to send back
+    sent = [
+        (out, d) for out, d in zip(outputs.values(), upstream, strict=True) if out.requires_grad
+    ]
+    grads = [torch.zeros_like(t) for t in wanted.values()]
+    if sent:
+        outs, ds = zip(*sent, strict=True)
+        grads = torch.autograd.grad(outs, list(wanted.values()), ds, materialize_grads=True)
+    return {name: out.detach() for name, out in outputs.items()} | {
+        f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)
+    }

@@ -1,0 +1,616 @@
+"""The named inputs of every op: one list for tests, benchmarks and the README's support table.
+
+A spec says what is run (sizes, options, memory layout), why it is there, and builds its tensors:
+
+    spec.inputs(torch.float32)  ->  {"x": ..., "w_ih": ..., ...}   arguments of functional.<op>
+    spec.options                ->  {"nonlinearity": "tanh", ...}  and its keyword options
+
+The same seed gives the same numbers at every dtype (drawn in float64, then rounded once).
+
+Tags: "bench" shapes that benchmarks time, "quick" the short benchmark, "hostile" edges and odd
+layouts, "interpreter" small enough for Triton's interpreter, "gradcheck" small enough for
+numerical derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "transposed", "expanded", "offset", "strided", "huge")
+
+# Storage elements between two rows of the "huge" layout: an element offset that no 32-bit integer
+# holds. The pages in between are never touched, so the memory is reserved and not used.
+HUGE_STRIDE = 2**31 + 64
+
+
+def with_layout(dense: Tensor, layout: str) -> Tensor:
+    """The values of `dense` ("expanded": of its first slice, repeated) in another memory layout.
+
+    "transposed"  the last dimension but two and the one before it lie swapped in memory
+                  ([T, B, I] as [B, T, I]; [B, N, S, D] as [B, S, N, D]); a matrix lies transposed
+    "expanded"    stride 0 in the dimension that a batch or head is usually broadcast over
+    "offset"      the storage starts one element late, so that no vector load is aligned
+    "strided"     every second element of the last dimension
+    "huge"        HUGE_STRIDE elements between slices of the first dimension
+    """
+    shape = dense.shape
+    if layout == "contiguous" or dense.dim() == 0:
+        return dense.contiguous()
+    if layout == "transposed":
+        if dense.dim() == 1:
+            return dense.contiguous()
+        a = 0 if dense.dim() == 2 else dense.dim() - 3
+        return dense.transpose(a, a + 1).contiguous().transpose(a, a + 1)
+    if layout == "expanded":
+        axis = {1: 0, 2: 0, 3: 1, 4: 1}[dense.dim()]
+        if shape[axis] == 0:
+            return dense.contiguous()
+        return dense.narrow(axis, 0, 1).contiguous().expand(shape)
+    if layout == "offset":
+        storage = torch.empty(dense.numel() + 1, dtype=dense.dtype, device=dense.device)
+        return storage[1:].view(shape).copy_(dense)
+    if layout == "strided":
+        storage = torch.empty((*shape[:-1], 2 * shape[-1]), dtype=dense.dtype, device=dense.device)
+        return storage[..., ::2].copy_(dense)
+    if layout == "huge":
+        rows = [shape[0], *dense.contiguous().stride()[1:]]
+        size = (rows[0] - 1) * HUGE_STRIDE + math.prod(shape[1:])
+        # a raw storage: torch.empty may be told to fill what it returns, and would touch every page
+        storage = torch.UntypedStorage(size * dense.element_size(), device=dense.device)
+        view = torch.tensor([], dtype=dense.dtype, device=dense.device)
+        view.set_(storage, 0, shape, (HUGE_STRIDE, *rows[1:]))
+        return view.copy_(dense)
+    raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+class _Draw:
+    """Random tensors in float64 from one seeded generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, bound: float, *shape: int) -> Tensor:
+        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * 2 - 1) * bound
+
+    def chance(self, p: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64) < p
+
+
+@dataclass(frozen=True)
+class RNNSpec:
+    """Inputs of `functional.rnn`: x [T, B, I], w_ih [H, I], w_hh [H, H], biases [H], h0 [B, H]."""
+
+    name: str
+    why: str
+    t: int
+    b: int
+    i: int
+    h: int
+    bias: bool = True
+    h0: bool = True
+    nonlinearity: str = "tanh"
+    reverse: bool = False
+    layout: str = "contiguous"
+    tags: frozenset[str] = frozenset()
+
+    op = "rnn"
+    outputs = ("y", "h_n")
+    condition = 1.0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"T": self.t, "B": self.b, "I": self.i, "H": self.h}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"nonlinearity": self.nonlinearity, "reverse": self.reverse}
+
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Tensors by argument name; weights as torch.nn.RNN draws them, uniform in +-1/sqrt(H)."""
+        draw, k = _Draw(seed), 1 / math.sqrt(self.h)
+        made = {
+            "x": draw.normal(self.t, self.b, self.i),
+            "w_ih": draw.uniform(k, self.h, self.i),
+            "w_hh": draw.uniform(k, self.h, self.h),
+        }
+        if self.bias:
+            made |= {"b_ih": draw.uniform(k, self.h), "b_hh": draw.uniform(k, self.h)}
+        if self.h0:
+            made["h0"] = draw.normal(self.b, self.h)
+        # the huge layout is for x alone: it reserves gigabytes of address space for each tensor
+        return {
+            name: with_layout(
+                tensor.to(device=device, dtype=dtype),
+                "contiguous" if self.layout == "huge" and name != "x" else self.layout,
+            )
+            for name, tensor in made.items()
+        }
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Inputs of `functional.attention`.
+
+    q is [B, N, S_q, D], k [B, N_kv, S_k, D], v [B, N_kv, S_k, D_v].
+    `mask` is None, "bool" (True = attend) or "float" (added to the scores; one entry in five is
+    -inf), of shape `mask_shape`, whose letters stand for the sizes above and "1" for a broadcast
+    axis. Every row of a mask keeps a key, unless `dead_rows` asks for every third row to keep none
+    (or a mask without a key axis, or the causal rule on top, takes its keys away).
+    """
+
+    name: str
+    why: str
+    b: int
+    n: int
+    s_q: int
+    d: int
+    s_k: int = -1  # -1: as many keys as queries
+    n_kv: int = -1  # -1: as many key heads as query heads
+    d_v: int = -1  # -1: D
+    is_causal: bool = False
+    scale: float | None = None
+    mask: str | None = None
+    mask_shape: tuple[str, ...] = ("S_q", "S_k")
+    dead_rows: bool = False
+    gain: float = 1.0  # standard deviation of the scores is about this
+    layout: str = "contiguous"
+    tags: frozenset[str] = frozenset()
+
+    op = "attention"
+    outputs = ("out", "lse")
+
+    def __post_init__(self) -> None:
+        for field, default in (("s_k", self.s_q), ("n_kv", self.n), ("d_v", self.d)):
+            if getattr(self, field) == -1:
+                object.__setattr__(self, field, default)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            "B": self.b,
+            "N": self.n,
+            "N_kv": self.n_kv,
+            "S_q": self.s_q,
+            "S_k": self.s_k,
+            "D": self.d,
+            "D_v": self.d_v,
+        }
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a backend must list in FEATURES to serve this spec."""
+        return frozenset({"v_head_dim"} if self.d_v != self.d else ())
+
+    @property
+    def condition(self) -> float:
+        """softmax multiplies the rounding of a score by the score."""
+        return max(1.0, self.gain)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "is_causal": self.is_causal,
+            "scale": self.scale,
+            "enable_gqa": self.n_kv != self.n,
+        }
+
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Tensors by argument name, standard normal but for q, which carries `gain`."""
+        draw = _Draw(seed)
+        made = {
+            "q": draw.normal(self.b, self.n, self.s_q, self.d) * self.gain,
+            "k": draw.normal(self.b, self.n_kv, self.s_k, self.d),
+            "v": draw.normal(self.b, self.n_kv, self.s_k, self.d_v),
+        }
+        made = {name: t.to(device=device, dtype=dtype) for name, t in made.items()}
+        if self.mask is not None:
+            mask = self._mask(draw)
+            made["attn_mask"] = mask.to(device, torch.bool if self.mask == "bool" else dtype)
+        layouts = dict.fromkeys(made, self.layout)
+        if (
+            self.layout == "huge"
+        ):  # for q alone: it reserves gigabytes of address space for each tensor
+            layouts = {name: "huge" if name == "q" else "contiguous" for name in made}
+        return {name: with_layout(t, layouts[name]) for name, t in made.items()}
+
+    def _mask(self, draw: _Draw) -> Tensor:
+        named = {"1": 1, **self.sizes}
+        shape = [named[letter] for letter in self.mask_shape]
+        keep = ~draw.chance(0.2, *shape)
+        if shape[-1] > 1:
+            rows = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+            keep.scatter_(-1, (rows % shape[-1])[..., None], True)
+            if self.dead_rows:
+                keep[rows % 3 == 1] = False
+        if self.mask == "bool":
+            return keep
+        return draw.normal(*shape).masked_fill(~keep, -math.inf)
+
+
+Spec = RNNSpec | AttentionSpec
+
+
+def _tags(*tags: str) -> frozenset[str]:
+    known = {"bench", "quick", "hostile", "interpreter", "gradcheck"}
+    if unknown := set(tags) - known:
+        raise ValueError(f"unknown tags {sorted(unknown)}")
+    return frozenset(tags)
+
+
+BENCH = _tags("bench")
+QUICK = _tags("bench", "quick")
+HOSTILE = _tags("hostile")
+SMALL = _tags("hostile", "interpreter")
+TINY = _tags("hostile", "interpreter", "gradcheck")
+
+
+def _rnn_bench(t: int, b: int, i: int, h: int, why: str, tags: frozenset[str]) -> RNNSpec:
+    return RNNSpec(f"rnn-{t}x{b}x{i}x{h}", why, t, b, i, h, tags=tags)
+
+
+RNN_SPECS: list[RNNSpec] = [
+    # --- what benchmarks time
+    _rnn_bench(
+        50, 1, 300, 512, "a sentence at a time: the weights bind, not the arithmetic", BENCH
+    ),
+    _rnn_bench(50, 32, 300, 512, "a language model's batch", QUICK),
+    _rnn_bench(50, 64, 300, 512, "the same, twice as wide a batch", BENCH),
+    _rnn_bench(512, 16, 128, 128, "a long sequence whose weights fit the first cache", QUICK),
+    _rnn_bench(1024, 1, 64, 64, "longest and smallest: the cost of one step", QUICK),
+    # --- plain
+    RNNSpec("rnn-plain", "the ordinary case, small", 5, 3, 6, 8, tags=TINY),
+    RNNSpec("rnn-relu", "the other nonlinearity", 5, 3, 6, 8, nonlinearity="relu", tags=TINY),
+    RNNSpec("rnn-reverse", "time runs backwards", 5, 3, 6, 8, reverse=True, tags=TINY),
+    RNNSpec("rnn-no-bias", "both biases absent", 5, 3, 6, 8, bias=False, tags=TINY),
+    RNNSpec("rnn-no-h0", "the state starts at zero", 5, 3, 6, 8, h0=False, tags=TINY),
+    RNNSpec(
+        "rnn-bare",
+        "no bias, no h0, relu and reverse at once",
+        4,
+        2,
+        3,
+        5,
+        bias=False,
+        h0=False,
+        nonlinearity="relu",
+        reverse=True,
+        tags=TINY,
+    ),
+    # --- least sizes
+    RNNSpec("rnn-t1", "one step: y and h_n are the same numbers", 1, 3, 6, 8, tags=TINY),
+    RNNSpec("rnn-t1-reverse", "one step backwards", 1, 3, 6, 8, reverse=True, tags=SMALL),
+    RNNSpec("rnn-t2", "one step with a predecessor", 2, 1, 2, 3, tags=TINY),
+    RNNSpec("rnn-t0", "no step: h_n is h0, the weights get zero gradient", 0, 3, 6, 8, tags=SMALL),
+    RNNSpec("rnn-t0-no-h0", "no step and no state: h_n is zero", 0, 3, 6, 8, h0=False, tags=SMALL),
+    RNNSpec("rnn-b0", "an empty batch", 5, 0, 6, 8, tags=SMALL),
+    RNNSpec("rnn-b1", "one sequence: a matrix-vector product per step", 6, 1, 7, 12, tags=SMALL),
+    RNNSpec("rnn-h1", "one hidden unit", 5, 8, 6, 1, tags=TINY),
+    RNNSpec("rnn-i1", "one input feature", 5, 3, 1, 8, tags=TINY),
+    RNNSpec("rnn-all1", "every size is one", 1, 1, 1, 1, tags=TINY),
+    # --- around the vector width (4, 8, 16 lanes)
+    *(
+        RNNSpec(f"rnn-h{h}", "vector width +-1 in H", 4, 5, 6, h, tags=HOSTILE)
+        for h in (7, 9, 15, 16, 31, 32)
+    ),
+    RNNSpec("rnn-h17", "one past two vectors in H", 4, 5, 6, 17, tags=SMALL),
+    RNNSpec("rnn-h33", "one past a block of 32 in H", 3, 5, 6, 33, tags=SMALL),
+    *(
+        RNNSpec(f"rnn-i{i}", "vector width +-1 in I", 4, 5, i, 10, tags=HOSTILE)
+        for i in (7, 8, 9, 15, 16, 31, 32, 33)
+    ),
+    RNNSpec("rnn-i17", "one past two vectors in I", 4, 5, 17, 10, tags=SMALL),
+    *(
+        RNNSpec(f"rnn-b{b}", "register tile +-1 in B", 3, b, 5, 11, tags=HOSTILE)
+        for b in (2, 4, 6, 7, 8, 9, 13, 16, 33)
+    ),
+    RNNSpec("rnn-b17", "one past a tensor-core tile in B", 3, 17, 5, 11, tags=SMALL),
+    # --- across the blocks of the matrix product
+    RNNSpec("rnn-h300", "H crosses blocks and is no multiple of one", 4, 3, 40, 300, tags=HOSTILE),
+    RNNSpec("rnn-h257", "one past 256 in H", 3, 7, 20, 257, tags=HOSTILE),
+    RNNSpec("rnn-i600", "I longer than a depth block of the product", 3, 4, 600, 20, tags=HOSTILE),
+    RNNSpec("rnn-rows", "T*B crosses row blocks of the input product", 70, 9, 12, 24, tags=HOSTILE),
+    RNNSpec("rnn-long", "error and gradient through many steps", 200, 2, 8, 16, tags=HOSTILE),
+    RNNSpec(
+        "rnn-long-relu",
+        "the same where nothing saturates",
+        100,
+        3,
+        8,
+        24,
+        nonlinearity="relu",
+        reverse=True,
+        tags=HOSTILE,
+    ),
+    # --- memory layouts
+    RNNSpec("rnn-transposed", "x comes batch first", 5, 4, 6, 9, layout="transposed", tags=SMALL),
+    RNNSpec(
+        "rnn-expanded", "stride 0: one row for the batch", 5, 4, 6, 9, layout="expanded", tags=SMALL
+    ),
+    RNNSpec("rnn-offset", "no pointer is aligned", 5, 4, 8, 16, layout="offset", tags=SMALL),
+    RNNSpec("rnn-strided", "the last axis is not dense", 5, 4, 6, 9, layout="strided", tags=SMALL),
+    RNNSpec("rnn-huge-stride", "offsets past 32 bits", 2, 3, 6, 9, layout="huge", tags=HOSTILE),
+]
+
+
+def _attention_bench(
+    b: int, n: int, s: int, d: int, why: str, tags: frozenset[str]
+) -> list[AttentionSpec]:
+    name = f"attention-{b}x{n}x{s}x{d}"
+    return [
+        AttentionSpec(name, why, b, n, s, d, tags=tags),
+        AttentionSpec(f"{name}-causal", f"{why}, causal", b, n, s, d, is_causal=True, tags=tags),
+    ]
+
+
+def _attention(
+    name: str, why: str, tags: frozenset[str], sizes: Iterable[int], **rest: Any
+) -> AttentionSpec:
+    b, n, s_q, d = sizes
+    return AttentionSpec(f"attention-{name}", why, b, n, s_q, d, tags=tags, **rest)
+
+
+ATTENTION_SPECS: list[AttentionSpec] = [
+    # --- what benchmarks time
+    *_attention_bench(1, 8, 512, 64, "one sequence of ordinary length", BENCH),
+    *_attention_bench(4, 8, 512, 64, "a small batch", QUICK),
+    *_attention_bench(1, 8, 2048, 64, "a long sequence", QUICK),
+    *_attention_bench(1, 8, 2048, 128, "a long sequence with wide heads", BENCH),
+    *_attention_bench(8, 12, 128, 64, "BERT's heads on short sentences", BENCH),
+    AttentionSpec(
+        "attention-decode-1x8x1x4096x64",
+        "one new token against a cache: memory binds",
+        1,
+        8,
+        1,
+        64,
+        s_k=4096,
+        tags=QUICK,
+    ),
+    # --- plain
+    _attention("plain", "the ordinary case, small", TINY, (2, 2, 5, 4)),
+    _attention("causal", "each query sees itself and before", TINY, (2, 2, 5, 4), is_causal=True),
+    _attention("scale", "an explicit scale", TINY, (1, 2, 5, 4), scale=0.3),
+    _attention(
+        "scale-negative", "a scale below zero flips the maximum", SMALL, (1, 2, 9, 8), scale=-0.5
+    ),
+    _attention("scale-zero", "every key weighs the same", SMALL, (1, 2, 9, 8), scale=0.0),
+    # --- lengths
+    _attention("kv-longer", "more keys than queries", TINY, (1, 2, 3, 4), s_k=7),
+    _attention("kv-shorter", "fewer keys than queries", TINY, (1, 2, 7, 4), s_k=3),
+    _attention(
+        "causal-kv-longer",
+        "top-left: the last keys are unseen",
+        TINY,
+        (1, 2, 3, 4),
+        s_k=7,
+        is_causal=True,
+    ),
+    _attention(
+        "causal-kv-shorter", "late queries see all keys", TINY, (1, 2, 7, 4), s_k=3, is_causal=True
+    ),
+    _attention(
+        "causal-kv-longer-tiles",
+        "whole tiles unseen",
+        HOSTILE,
+        (1, 2, 40, 8),
+        s_k=300,
+        is_causal=True,
+    ),
+    _attention(
+        "causal-kv-shorter-tiles",
+        "whole tiles past the keys",
+        HOSTILE,
+        (1, 2, 300, 8),
+        s_k=40,
+        is_causal=True,
+    ),
+    _attention("s1", "one query, one key: softmax is 1", TINY, (2, 3, 1, 4)),
+    _attention("sq1", "a decode step", SMALL, (2, 3, 1, 8), s_k=37),
+    _attention(
+        "sq1-causal",
+        "one query sees the first key alone",
+        SMALL,
+        (2, 3, 1, 8),
+        s_k=37,
+        is_causal=True,
+    ),
+    _attention("sk1", "one key: no gradient reaches q", SMALL, (2, 3, 9, 8), s_k=1),
+    _attention("sk0", "no key: output 0, lse -inf", SMALL, (2, 3, 4, 8), s_k=0),
+    _attention("sk0-causal", "no key, causal", SMALL, (2, 3, 4, 8), s_k=0, is_causal=True),
+    _attention("sq0", "no query: empty output, zero gradient", SMALL, (2, 3, 0, 8), s_k=5),
+    _attention("b0", "an empty batch", SMALL, (0, 3, 4, 8)),
+    # --- head sizes
+    *(
+        _attention(f"d{d}", "vector width +-1 in D", HOSTILE, (1, 2, 10, d))
+        for d in (2, 8, 9, 15, 17, 31, 33, 80, 100, 128, 160, 256)
+    ),
+    _attention("d1", "one feature", TINY, (1, 2, 5, 1)),
+    _attention("d7", "one short of a vector", SMALL, (1, 2, 10, 7)),
+    _attention("d40", "no power of two", SMALL, (1, 2, 10, 40)),
+    _attention("d64", "the usual head", SMALL, (1, 1, 33, 64), is_causal=True),
+    _attention("dv-wider", "values wider than keys", TINY, (1, 2, 5, 3), d_v=6),
+    _attention(
+        "dv-narrower", "values narrower than keys", HOSTILE, (2, 2, 20, 24), d_v=5, is_causal=True
+    ),
+    _attention("dv1", "one value feature", HOSTILE, (1, 2, 19, 16), d_v=1),
+    # --- heads
+    _attention("gqa", "two query heads share a key head", TINY, (1, 4, 3, 3), n_kv=2),
+    _attention(
+        "gqa-causal", "three share one, causal", SMALL, (2, 6, 20, 8), n_kv=2, is_causal=True
+    ),
+    _attention("mqa", "all query heads share one key head", SMALL, (2, 4, 11, 8), n_kv=1),
+    _attention("mqa-decode", "a shared cache, one query", HOSTILE, (2, 8, 1, 64), n_kv=1, s_k=130),
+    # --- masks
+    _attention("mask-2d", "bool [S_q, S_k]", TINY, (1, 2, 4, 3), mask="bool"),
+    _attention(
+        "mask-4d",
+        "bool [B, N, S_q, S_k]",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="bool",
+        mask_shape=("B", "N", "S_q", "S_k"),
+    ),
+    _attention(
+        "mask-keys",
+        "bool [B, 1, 1, S_k]: padding",
+        SMALL,
+        (3, 2, 9, 8),
+        mask="bool",
+        mask_shape=("B", "1", "1", "S_k"),
+    ),
+    _attention(
+        "mask-heads",
+        "bool [N, 1, S_k] by head",
+        HOSTILE,
+        (2, 3, 20, 8),
+        mask="bool",
+        mask_shape=("N", "1", "S_k"),
+    ),
+    _attention(
+        "mask-rows",
+        "bool [1, N, S_q, 1]: whole rows die",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="bool",
+        mask_shape=("1", "N", "S_q", "1"),
+    ),
+    _attention(
+        "mask-dead", "every third row sees no key", TINY, (1, 2, 4, 3), mask="bool", dead_rows=True
+    ),
+    _attention(
+        "mask-dead-tiles",
+        "dead rows across tiles",
+        HOSTILE,
+        (1, 2, 150, 16),
+        mask="bool",
+        dead_rows=True,
+    ),
+    _attention(
+        "mask-causal",
+        "mask and causal both apply",
+        SMALL,
+        (2, 2, 17, 8),
+        mask="bool",
+        is_causal=True,
+    ),
+    _attention(
+        "mask-gqa",
+        "mask by query head, keys shared",
+        HOSTILE,
+        (2, 4, 33, 8),
+        n_kv=2,
+        mask="bool",
+        mask_shape=("B", "N", "S_q", "S_k"),
+    ),
+    _attention("bias-2d", "float [S_q, S_k] with -inf entries", TINY, (1, 2, 4, 3), mask="float"),
+    _attention(
+        "bias-4d",
+        "float [B, N, S_q, S_k]",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="float",
+        mask_shape=("B", "N", "S_q", "S_k"),
+    ),
+    _attention(
+        "bias-keys",
+        "float [B, 1, 1, S_k]",
+        SMALL,
+        (3, 2, 9, 8),
+        mask="float",
+        mask_shape=("B", "1", "1", "S_k"),
+    ),
+    _attention(
+        "bias-rows",
+        "float [1, N, S_q, 1]: moves lse alone",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="float",
+        mask_shape=("1", "N", "S_q", "1"),
+    ),
+    _attention(
+        "bias-dead", "rows of -inf alone", SMALL, (1, 2, 12, 8), mask="float", dead_rows=True
+    ),
+    _attention(
+        "bias-causal",
+        "float mask and causal",
+        HOSTILE,
+        (2, 2, 70, 16),
+        mask="float",
+        is_causal=True,
+    ),
+    _attention(
+        "bias-strided",
+        "the mask is not dense either",
+        HOSTILE,
+        (1, 2, 30, 8),
+        s_k=21,
+        mask="float",
+        mask_shape=("B", "N", "S_q", "S_k"),
+        layout="strided",
+    ),
+    # --- around tile borders
+    *(
+        _attention(f"s{s}", "tile border +-1, full", HOSTILE, (1, 1, s, 16))
+        for s in (16, 31, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513)
+    ),
+    *(
+        _attention(
+            f"s{s}-causal", "tile border +-1, causal", HOSTILE, (1, 1, s, 16), is_causal=True
+        )
+        for s in (16, 31, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 255, 256, 257, 513)
+    ),
+    _attention("tiles", "one past a tile both ways", SMALL, (1, 1, 65, 16), s_k=129),
+    _attention("tiles-causal", "the same, causal", SMALL, (1, 1, 129, 16), s_k=65, is_causal=True),
+    _attention(
+        "tiles-mask", "a mask across tile borders", HOSTILE, (1, 2, 129, 16), s_k=257, mask="bool"
+    ),
+    # --- large scores
+    _attention(
+        "saturated", "scores of size 50: softmax is one-hot", SMALL, (1, 2, 24, 16), gain=50.0
+    ),
+    _attention(
+        "saturated-causal", "the same, causal", HOSTILE, (1, 2, 130, 16), gain=50.0, is_causal=True
+    ),
+    # --- memory layouts
+    _attention(
+        "transposed", "q, k, v lie as [B, S, N, D]", SMALL, (2, 3, 9, 8), layout="transposed"
+    ),
+    _attention("expanded", "one key head expanded over N", SMALL, (2, 3, 9, 8), layout="expanded"),
+    _attention("offset", "no pointer is aligned", SMALL, (2, 3, 9, 16), layout="offset"),
+    _attention(
+        "strided",
+        "the last axis is not dense",
+        SMALL,
+        (2, 3, 9, 8),
+        layout="strided",
+        is_causal=True,
+    ),
+    _attention("huge-stride", "offsets past 32 bits", HOSTILE, (2, 2, 9, 8), layout="huge"),
+]
+
+
+def find(name: str) -> Spec:
+    """The spec called `name`; a KeyError that lists the known names otherwise."""
+    for spec in (*RNN_SPECS, *ATTENTION_SPECS):
+        if spec.name == name:
+            return spec
+    known = ", ".join(spec.name for spec in (*RNN_SPECS, *ATTENTION_SPECS))
+    raise KeyError(f"no spec is called {name!r}; known: {known}")
+
+
+def tagged(specs: Iterable[Spec], *tags: str) -> list[Spec]:
+    """The specs that carry every one of `tags`."""
+    return [spec for spec in specs if spec.tags.issuperset(tags)]

@@ -1,0 +1,47 @@
+"""Settings that hold for every test.
+
+Triton's interpreter is chosen before anything can import `pykernels.kernels`: without a GPU it is
+how its kernels run.
+"""
+
+import torch  # noqa: I001  first: the C++ kernels share its OpenMP runtime
+
+import os
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+def pytest_configure(config):
+    # Workers of xdist share the cores; tests that are about threads set their own number.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """torch fills every tensor that it returns uninitialised with NaN, or the largest integer.
+
+    So an output that a kernel leaves unwritten, or reads before it has written it, shows in the
+    result.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets torch's number of threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

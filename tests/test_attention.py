@@ -1,0 +1,490 @@
+"""The `attention` op: every spec on every backend, then what is special to it."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    bits,
+    call,
+    cases,
+    check,
+    concurrently,
+    device,
+    gradcheck,
+    gradcheck_cases,
+    gradient_alone,
+    leaves,
+    leaves_inputs_alone,
+    need,
+    rejects_mutants,
+    repeats_bitwise,
+    saved_bytes,
+    some,
+    without_gradients,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pykernels import functional
+from pykernels.testing import ATTENTION_SPECS, AttentionSpec, assert_close, evaluate, stock
+from pykernels.testing.specs import find
+
+BACKENDS = ("reference", "cpp", "triton")
+
+
+@pytest.mark.parametrize(("spec", "backend", "dtype"), cases(*ATTENTION_SPECS))
+def test_values_and_gradients(spec, backend, dtype):
+    check(spec, backend, dtype)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend"),
+    gradcheck_cases(
+        ATTENTION_SPECS, {f"attention-{name}" for name in ("causal-kv-longer", "gqa", "mask-dead")}
+    ),
+)
+def test_gradcheck(spec, backend):
+    gradcheck(spec, backend)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend"),
+    some(
+        [
+            "attention-plain",
+            "attention-causal-kv-longer",
+            "attention-gqa",
+            "attention-mask-dead",
+            "attention-sk0",
+        ],
+        ["attention-gqa", "attention-mask-dead"],
+    ),
+)
+def test_each_gradient_alone(spec, backend):
+    gradient_alone(spec, backend)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend"),
+    some(
+        [
+            "attention-plain",
+            "attention-mask-2d",
+            "attention-bias-2d",
+            "attention-s129-causal",
+            "attention-gqa-causal",
+        ],
+        ["attention-bias-2d", "attention-transposed"],
+    ),
+)
+def test_leaves_inputs_alone(spec, backend):
+    leaves_inputs_alone(spec, backend)
+    without_gradients(spec, backend)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention-4x8x512x64-causal",
+        "attention-decode-1x8x1x4096x64",
+        "attention-s513",
+        "attention-s513-causal",
+        "attention-mqa-decode",
+        "attention-mask-gqa",
+        "attention-s1",
+    ],
+)
+def test_threads(name, count, threads):
+    """One, two, and more threads than there are heads: right, and the same bits twice."""
+    threads(count)
+    check(find(name), "cpp", torch.float32)
+    repeats_bitwise(find(name), "cpp", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["attention-s513-causal", "attention-mqa-decode"])
+def test_threads_of_other_dtypes(name, dtype, threads):
+    threads(2)
+    check(find(name), "cpp", dtype)
+    repeats_bitwise(find(name), "cpp", dtype)
+
+
+@pytest.mark.parametrize("name", ["attention-plain", "attention-d64"])
+def test_repeats_bitwise_triton(name):
+    repeats_bitwise(find(name), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_concurrent_calls(count, threads):
+    threads(count)
+    concurrently(find("attention-tiles-mask"), "cpp", torch.float32)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_sizes(data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    def choose(*choices):
+        return data.draw(st.sampled_from(choices))
+
+    group, n_kv = draw(1, 3), draw(1, 3)
+    d = draw(1, 70)
+    spec = AttentionSpec(
+        "attention-any",
+        "drawn",
+        draw(1, 3),
+        group * n_kv,
+        draw(1, 150),
+        d,
+        s_k=draw(0, 150),
+        n_kv=n_kv,
+        d_v=choose(d, d, draw(1, 40)),
+        is_causal=choose(False, True),
+        scale=choose(None, 0.1, -0.2),
+        mask=choose(None, "bool", "float"),
+        mask_shape=tuple(choose(letter, "1") for letter in ("B", "N", "S_q", "S_k")),
+        dead_rows=choose(False, True),
+        layout=choose("contiguous", "transposed", "expanded", "offset", "strided"),
+    )
+    check(spec, "cpp", choose(torch.float32, torch.float64))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("name", ["attention-plain", "attention-gqa", "attention-d64"])
+def test_saves_out_and_lse_and_nothing_else(name, backend):
+    spec = find(name)
+    need(spec, backend, torch.float32)
+    kept, outputs = saved_bytes(spec, backend, torch.float32)
+    assert kept == sum(out.numel() * out.element_size() for out in outputs)
+
+
+@pytest.mark.parametrize("options", ["is_causal=True", "attn_mask=keys"])
+def test_never_holds_a_score_matrix(options):
+    """Forward and backward over 8192 x 8192 scores, 256 MB: memory grows by less than a quarter."""
+    need(find("attention-plain"), "cpp", torch.float32)
+    program = """
+        import resource, torch
+        from pykernels import functional
+
+        def run(S):
+            q, k, v = (torch.randn(1, 1, S, 8, requires_grad=True) for _ in range(3))
+            keys = torch.ones(1, 1, 1, S, dtype=torch.bool)  # broadcast: no [S, S] here either
+            functional.attention(q, k, v, OPTIONS, backend="cpp").sum().backward()
+
+        torch.set_num_threads(2)
+        run(64)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run(8192)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    program = textwrap.dedent(program).replace("OPTIONS", options)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ
+    )
+    kilobytes = int(done.stdout)
+    assert kilobytes < 64 * 1024, f"peak memory grew by {kilobytes} KB"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_has_the_wider_dtype(backend):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        spec = find("attention-plain")
+        need(spec, backend, dtype)
+        out, lse = call(spec, spec.inputs(dtype, device(backend)), backend)
+        assert out.dtype == dtype
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blind_rows(backend):
+    """A query that sees no key: output 0, lse -inf, and exactly no gradient."""
+    spec = find("attention-bias-dead")
+    need(spec, backend, torch.float32)
+    made = leaves(spec, torch.float32, backend)
+    out, lse = call(spec, made, backend)
+    blind = (made["attn_mask"] == -math.inf).all(-1)
+    assert 0 < blind.sum() < blind.numel()
+    assert (out[..., blind, :] == 0).all()
+    assert (lse[..., blind] == -math.inf).all()
+    assert lse[..., ~blind].isfinite().all()
+    grads = torch.autograd.grad(
+        (out * torch.randn_like(out)).sum() + lse[..., ~blind].sum(), [made[name] for name in "qkv"]
+    )
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][..., blind, :] == 0).all()
+    assert (grads[0][..., ~blind, :] != 0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_shows_in_the_rows_that_see_it(backend):
+    spec = AttentionSpec("attention-nan", "drawn", 1, 2, 40, 16)
+    need(spec, backend, torch.float32)
+    clean = spec.inputs(torch.float32, device(backend))
+    expected = functional.attention(**clean, is_causal=True, backend=backend)
+    for name in "qk":
+        made = {key: t.clone() for key, t in clean.items()}
+        made[name][0, 1, 20, 3] = torch.nan
+        out = functional.attention(**made, is_causal=True, backend=backend)
+        sees = [20] if name == "q" else range(20, 40)
+        assert out[0, 1, sees].isnan().all()
+        unseen = [i for i in range(40) if i not in sees]
+        torch.testing.assert_close(out[0, 1, unseen], expected[0, 1, unseen])
+        torch.testing.assert_close(out[0, 0], expected[0, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_merging_pieces_by_lse(backend):
+    """Keys in two pieces, merged by their log-sum-exp, with gradients through it: the whole."""
+    spec = find("attention-mqa")
+    need(spec, backend, torch.float64)
+    made = leaves(spec, torch.float64, backend)
+    q, k, v = made["q"], made["k"], made["v"]
+
+    def attend(k, v):
+        return functional.attention(q, k, v, enable_gqa=True, return_lse=True, backend=backend)
+
+    whole, whole_lse = attend(k, v)
+    (out_a, lse_a), (out_b, lse_b) = (
+        attend(k[:, :, part], v[:, :, part]) for part in (slice(4), slice(4, None))
+    )
+    lse = torch.logaddexp(lse_a, lse_b)
+    out = out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None]
+    torch.testing.assert_close(out, whole, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(lse, whole_lse, rtol=1e-12, atol=1e-13)
+    up = torch.randn_like(out)
+    for one, two in zip(
+        torch.autograd.grad(out, [q, k, v], up),
+        torch.autograd.grad(whole, [q, k, v], up),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "mask_shape", [("S_q", "S_k"), ("B", "1", "1", "S_k"), ("1", "N", "1", "S_k")]
+)
+def test_gradient_of_a_float_mask(mask_shape):
+    """Served by the reference, which is chosen for it; a bias that broadcasts gets the sum."""
+    spec = AttentionSpec(
+        "attention-mask-grad", "drawn", 2, 3, 7, 5, mask="float", mask_shape=mask_shape
+    )
+    upstream = None
+    results = {}
+    for name, op, dtype in (
+        ("truth", stock.attention, torch.float64),
+        ("stock", stock.attention, torch.float32),
+        ("ours", functional.attention, torch.float32),
+    ):
+        made = {key: t.to(dtype) for key, t in spec.inputs(torch.float32).items()}
+        made["attn_mask"].requires_grad_()
+        out = op(**made)
+        upstream = torch.randn(out.shape) if upstream is None else upstream
+        results[name] = torch.autograd.grad(out, made["attn_mask"], upstream.to(dtype))[0]
+    assert_close(results["ours"], results["truth"], results["stock"], "dattn_mask")
+    made["attn_mask"] = made["attn_mask"].detach().requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"backend 'cpp' cannot serve this call: .*; these can: reference"
+    ):
+        functional.attention(**made, backend="cpp")
+
+
+@pytest.mark.parametrize("name", ["attention-s1", "attention-gqa", "attention-mask-dead"])
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_second_derivative(name, backend):
+    gradcheck(find(name), backend, torch.autograd.gradgradcheck)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_penalty_is_torchs(backend):
+    """A penalty on a gradient does not lose its own gradient in silence."""
+    spec = find("attention-causal")
+    need(spec, backend, torch.float64)
+    results = []
+    for op in (functools.partial(functional.attention, backend=backend), math_attention):
+        made = leaves(spec, torch.float64, backend)
+        out = op(**made, is_causal=True)
+        (dq,) = torch.autograd.grad(out.square().sum(), made["q"], create_graph=True)
+        penalised = out.sum() + dq.square().sum()
+        results.append(torch.autograd.grad(penalised, list(made.values())))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-11)
+
+
+def math_attention(q, k, v, is_causal):
+    """Stock torch where it has a second derivative."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+def test_causal_never_looks_ahead():
+    """Later keys and values may hold any number, even the largest."""
+    need(find("attention-plain"), "cpp", torch.float32)
+    q, k, v = (torch.randn(1, 1, 100, 16) for _ in range(3))
+    clean = functional.attention(q, k, v, is_causal=True, backend="cpp")
+    k[:, :, 60:], v[:, :, 60:] = 1e30, 3e38
+    out = functional.attention(q, k, v, is_causal=True, backend="cpp")
+    torch.testing.assert_close(out[:, :, :60], clean[:, :, :60])
+
+
+class TestScaledDotProductAttention:
+    """Torch's function of that name: the same signature, values and gradients."""
+
+    @pytest.mark.parametrize(
+        "shapes",
+        [
+            [(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)],
+            [(3, 5, 4), (3, 7, 4), (3, 7, 4)],
+            [(5, 4), (7, 4), (7, 4)],
+            [(2, 2, 3, 5, 4), (2, 2, 3, 7, 4), (2, 2, 3, 7, 6)],
+            [(2, 3, 5, 4), (1, 3, 7, 4), (1, 1, 7, 4)],
+            [(0, 3, 5, 4), (0, 3, 7, 4), (0, 3, 7, 4)],
+            [(2, 3, 5, 4), (2, 3, 0, 4), (2, 3, 0, 4)],
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["full", "causal", "bool", "float", "scale"])
+    def test_as_torch(self, shapes, kind):
+        options = {
+            "full": {},
+            "causal": {"is_causal": True},
+            "bool": {"attn_mask": torch.rand(shapes[0][-2], shapes[1][-2]) < 0.8},
+            "float": {"attn_mask": torch.randn(shapes[0][-2], shapes[1][-2], dtype=torch.float64)},
+            "scale": {"scale": 0.3},
+        }[kind]
+        made = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        ours = functional.scaled_dot_product_attention(*made, **options)
+        theirs = F.scaled_dot_product_attention(*made, **options)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+        up = torch.randn_like(ours)
+        if up.numel():
+            pairs = (torch.autograd.grad(out, made, up) for out in (ours, theirs))
+            for one, two in zip(*pairs, strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+
+    @pytest.mark.parametrize("shape", [(2, 1, 5, 7), (1, 3, 1, 7), (3, 5, 1), (1, 7), (2, 3, 5, 7)])
+    def test_mask_broadcasts_as_torch(self, shape):
+        q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64) for n in (5, 7, 7))
+        mask = torch.randn(shape, dtype=torch.float64)
+        ours = functional.scaled_dot_product_attention(q, k, v, mask)
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, mask))
+
+    def test_gqa_as_torch(self):
+        q, k, v = (torch.randn(2, n, 5, 4, dtype=torch.float64) for n in (6, 2, 2))
+        ours = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+    def test_positional_arguments(self):
+        q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64) for _ in range(3))
+        ours = functional.scaled_dot_product_attention(q, k, v, None, 0.0, True)
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, None, 0.0, True))
+        ours = functional.scaled_dot_product_attention(
+            query=q,
+            key=k,
+            value=v,
+            attn_mask=None,
+            dropout_p=0.0,
+            is_causal=False,
+            scale=2.0,
+            enable_gqa=False,
+        )
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, scale=2.0))
+
+    def test_dropout(self):
+        """Weights are dropped with probability p and the others grow by 1/(1-p); the mean stays."""
+        q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1000, 4)
+        v = torch.eye(1000)[None, None]
+        out = functional.scaled_dot_product_attention(q, k, v, dropout_p=0.25)[0, 0, 0] * 1000
+        assert out.unique().tolist() == pytest.approx([0.0, 4 / 3])
+        assert 200 < (out == 0).sum() < 300
+        again = functional.scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+        assert (again == 0).all()
+
+    def test_dropout_has_gradients(self):
+        q, k, v = (
+            torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)
+        )
+
+        def op(*tensors):
+            torch.manual_seed(1)
+            return functional.scaled_dot_product_attention(*tensors, dropout_p=0.5, is_causal=True)
+
+        assert torch.autograd.gradcheck(op, (q, k, v))
+
+
+def test_the_reference_is_torchs_function():
+    """Truth itself against stock torch in float64, where both are exact to a few ulp."""
+    for name in (
+        "plain",
+        "causal",
+        "scale",
+        "gqa",
+        "mask-2d",
+        "bias-2d",
+        "mask-dead",
+        "causal-kv-longer",
+        "sk0",
+    ):
+        spec = find(f"attention-{name}")
+        truth, stocked = evaluate.truth(spec, torch.float64), evaluate.stock(spec, torch.float64)
+        for key in truth:
+            torch.testing.assert_close(truth[key], stocked[key], rtol=1e-12, atol=1e-13)
+
+
+def test_float_inputs_give_bitwise_what_their_copies_give():
+    """Strides change nothing in the result, to the last bit."""
+    need(find("attention-plain"), "cpp", torch.float32)
+    for name in ("attention-transposed", "attention-strided", "attention-offset"):
+        spec = find(name)
+        made = spec.inputs(torch.float32)
+        dense = {key: t.clone(memory_format=torch.contiguous_format) for key, t in made.items()}
+        for one, two in zip(call(spec, made, "cpp"), call(spec, dense, "cpp"), strict=True):
+            assert torch.equal(bits(one), bits(two))
+
+
+def test_harness_rejects_mutants(monkeypatch):
+    """Zeros for an output or a gradient, one off by 0.1 %, a forgotten upstream one: fail."""
+
+    def zeros(run, *args, **options):
+        (out, lse), saved = run(*args, **options)
+        return (torch.zeros_like(out), lse), saved
+
+    def wrong_base(run, *args, **options):
+        (out, lse), saved = run(*args, **options)
+        return (out, lse / math.log(2)), saved
+
+    def unscaled(run, *args, **options):
+        return run(*args, **{**options, "scale": 1.0})
+
+    def gradient(index, factor):
+        def wrong(run, *args, **options):
+            grads = list(run(*args, **options))
+            grads[index] = grads[index] * factor
+            return tuple(grads)
+
+        return wrong
+
+    def forget(index):
+        def wrong(run, saved, grads, **options):
+            grads = [None if i == index else grad for i, grad in enumerate(grads)]
+            return run(saved, grads, **options)
+
+        return wrong
+
+    mutants = [("attention_fwd", wrong) for wrong in (zeros, wrong_base, unscaled)]
+    mutants += [("attention_bwd", gradient(i, factor)) for i in range(3) for factor in (0.0, 1.001)]
+    mutants += [("attention_bwd", forget(i)) for i in range(2)]
+    rejects_mutants(find("attention-plain"), monkeypatch, mutants)

@@ -1,0 +1,289 @@
+"""Which backend runs, who decides, and what is said where none can."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pykernels
+from pykernels import _backends
+from pykernels.testing.specs import find
+
+CPU = torch.device("cpu")
+
+
+def chosen(requested=None, dtype=torch.float32, features=frozenset(), op="rnn"):
+    """The package of the backend that a call would run on."""
+    return _backends.select(op, requested, CPU, dtype, features).__name__.split(".")[1]
+
+
+def python(program, **environment):
+    """Run a program in a fresh interpreter -> (its output, its exit status)."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYKERNELS_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=env | environment
+    )
+    return (done.stdout + done.stderr).strip(), done.returncode
+
+
+def test_the_extension_is_built():
+    """Every other test skips without it; this one does not."""
+    assert _backends.available("cpp") is None
+    assert _backends.load_extension().__name__ == f"pykernels._C_{_backends.isa()}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_runs_here():
+    """The same for triton, which needs a GPU or its interpreter (conftest.py sees to that)."""
+    assert _backends.available("triton") is None
+
+
+@pytest.mark.parametrize("backend", _backends.BACKENDS)
+@pytest.mark.parametrize("op", ["rnn", "attention"])
+def test_every_backend_serves_its_dtypes(backend, op):
+    if reason := _backends.available(backend):
+        pytest.skip(reason)
+    module = _backends.module(backend, op)
+    assert {torch.float16, torch.bfloat16, torch.float32, torch.float64} == module.DTYPES
+    assert {"mask_grad", "v_head_dim", "dropout"} >= module.FEATURES
+    assert {f"{op}_fwd", f"{op}_bwd"} <= set(dir(module))
+
+
+def test_default_is_the_fastest():
+    assert chosen() == "cpp"
+    assert chosen(op="attention") == "cpp"
+
+
+def test_features_decide():
+    assert chosen(op="attention", features=frozenset({"mask_grad"})) == "reference"
+    assert chosen(op="attention", features=frozenset({"v_head_dim"})) == "cpp"
+
+
+def test_argument_wins_over_context():
+    with pykernels.use_backend("reference"):
+        assert chosen() == "reference"
+        assert chosen("cpp") == "cpp"
+        with pykernels.use_backend("cpp"):
+            assert chosen() == "cpp"
+        with pykernels.use_backend(None):
+            assert chosen() == "cpp"
+        assert chosen() == "reference"
+    assert chosen() == "cpp"
+
+
+def test_context_ends_with_an_error():
+    with pytest.raises(KeyError), pykernels.use_backend("reference"):
+        raise KeyError
+    assert chosen() == "cpp"
+
+
+def test_context_belongs_to_its_thread():
+    import threading
+
+    seen = []
+    with pykernels.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(chosen()))
+        thread.start()
+        thread.join()
+    assert seen == ["cpp"]
+
+
+def test_backward_stays_on_the_backend_of_its_forward():
+    spec = find("rnn-plain")
+    inputs = {name: t.requires_grad_() for name, t in spec.inputs(torch.float64).items()}
+    y, _ = pykernels.functional.rnn(**inputs, backend="cpp")
+    with pykernels.use_backend("reference"):
+        assert y.grad_fn.backend.__name__.startswith("pykernels.cpp")
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (
+            lambda: pykernels.use_backend("cuda").__enter__(),
+            "use_backend: `name` must be one of 'cpp', 'triton', 'reference', got 'cuda'",
+        ),
+        (
+            lambda: chosen("fast"),
+            "rnn: `backend` must be one of 'cpp', 'triton', 'reference', got 'fast'",
+        ),
+        (
+            lambda: chosen("cpp", torch.float8_e4m3fn),
+            "rnn: backend 'cpp' cannot serve this call: it does not serve torch.float8_e4m3fn; "
+            "no backend can",
+        ),
+        (
+            lambda: chosen("cpp", op="attention", features=frozenset({"mask_grad"})),
+            "attention: backend 'cpp' cannot serve this call: it does not serve mask_grad; "
+            "these can: reference",
+        ),
+        (
+            lambda: chosen(dtype=torch.float8_e4m3fn),
+            "rnn: no backend serves dtype torch.float8_e4m3fn on device cpu",
+        ),
+    ],
+)
+def test_words(call, words):
+    with pytest.raises(ValueError, match=re.escape(words) + "$"):
+        call()
+
+
+def test_cpp_refuses_other_devices():
+    with pytest.raises(
+        ValueError, match="backend 'cpp' cannot serve this call: it runs on cpu tensors, not meta"
+    ):
+        pykernels.functional.rnn(
+            *(t.to("meta") for t in find("rnn-bare").inputs(torch.float32).values()), backend="cpp"
+        )
+
+
+WHICH = (
+    "import torch; from pykernels import _backends;"
+    "print(_backends.select('rnn', {}, torch.device('cpu'), torch.float32).__name__)"
+)
+
+
+def test_environment_is_the_contexts_twin():
+    out, code = python(WHICH.format(None), PYKERNELS_BACKEND="reference")
+    assert (out, code) == ("pykernels.reference.rnn", 0)
+    out, code = python(WHICH.format("'cpp'"), PYKERNELS_BACKEND="reference")
+    assert (out, code) == ("pykernels.cpp.rnn", 0)
+
+
+def test_environment_of_no_backend():
+    out, code = python(WHICH.format(None), PYKERNELS_BACKEND="gpu")
+    assert code
+    assert out.endswith("`backend` must be one of 'cpp', 'triton', 'reference', got 'gpu'")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU is here, so the kernels need no interpreter"
+)
+def test_triton_on_cpu_needs_the_interpreter():
+    out, code = python(WHICH.format("'triton'"))
+    assert code
+    assert "TRITON_INTERPRET=1" in out
+    assert "these can: cpp, reference" in out
+
+
+SPECS = """
+import sys, torch
+torch.set_num_threads(2)
+from pykernels import _backends
+from pykernels.testing import check
+from pykernels.testing.specs import find
+for name in sys.argv[1:]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        check(find(name), dtype, "cpp")
+print(_backends.isa())
+"""
+
+
+@pytest.mark.parametrize("isa", _backends.ISAS)
+def test_every_instruction_set(isa):
+    """Each build that this processor runs, over specs that reach every tail and block."""
+    if importlib.util.find_spec(f"pykernels._C_{isa}") is None:
+        pytest.skip(f"no {isa} build on this kind of machine")
+    if not _backends.load_extension().cpu_runs(isa):
+        pytest.skip(f"this processor does not run {isa}")
+    names = [
+        "plain",
+        "relu",
+        "bare",
+        "t0",
+        "b0",
+        "all1",
+        "h17",
+        "h33",
+        "h300",
+        "i600",
+        "b33",
+        "rows",
+        "offset",
+        "long",
+    ]
+    names = [f"rnn-{name}" for name in names]
+    names += [
+        f"attention-{name}"
+        for name in (
+            *(
+                "plain",
+                "causal",
+                "sk0",
+                "b0",
+                "d7",
+                "d33",
+                "d100",
+                "dv-wider",
+                "gqa-causal",
+                "mask-2d",
+                "mask-causal",
+            ),
+            *(
+                "bias-dead",
+                "s129",
+                "s257-causal",
+                "tiles-mask",
+                "saturated",
+                "offset",
+                "mqa-decode",
+            ),
+        )
+    ]
+    env = {k: v for k, v in os.environ.items() if k != "PYKERNELS_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPECS, *names],
+        capture_output=True,
+        text=True,
+        env=env | {"PYKERNELS_ISA": isa},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+def test_isa_of_no_name():
+    out, code = python(
+        "from pykernels import _backends; _backends.load_extension()", PYKERNELS_ISA="sse9"
+    )
+    assert code
+    assert out.endswith(
+        "pykernels: `PYKERNELS_ISA` must be one of 'avx512', 'avx2', 'baseline', got 'sse9'"
+    )
+
+
+def test_python_m_pykernels():
+    """Prints versions, the build in use, threads and backends, in one screen."""
+    out = subprocess.run(
+        [sys.executable, "-m", "pykernels"], capture_output=True, text=True, check=True
+    ).stdout
+    for word in (
+        pykernels.__version__,
+        torch.__version__,
+        _backends.isa(),
+        *_backends.BACKENDS,
+        "threads",
+    ):
+        assert word in out
+    assert len(out.splitlines()) <= 40
+
+
+def test_python_m_pykernels_without_kernels():
+    """No built extension: one clear line, and the reference still works."""
+    program = (
+        "import sys; sys.modules['pykernels._C_baseline'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if '_C_' in name else find(name, *rest)\n"
+        "import torch; from pykernels import _backends, functional\n"
+        "print(_backends.available('cpp'))\n"
+        "w = torch.eye(3); functional.rnn(torch.ones(2, 1, 3), w, w)"
+    )
+    out, code = python(program)
+    assert code == 0, out
+    assert (
+        out == "the C++ kernels are not built; reinstall pykernels where a C++17 compiler is found"
+    )

@@ -1,0 +1,607 @@
+"""The drop-in layers against torch.nn's: the same numbers in every form of call."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import pykernels
+from pykernels.nn import RNN, MultiheadAttention, RNNCell
+
+# The same arithmetic in another order, in float64.
+TIGHT = {"rtol": 1e-11, "atol": 1e-12}
+
+
+def twins(ours, theirs):
+    """Ours and torch's layer with the same parameters, moved through state_dict both ways."""
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    return ours, theirs
+
+
+def same(ours, theirs, *inputs, sow=None, **options):
+    """Outputs, and gradients of inputs and parameters under random upstream gradients, agree.
+
+    `sow` seeds the generator before each call, for layers that drop.
+    """
+    results = []
+    for layer in (ours, theirs):
+        leaves = [t.clone().requires_grad_() if torch.is_tensor(t) else t for t in inputs]
+        given = {n: t.clone() if torch.is_tensor(t) else t for n, t in options.items()}
+        if sow is not None:
+            torch.manual_seed(sow)
+        outs = layer(*leaves, **given)
+        outs = [outs] if torch.is_tensor(outs) else [out for out in outs if out is not None]
+        generator = torch.Generator().manual_seed(7)
+        ups = [torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in outs]
+        wanted = [t for t in leaves if torch.is_tensor(t)] + list(layer.parameters())
+        grads = torch.autograd.grad(outs, wanted, ups, allow_unused=True)
+        results.append((outs, grads))
+    (outs, grads), (their_outs, their_grads) = results
+    assert len(outs) == len(their_outs)
+    for one, two in zip(outs, their_outs, strict=True):
+        torch.testing.assert_close(one, two, **TIGHT)
+    for one, two in zip(grads, their_grads, strict=True):
+        if two is None or one is None:
+            assert one is two or (one if two is None else two).count_nonzero() == 0
+        else:
+            torch.testing.assert_close(one, two, **TIGHT)
+    return outs
+
+
+class TestRNN:
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("layers", [1, 3])
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("form", ["batched", "unbatched"])
+    @pytest.mark.parametrize("state", ["no-hx", "hx"])
+    def test_as_torch(self, bidirectional, layers, batch_first, form, state):
+        for nonlinearity, bias in itertools.product(("tanh", "relu"), (True, False)):
+            options = {
+                "num_layers": layers,
+                "nonlinearity": nonlinearity,
+                "bias": bias,
+                "batch_first": batch_first,
+                "bidirectional": bidirectional,
+                "dtype": torch.float64,
+            }
+            ours, theirs = twins(RNN(5, 7, **options), nn.RNN(5, 7, **options))
+            x = torch.randn(4, 3, 5, dtype=torch.float64)
+            hx = torch.randn(
+                layers * (1 + bidirectional), 4 if batch_first else 3, 7, dtype=torch.float64
+            )
+            if form == "unbatched":
+                x, hx = x[:, 0], hx[:, 0]
+            y, h_n = same(ours, theirs, x, *([hx] if state == "hx" else []))
+            assert h_n.shape == hx.shape
+            assert y.shape[:-1] == x.shape[:-1]
+
+    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_dropout_draws_what_torch_draws(self, batch_first, bidirectional):
+        options = {
+            "num_layers": 3,
+            "dropout": 0.4,
+            "batch_first": batch_first,
+            "bidirectional": bidirectional,
+            "dtype": torch.float64,
+        }
+        ours, theirs = twins(RNN(5, 7, **options), nn.RNN(5, 7, **options))
+        x = torch.randn(4, 3, 5, dtype=torch.float64)
+        same(ours, theirs, x, sow=3)
+        assert not torch.equal(ours(x)[0], ours(x)[0])
+        ours.eval(), theirs.eval()
+        same(ours, theirs, x)
+        assert torch.equal(ours(x)[0], ours(x)[0])
+
+    def test_positional_arguments_of_the_constructor(self):
+        args = (5, 7, 2, "relu", False, True, 0.1, True)
+        ours, theirs = RNN(*args), nn.RNN(*args)
+        assert repr(ours) == repr(theirs)
+        assert isinstance(ours, nn.RNN)
+        twins(ours, theirs)
+
+    def test_empty_batch_and_sequence(self):
+        ours, theirs = twins(RNN(5, 7, 2), nn.RNN(5, 7, 2))
+        for one, two in zip(ours(torch.randn(4, 0, 5)), theirs(torch.randn(4, 0, 5)), strict=True):
+            assert one.shape == two.shape
+        hx = torch.randn(2, 3, 7)
+        y, h_n = ours(torch.randn(0, 3, 5), hx)
+        assert y.shape == (0, 3, 7)
+        assert torch.equal(h_n, hx)
+
+    def test_copies_and_pickles(self):
+        layer = RNN(5, 7, 2, bidirectional=True)
+        x = torch.randn(4, 3, 5)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(other) is RNN
+            assert torch.equal(other(x)[0], layer(x)[0])
+
+    def test_dtypes(self):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            y, h_n = RNN(5, 7).to(dtype)(torch.randn(4, 3, 5, dtype=dtype))
+            assert y.dtype == h_n.dtype == dtype
+
+    def test_autocast_as_torch(self):
+        ours, theirs = twins(RNN(5, 7, 2), nn.RNN(5, 7, 2))
+        x = torch.randn(4, 3, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            for one, two in zip(ours(x), theirs(x), strict=True):
+                assert one.dtype == two.dtype == torch.bfloat16
+                torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
+
+    def test_parametrised_weight(self):
+        """A weight that torch recomputes at each use is read at each use."""
+        layer = RNN(5, 7, dtype=torch.float64)
+        nn.utils.parametrizations.spectral_norm(layer, "weight_hh_l0")
+        x = torch.randn(4, 3, 5, dtype=torch.float64)
+        layer.eval()
+        expected = pykernels.functional.rnn(
+            x, layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
+        )
+        assert torch.equal(layer(x)[0], expected[0])
+
+    def test_learns(self):
+        """A sum of a sequence's signs is learnt: gradients point downhill."""
+        layer, head = RNN(1, 16), nn.Linear(16, 1)
+        parameters = [*layer.parameters(), *head.parameters()]
+        optimizer = torch.optim.Adam(parameters, 1e-2)
+        losses = []
+        for _ in range(60):
+            x = torch.randn(6, 32, 1)
+            loss = (head(layer(x)[0][-1])[:, 0] - x.sign().sum(0)[:, 0]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+    @pytest.mark.parametrize(
+        ("make", "error", "words"),
+        [
+            (
+                lambda: (nn.utils.rnn.pack_sequence([torch.randn(3, 5)]),),
+                TypeError,
+                "RNN: `input` must be a Tensor, got PackedSequence.*pad_packed_sequence.*nn.RNN",
+            ),
+            (lambda: ([1.0],), TypeError, "RNN: `input` must be a Tensor, got list"),
+            (
+                lambda: (torch.randn(4),),
+                ValueError,
+                r"RNN: `input` must be \[T, B, I\] or \[T, I\], got 1 dimensions: \[4\]",
+            ),
+            (
+                lambda: (torch.randn(4, 3, 6),),
+                ValueError,
+                r"RNN: `input` must be \[T, B, I\] = \[4, 3, 5\], got \[4, 3, 6\]",
+            ),
+            (
+                lambda: (torch.randn(4, 6),),
+                ValueError,
+                r"RNN: `input` must be \[T, I\] = \[4, 5\], got \[4, 6\]",
+            ),
+            (
+                lambda: (torch.randn(4, 3, 5), torch.randn(3, 7)),
+                ValueError,
+                r"RNN: `hx` must be \[layers \* directions, B, H\] = \[2, 3, 7\], got \[3, 7\]",
+            ),
+            (
+                lambda: (torch.randn(4, 3, 5), torch.randn(1, 3, 7)),
+                ValueError,
+                r"RNN: `hx` must be .* = \[2, 3, 7\], got \[1, 3, 7\]",
+            ),
+            (
+                lambda: (torch.randn(4, 5), torch.randn(2, 1, 7)),
+                ValueError,
+                r"RNN: `hx` must be \[layers \* directions, H\] = \[2, 7\], got \[2, 1, 7\]",
+            ),
+            (
+                lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 7).double()),
+                TypeError,
+                "RNN: `hx` must have the dtype of the input, torch.float32, got torch.float64",
+            ),
+            (
+                lambda: (torch.randn(4, 3, 5).double(),),
+                TypeError,
+                "rnn: `w_hh` must have the dtype of the input, torch.float64, got torch.float32",
+            ),
+            (
+                lambda: (torch.ones(4, 3, 5, dtype=torch.int64),),
+                TypeError,
+                "must have a floating-point dtype, got torch.int64",
+            ),
+        ],
+    )
+    def test_bad_input(self, make, error, words):
+        with pytest.raises(error, match=words):
+            RNN(5, 7, 2)(*make())
+
+
+class TestRNNCell:
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+    @pytest.mark.parametrize("shape", [(3,), ()])
+    @pytest.mark.parametrize("state", [True, False])
+    def test_as_torch(self, bias, nonlinearity, shape, state):
+        options = {"bias": bias, "nonlinearity": nonlinearity, "dtype": torch.float64}
+        ours, theirs = twins(RNNCell(5, 7, **options), nn.RNNCell(5, 7, **options))
+        x, hx = (torch.randn(*shape, n, dtype=torch.float64) for n in (5, 7))
+        (out,) = same(ours, theirs, x, *([hx] if state else []))
+        assert out.shape == (*shape, 7)
+
+    def test_unrolled_is_the_layer(self):
+        layer, cell = RNN(5, 7, dtype=torch.float64), RNNCell(5, 7, dtype=torch.float64)
+        cell.load_state_dict(
+            {name.removesuffix("_l0"): t for name, t in layer.state_dict().items()}
+        )
+        x = torch.randn(6, 3, 5, dtype=torch.float64)
+        hx, steps = None, []
+        for row in x:
+            hx = cell(row, hx)
+            steps.append(hx)
+        torch.testing.assert_close(torch.stack(steps), layer(x)[0], **TIGHT)
+
+    @pytest.mark.parametrize(
+        ("inputs", "words"),
+        [
+            (
+                (torch.zeros(2, 3, 5),),
+                r"RNNCell: `input` must be \[B, I\] or \[I\], got 3 dimensions",
+            ),
+            ((torch.zeros(3, 6),), r"RNNCell: `input` must be \[B, I\] = \[3, 5\], got \[3, 6\]"),
+            (
+                (torch.zeros(3, 5), torch.zeros(2, 7)),
+                r"rnn_cell: `hx` must be \[B, H\] = \[3, 7\], got \[2, 7\]",
+            ),
+            (
+                (torch.zeros(5), torch.zeros(1, 7)),
+                r"rnn_cell: `hx` must be \[H\] = \[7\], got \[1, 7\]",
+            ),
+        ],
+    )
+    def test_bad_input(self, inputs, words):
+        with pytest.raises(ValueError, match=words):
+            RNNCell(5, 7)(*inputs)
+
+
+B, L, S, E, N = 3, 5, 7, 8, 2
+
+
+def attention_pair(**options):
+    options = {"dtype": torch.float64} | options
+    ours, theirs = twins(
+        MultiheadAttention(E, N, **options), nn.MultiheadAttention(E, N, **options)
+    )
+    with torch.no_grad():  # torch starts biases at zero, where a forgotten one would not show
+        for name, parameter in theirs.named_parameters():
+            if "bias" in name:
+                parameter.normal_()
+    return twins(ours, theirs)
+
+
+def operands(form, kdim=E, vdim=E, length=L):
+    shapes = {
+        "sequence": [(length, B, E), (S, B, kdim), (S, B, vdim)],
+        "batch": [(B, length, E), (B, S, kdim), (B, S, vdim)],
+        "single": [(length, E), (S, kdim), (S, vdim)],
+    }[form]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def self_attention(layer):
+    """The layer as a function of one tensor, so that query, key and value are the same object."""
+
+    class SelfAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, **options):
+            return self.layer(x, x, x, **options)
+
+    return SelfAttention()
+
+
+MASKS = {
+    "none": lambda form: {},
+    "padding": lambda form: {"key_padding_mask": padding(form)},
+    "float padding": lambda form: {
+        "key_padding_mask": torch.randn(padding(form).shape, dtype=torch.float64)
+    },
+    "2-D": lambda form: {"attn_mask": hide(L, S)},
+    "float 2-D": lambda form: {"attn_mask": torch.randn(L, S, dtype=torch.float64)},
+    "3-D": lambda form: {"attn_mask": hide((1 if form == "single" else B) * N, L, S)},
+    "both": lambda form: {"attn_mask": hide(L, S), "key_padding_mask": padding(form)},
+    "both 3-D": lambda form: {
+        "attn_mask": hide((1 if form == "single" else B) * N, L, S),
+        "key_padding_mask": padding(form),
+    },
+    "both float": lambda form: {
+        "attn_mask": torch.randn(L, S, dtype=torch.float64),
+        "key_padding_mask": torch.randn(padding(form).shape, dtype=torch.float64),
+    },
+}
+
+
+def padding(form):
+    """True = ignore: the last keys of each row, fewer in the later ones; key 0 is always there."""
+    lengths = torch.tensor([2, 4, 7])[:, None]
+    mask = torch.arange(S) >= lengths
+    return mask[0] if form == "single" else mask
+
+
+def hide(*shape):
+    mask = torch.rand(shape) < 0.3
+    mask[..., 0] = False  # every row keeps a key that no padding takes
+    return mask
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+class TestMultiheadAttention:
+    @pytest.mark.parametrize("form", ["sequence", "batch", "single"])
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_masks(self, form, mask, need_weights):
+        ours, theirs = attention_pair(batch_first=form == "batch")
+        same(ours, theirs, *operands(form), need_weights=need_weights, **MASKS[mask](form))
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"bias": False},
+            {"kdim": 3, "vdim": 9},
+            {"kdim": 3, "vdim": 9, "bias": False},
+            {"add_bias_kv": True},
+            {"add_zero_attn": True},
+            {"add_bias_kv": True, "add_zero_attn": True},
+            {"add_bias_kv": True, "kdim": 5},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("form", ["sequence", "batch", "single"])
+    @pytest.mark.parametrize("mask", ["none", "both", "float 2-D", "3-D"])
+    def test_constructor_options(self, options, form, mask):
+        ours, theirs = attention_pair(batch_first=form == "batch", **options)
+        inputs = operands(form, options.get("kdim", E), options.get("vdim", E))
+        for need_weights in (True, False):
+            same(ours, theirs, *inputs, need_weights=need_weights, **MASKS[mask](form))
+
+    @pytest.mark.parametrize("form", ["sequence", "batch", "single"])
+    @pytest.mark.parametrize("average", [True, False])
+    def test_weights(self, form, average):
+        ours, theirs = attention_pair(batch_first=form == "batch")
+        _out, weights = same(ours, theirs, *operands(form), average_attn_weights=average)
+        batch, heads = () if form == "single" else (B,), () if average else (N,)
+        assert weights.shape == (*batch, *heads, L, S)
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        assert ours(*operands(form), need_weights=False)[1] is None
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    def test_self_attention(self, batch_first):
+        """query is key is value: one product for all three projections."""
+        ours, theirs = (self_attention(layer) for layer in attention_pair(batch_first=batch_first))
+        same(ours, theirs, torch.randn(B, L, E, dtype=torch.float64), need_weights=False)
+
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("kind", ["bool", "float"])
+    def test_is_causal(self, padded, need_weights, kind):
+        mask = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
+        mask = mask if kind == "float" else mask == -torch.inf
+        options = {"key_padding_mask": padding("batch")} if padded else {}
+        ours, theirs = attention_pair(batch_first=True)
+        inputs = operands("batch", length=S)
+        same(
+            ours,
+            theirs,
+            *inputs,
+            attn_mask=mask,
+            is_causal=True,
+            need_weights=need_weights,
+            **options,
+        )
+
+    def test_is_causal_with_keys_behind(self):
+        """The appended zero key is seen by every query: the mask decides, not the hint."""
+        mask = nn.Transformer.generate_square_subsequent_mask(S) == -torch.inf
+        ours, _ = attention_pair(batch_first=True, add_zero_attn=True)
+        inputs = operands("batch", length=S)
+        hinted = ours(*inputs, attn_mask=mask, is_causal=True, need_weights=False)[0]
+        torch.testing.assert_close(hinted, ours(*inputs, attn_mask=mask)[0], **TIGHT)
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    @pytest.mark.parametrize("mask", ["none", "both", "float 2-D"])
+    def test_dropout_draws_what_torch_draws(self, need_weights, mask):
+        ours, theirs = attention_pair(batch_first=True, dropout=0.3)
+        inputs, options = operands("batch"), MASKS[mask]("batch")
+        same(ours, theirs, *inputs, sow=5, need_weights=need_weights, **options)
+        ours.eval(), theirs.eval()
+        same(ours, theirs, *inputs, need_weights=need_weights, **options)
+
+    @pytest.mark.parametrize("need_weights", [True, False])
+    def test_blind_rows_are_zero(self, need_weights):
+        """A query that sees no key: weights 0, output the last bias, finite gradients."""
+        layer = MultiheadAttention(E, N, batch_first=True)
+        nn.init.normal_(layer.out_proj.bias)
+        blocked = torch.zeros(B, S, dtype=torch.bool)
+        blocked[1] = True
+        inputs = [t.float().requires_grad_() for t in operands("batch")]
+        out, weights = layer(*inputs, key_padding_mask=blocked, need_weights=need_weights)
+        torch.testing.assert_close(out[1], layer.out_proj.bias.expand(L, E))
+        if need_weights:
+            assert (weights[1] == 0).all()
+        wanted = [*inputs, *layer.parameters()]
+        upstream = (
+            out.sum()
+            if weights is None
+            else out.sum() + (weights * torch.randn_like(weights)).sum()
+        )
+        assert all(g.isfinite().all() for g in torch.autograd.grad(upstream, wanted))
+
+    def test_no_gradients_is_the_same(self):
+        ours, theirs = attention_pair(batch_first=True)
+        ours.eval(), theirs.eval()
+        x = torch.randn(B, S, E, dtype=torch.float64)
+        with torch.no_grad():
+            for options in ({}, {"need_weights": False}, {"key_padding_mask": padding("batch")}):
+                for one, two in zip(
+                    ours(x, x, x, **options), theirs(x, x, x, **options), strict=True
+                ):
+                    assert one is two or torch.allclose(one, two, **TIGHT)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision(self, dtype):
+        layer = MultiheadAttention(E, N, batch_first=True, dtype=dtype)
+        out, weights = layer(*(t.to(dtype) for t in operands("batch")))
+        assert out.dtype == weights.dtype == dtype
+        assert out.isfinite().all()
+
+    def test_autocast(self):
+        ours, theirs = attention_pair(batch_first=True, dtype=torch.float32)
+        inputs = [t.float() for t in operands("batch")]
+        mask = torch.randn(L, S)
+        with torch.autocast("cpu", torch.bfloat16):
+            for one, two in zip(
+                ours(*inputs, attn_mask=mask), theirs(*inputs, attn_mask=mask), strict=True
+            ):
+                torch.testing.assert_close(one.float(), two.float(), rtol=5e-2, atol=5e-2)
+
+    def test_gradient_of_a_float_mask(self):
+        ours, theirs = attention_pair()
+        inputs, mask = operands("sequence"), torch.randn(L, S, dtype=torch.float64)
+        grads = []
+        for layer in (ours, theirs):
+            bias = mask.clone().requires_grad_()
+            grads.append(
+                torch.autograd.grad(layer(*inputs, attn_mask=bias)[0].square().sum(), bias)[0]
+            )
+        torch.testing.assert_close(*grads, **TIGHT)
+
+    @pytest.mark.parametrize("norm_first", [True, False])
+    @pytest.mark.parametrize("masked", ["none", "causal", "padding", "both"])
+    def test_inside_transformer_encoder_layer(self, norm_first, masked):
+        """Where torch's encoder layer calls the module, all of its gradients are torch's."""
+        options = {
+            "dim_feedforward": 16,
+            "dropout": 0.0,
+            "batch_first": True,
+            "norm_first": norm_first,
+            "dtype": torch.float64,
+        }
+        theirs = nn.TransformerEncoderLayer(E, N, **options)
+        ours = copy.deepcopy(theirs)
+        ours.self_attn = MultiheadAttention(E, N, batch_first=True, dtype=torch.float64)
+        ours, theirs = twins(ours, theirs)
+        kwargs = {}
+        if masked in ("causal", "both"):
+            mask = nn.Transformer.generate_square_subsequent_mask(S, dtype=torch.float64)
+            kwargs |= {"src_mask": mask, "is_causal": True}
+        if masked in ("padding", "both"):
+            kwargs |= {"src_key_padding_mask": padding("batch")}
+        same(ours.train(), theirs.train(), torch.randn(B, S, E, dtype=torch.float64), **kwargs)
+
+    def test_copies_and_pickles(self):
+        layer = MultiheadAttention(E, N, kdim=3)
+        inputs = [t.float() for t in operands("sequence", kdim=3)]
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(other) is MultiheadAttention
+            assert isinstance(other, nn.MultiheadAttention)
+            assert torch.equal(other(*inputs)[0], layer(*inputs)[0])
+
+    @pytest.mark.parametrize(
+        ("change", "options", "error", "words"),
+        [
+            (
+                {0: (L, B, 4)},
+                {},
+                ValueError,
+                r"MultiheadAttention: `query` must be \[L, B, E\] = \[5, 3, 8\], got \[5, 3, 4\]",
+            ),
+            (
+                {0: (E,)},
+                {},
+                ValueError,
+                r"`query` must be \[L, B, E\] or \[L, E\], got 1 dimensions: \[8\]",
+            ),
+            (
+                {1: (S, E)},
+                {},
+                ValueError,
+                r"`key` must be \[S, B, kdim\], got 2 dimensions: \[7, 8\]",
+            ),
+            (
+                {1: (S, 2, E)},
+                {},
+                ValueError,
+                r"`key` must be \[S, B, kdim\] = \[7, 3, 8\], got \[7, 2, 8\]",
+            ),
+            (
+                {2: (6, B, E)},
+                {},
+                ValueError,
+                r"`value` must be \[S, B, vdim\] = \[7, 3, 8\], got \[6, 3, 8\]",
+            ),
+            (
+                {},
+                {"attn_mask": (L, L)},
+                ValueError,
+                r"`attn_mask` must be \[L, S\] = \[5, 7\], got \[5, 5\]",
+            ),
+            (
+                {},
+                {"attn_mask": (B, L, S)},
+                ValueError,
+                r"`attn_mask` must be \[B \* N, L, S\] = \[6, 5, 7\], got \[3, 5, 7\]",
+            ),
+            (
+                {},
+                {"attn_mask": (S,)},
+                ValueError,
+                r"`attn_mask` must be \[L, S\] or \[B \* N, L, S\], got 1 dimensions",
+            ),
+            (
+                {},
+                {"key_padding_mask": (S, B)},
+                ValueError,
+                r"`key_padding_mask` must be \[B, S\] = \[3, 7\], got \[7, 3\]",
+            ),
+            (
+                {},
+                {"is_causal": True},
+                ValueError,
+                "`attn_mask` must be given where is_causal is True, got None",
+            ),
+        ],
+    )
+    def test_bad_shapes(self, change, options, error, words):
+        inputs = operands("sequence")
+        for index, shape in change.items():
+            inputs[index] = torch.zeros(shape, dtype=torch.float64)
+        options = {
+            name: torch.zeros(v) if isinstance(v, tuple) else v for name, v in options.items()
+        }
+        with pytest.raises(error, match=words):
+            attention_pair()[0](*inputs, **options)
+
+    def test_bad_kinds(self):
+        layer, (q, k, v) = MultiheadAttention(E, N), (t.float() for t in operands("sequence"))
+        with pytest.raises(TypeError, match="`query` must be a Tensor, got list"):
+            layer([1.0], k, v)
+        with pytest.raises(
+            TypeError,
+            match=r"`key` must have the dtype of the input, torch.float32, got torch.float64",
+        ):
+            layer(q, k.double(), v)
+        with pytest.raises(
+            TypeError, match=r"must have the dtype of the input, torch.float64, got torch.float32"
+        ):
+            layer(q.double(), k.double(), v.double())
+        with pytest.raises(TypeError, match=r"`attn_mask` must .*, got torch.int64"):
+            layer(q, k, v, attn_mask=torch.zeros(L, S, dtype=torch.int64))
+        nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(2, E)])
+        with pytest.raises(TypeError, match="`query` must be a dense tensor"):
+            layer(nested, nested, nested)

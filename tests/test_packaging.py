@@ -1,0 +1,238 @@
+"""What is built and shipped: the wheel, without torch, without a warning from a compiler."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TREE = ("csrc", "kernels", "pykernels", "LICENSE", "README.md", "pyproject.toml", "setup.py")
+
+
+def extensions():
+    """The extension modules by instruction set, as setup.py states them."""
+    from distutils.core import run_setup
+
+    import setuptools  # noqa: F401  brings distutils
+
+    before = os.getcwd()
+    os.chdir(ROOT)
+    try:
+        modules = run_setup("setup.py", stop_after="init").ext_modules
+    finally:
+        os.chdir(before)
+    return {module.name.rpartition("_C_")[2]: module for module in modules}
+
+
+def test_wheel(tmp_path):
+    """One build, most of a minute; what is inside, its metadata, and that it runs installed."""
+    wheel = build(tmp_path)
+    holds_every_module(wheel)
+    holds_an_extension_for_each_instruction_set(wheel)
+    says_what_it_needs(wheel)
+    links_no_torch(wheel, tmp_path / "unpacked")
+    installs_and_runs(wheel, tmp_path / "installed")
+
+
+def build(folder):
+    """A wheel built from a copy of the tree, by the real setup.py, where importing torch fails.
+
+    The compiler behind CXX is a script that leaves out -O3, for time, and turns warnings into
+    errors.
+    """
+    cxx = wheel_compiler()
+    if cxx is None:
+        pytest.skip("no C++ compiler is here")
+    pytest.importorskip("pybind11")
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("*.so", "__pycache__")
+            shutil.copytree(source, folder / "tree" / name, ignore=ignore)
+        elif source.exists():
+            shutil.copy(source, folder / "tree" / name)
+    script = folder / "cxx"
+    script.write_text(
+        textwrap.dedent(f"""\
+        #!/bin/sh
+        for argument do
+            shift
+            [ "$argument" = -O3 ] || set -- "$@" "$argument"
+        done
+        exec {shlex.quote(cxx)} "$@" -O0 -Werror
+        """)
+    )
+    script.chmod(0o755)
+    without = folder / "without" / "torch"
+    without.mkdir(parents=True)
+    (without / "__init__.py").write_text("raise ImportError('the build must not need torch')")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-build-isolation",
+            "--no-deps",
+            "--no-index",
+            "-v",
+            "-w",
+            str(folder),
+            str(folder / "tree"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CXX": str(script), "PYTHONPATH": str(folder / "without")},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def wheel_compiler():
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), None)
+
+
+def names(wheel):
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def holds_every_module(wheel):
+    """kernels/ is inside as pykernels.kernels and nowhere else; no source, test or benchmark is."""
+    inside = {name for name in names(wheel) if name.endswith(".py")}
+    here = {str(path.relative_to(ROOT)) for path in (ROOT / "pykernels").rglob("*.py")}
+    here |= {f"pykernels/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert inside == here
+    top = {name.split("/")[0] for name in names(wheel)}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"pykernels"}
+
+
+def holds_an_extension_for_each_instruction_set(wheel):
+    built = [name for name in names(wheel) if name.endswith((".so", ".pyd"))]
+    stems = {re.match(r"pykernels/_C_([^.]+)\.", name).group(1) for name in built}
+    assert stems == set(extensions())
+    assert "baseline" in stems
+
+
+def says_what_it_needs(wheel):
+    (name,) = (name for name in names(wheel) if name.endswith(".dist-info/METADATA"))
+    text = zipfile.ZipFile(wheel).read(name).decode()
+    assert "\nName: pykernels\n" in text
+    assert "\nRequires-Python: >=3.10" in text
+    required = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", text, re.M)
+    runtime = {package: rest for package, rest in required if "extra ==" not in rest}
+    assert set(runtime) == {"torch", "numpy"}
+    assert "==" not in runtime["torch"]
+    extras = set(re.findall(r"^Provides-Extra: (\w+)", text, re.M))
+    assert {"triton", "test", "bench", "examples"} <= extras
+
+
+def links_no_torch(wheel, folder):
+    """Nor a BLAS: the C and C++ runtimes and OpenMP are all that the kernels need."""
+    tool = shutil.which("ldd")
+    if tool is None:
+        return
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if "_C_baseline" in n)
+        path = archive.extract(name, folder)
+    linked = subprocess.run([tool, path], capture_output=True, text=True).stdout
+    needed = set(re.findall(r"^\s*(lib[a-zA-Z0-9+_]+)", linked, re.M))
+    runtimes = {"libstdc++", "libc++", "libm", "libgcc_s", "libc", "libpthread", "libdl"}
+    assert needed <= runtimes | {"libgomp", "libomp"}, needed
+
+
+def installs_and_runs(wheel, folder):
+    """Installed into an empty folder and run from another one, the backends answer."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q"]
+    subprocess.run([*command, "--target", str(folder), str(wheel)], check=True, capture_output=True)
+    top = [path.name for path in folder.iterdir() if path.suffix != ".dist-info"]
+    assert top == ["pykernels"]
+    program = """
+        import importlib.util, sys
+        sys.path.insert(0, TARGET)
+        import torch, pykernels
+        from pykernels.testing import check
+        from pykernels.testing.specs import find
+        assert pykernels.__file__.startswith(TARGET), pykernels.__file__
+        for name in ("rnn-plain", "attention-mask-2d"):
+            for backend in ("cpp", "reference"):
+                check(find(name), torch.float32, backend)
+        if importlib.util.find_spec("triton"):
+            import pykernels.kernels
+            assert pykernels.kernels.__file__.startswith(TARGET)
+    """
+    program = textwrap.dedent(program).replace("TARGET", repr(str(folder)))
+    hidden = ("PYTHONPATH", "PYKERNELS_ISA", "PYKERNELS_BACKEND")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={k: v for k, v in os.environ.items() if k not in hidden},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("compiler", ["clang++", "g++"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_compiles_without_a_warning(compiler, isa):
+    """Every source under -Wall -Wextra -Werror; test_wheel does so for the compiler it uses."""
+    if compiler == wheel_compiler():
+        pytest.skip(f"{compiler} builds the wheel of test_wheel, under the same flags")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    pytest.importorskip("pybind11")
+    module = extensions().get(isa)
+    if module is None:
+        pytest.skip(f"no {isa} build on this kind of machine")
+    folders = [*module.include_dirs, sysconfig.get_paths()["include"]]
+    done = subprocess.run(
+        [compiler, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *module.extra_compile_args]
+        + [f"-isystem{folder}" for folder in folders]
+        + [f"-D{name}={value}" for name, value in module.define_macros]
+        + module.sources,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_kernels_is_no_package_of_its_own():
+    """`import kernels` in the root of the tree, which may hide another's package, says so."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode
+    assert "import pykernels.kernels" in done.stderr
+
+
+def test_a_missing_compiler_is_one_line(tmp_path):
+    pytest.importorskip("pybind11")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CXX": "no-such-compiler"},
+    )
+    assert done.returncode
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("pykernels: no C++ compiler found (no-such-compiler)"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_torch_is_new_enough():
+    """The floor in pyproject.toml is not above what the tests run on."""
+    floor = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    assert version >= tuple(map(int, floor.split(".")))

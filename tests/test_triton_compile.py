@@ -1,0 +1,282 @@
+"""Every Triton kernel, at every block size that ships, compiled for GPUs that need not be there.
+
+The launchers themselves run, on CPU tensors, under a driver that names a GPU and compiles for it
+instead of launching: what is compiled is what would have run. The tools that Triton bundles then
+read the machine code: no register may spill, shared memory must fit the chip, and the tensor cores
+must do the products that they can do exactly.
+
+Triton decides at import whether it interprets or compiles, so a process of its own compiles: this
+file, run as a script, answers one case a line.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+_configs = pytest.importorskip("pykernels.kernels._configs", exc_type=ImportError)
+
+#: Which case launches each kernel; a new kernel must be named here, and its case launch it.
+KERNELS = {
+    "product_kernel": "rnn",
+    "rnn_fwd_kernel": "rnn",
+    "rnn_bwd_kernel": "rnn",
+    "attention_fwd_kernel": "attention",
+    "attention_bwd_delta_kernel": "attention",
+    "attention_bwd_dq_kernel": "attention",
+    "attention_bwd_dkv_kernel": "attention",
+}
+
+#: The chips that each table of block sizes serves, as far as they are compiled for here.
+CHIPS = {"sm_80": (80,), "sm_90": (90, 100)}
+#: The instructions of tensor cores, all and those of sm_90 and sm_100.
+PRODUCTS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+HALF, BRAIN, SINGLE, DOUBLE = "float16", "bfloat16", "float32", "float64"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One forward and backward pass of an op, and the chip that it is compiled for."""
+
+    op: str
+    chip: int
+    dtype: str
+    size: int  # rnn: H and, times 2 or 1, B; attention: D
+    batch: int = 1
+    mask: str = "none"
+    is_causal: bool = False
+    nonlinearity: str = "tanh"
+
+    @property
+    def id(self):
+        words = [self.op, f"sm{self.chip}", self.dtype, f"{self.size}"]
+        if self.op == "rnn":
+            words += [f"b{self.batch}", self.nonlinearity]
+        else:
+            words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
+        return "-".join(words)
+
+
+def rnn_cases():
+    for table, chips in CHIPS.items():
+        for dtype, entries in _configs.RECURRENCE[table].items():
+            for entry in entries:
+                # as many units as a resident matrix has rows, or more than any resident one
+                size = entry.block_n if entry.resident else 320
+                for chip in chips:
+                    yield Case("rnn", chip, str(dtype)[6:], size)
+    for chip in (80, 90, 100):
+        for dtype in (HALF, SINGLE, DOUBLE):
+            # enough rows for the large tiles of the products; the small ones ran above
+            yield Case("rnn", chip, dtype, 320, batch=160, nonlinearity="relu")
+        yield Case("rnn", chip, BRAIN, 128)
+
+
+def attention_cases():
+    for table, chips in CHIPS.items():
+        for dtype, blocks in _configs.ATTENTION_FWD[table].items():
+            name = str(dtype)[6:]
+            for block_d in blocks:
+                for chip in chips:
+                    if dtype == torch.float16:
+                        yield Case("attention", chip, name, block_d, is_causal=True)
+                    elif chip != 80 and block_d not in (64, 256):
+                        continue  # one table serves all chips: these two stand for it
+                    # A mask, and a head dim that does not fill its block, take the most registers.
+                    # Of 16-bit floats they have entries of their own in the tables.
+                    yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
+    for chip in (80, 90, 100):
+        yield Case("attention", chip, BRAIN, 64)
+        yield Case("attention", chip, HALF, 128, mask="bool")
+        yield Case("attention", chip, SINGLE, 64, is_causal=True)
+
+
+CASES = [*rnn_cases(), *attention_cases()]
+
+
+def test_every_kernel_is_listed():
+    package = importlib.import_module("pykernels.kernels")
+    found = set()
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"pykernels.kernels.{info.name}")
+        found |= {name for name in vars(module) if name.endswith("_kernel")}
+    assert found == set(KERNELS)
+    assert {case.op for case in CASES} == set(KERNELS.values())
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory):
+    """A function from a Case to the resources of every kernel that it launches."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    base = tmp_path_factory.getbasetemp()
+    # one cache for all workers of xdist, whose directories lie side by side
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    environment["TRITON_CACHE_DIR"] = str(shared / "triton")
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def compile_case(case):
+        process.stdin.write(json.dumps(dataclasses.asdict(case)) + "\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, "the compiling process ended"
+        return json.loads(answer)
+
+    yield compile_case
+    process.stdin.close()
+    process.wait(timeout=60)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_compiles(case, compiler):
+    answer = compiler(case)
+    assert "error" not in answer, answer["error"]
+    kernels = answer["kernels"]
+    assert {kernel["name"] for kernel in kernels} == {
+        k for k, op in KERNELS.items() if op == case.op
+    }
+    limit = _configs.SHARED_MEMORY[_configs.table(case.chip)]
+    for kernel in kernels:
+        assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert kernel["shared"] <= limit, (
+            f"needs more than {limit} bytes of shared memory: {kernel}"
+        )
+        products = "".join(kernel["products"])
+        if "delta" in kernel["name"]:
+            assert not products
+        elif case.dtype == SINGLE:
+            assert not products, f"float32 must not be rounded to TF32: {kernel}"
+        elif case.dtype == DOUBLE:
+            assert products == "mma.sync", kernel
+        elif case.op == "rnn" or case.chip == 80 or kernel["rows"] < 64:
+            assert products, kernel
+        else:
+            assert products == {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.chip], kernel
+
+
+# Below: the compiling process.
+
+
+class Driver:
+    """As much of a Triton driver as a compilation asks for: which GPU there is."""
+
+    def __init__(self, chip):
+        self.chip = chip
+
+    def get_current_device(self):
+        return self.chip  # a cache of compiled kernels for each chip
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.chip, 32)
+
+
+def launch_rnn(case, dtype):
+    from pykernels.kernels import rnn
+
+    T, B, I, H = 2, case.batch, 48, case.size
+    x, h0 = torch.zeros(T, B, I, dtype=dtype), torch.zeros(B, H, dtype=dtype)
+    w_ih, w_hh, b = (torch.zeros(shape, dtype=dtype) for shape in ((H, I), (H, H), H))
+    options = {"nonlinearity": case.nonlinearity, "reverse": False}
+    outputs, saved = rnn.rnn_fwd(x, w_ih, w_hh, b, b, h0, **options)
+    rnn.rnn_bwd(saved, outputs, needs=(True,) * 6, **options)
+
+
+def launch_attention(case, dtype):
+    from pykernels.kernels import attention
+
+    q = torch.zeros(1, 4, 64, case.size, dtype=dtype)
+    k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
+    mask = {
+        "none": None,
+        "bool": torch.ones(64, 64) > 0,
+        "float": torch.zeros(64, 64, dtype=dtype),
+    }[case.mask]
+    mask = None if mask is None else mask.expand(1, 4, 64, 64)
+    options = {"is_causal": case.is_causal, "scale": 0.125}
+    outputs, saved = attention.attention_fwd(q, k, k, mask, **options)
+    attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
+
+
+def resources(name, compiled, constants):
+    """What cuobjdump reads from the machine code, and what Triton says itself."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        usage = subprocess.check_output(command, text=True)
+    tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "BLOCK_B" in constants else "BLOCK_M"
+    return {
+        "name": name,
+        "warps": compiled.metadata.num_warps,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        # the rows of a tile of scores, states or products; the newest instructions want 64 or more
+        "rows": constants[tile],
+        "products": sorted(set(re.findall(PRODUCTS, compiled.asm["ptx"]))),
+    }
+
+
+def serve():
+    """Answer each case on stdin by one line on stdout."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    for op in set(KERNELS.values()):
+        importlib.import_module(f"pykernels.kernels.{op}")
+    modules = [m for name, m in sys.modules.items() if name.startswith("pykernels.kernels.")]
+    known, used = {}, {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        if kernel.hash not in known:
+            known[kernel.hash] = resources(self.__name__, kernel, options)
+        used[kernel.hash] = known[kernel.hash]
+
+    JITFunction.run = compile_only
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        driver.set_active(Driver(case.chip))
+        for module in modules:
+            if hasattr(module, "on_device_of"):
+                module.on_device_of = lambda tensor: contextlib.nullcontext()
+            if hasattr(module, "capability"):
+                module.capability = lambda device, chip=case.chip: chip
+        used.clear()
+        try:
+            {"rnn": launch_rnn, "attention": launch_attention}[case.op](
+                case, getattr(torch, case.dtype)
+            )
+            answer = {"kernels": list(used.values())}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    serve()

@@ -1,0 +1,183 @@
+"""What only the Triton backend has: blocks and their edges, two forms of the time loop, split sums,
+and the guards of its package. Values by the specs are in test_rnn.py and test_attention.py.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pykernels import functional, testing
+from pykernels.testing import evaluate, specs
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+_common = pytest.importorskip("pykernels.kernels._common", exc_type=ImportError)
+
+from pykernels.kernels import _configs, _product  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def rnn_sizes():
+    """Units and batch rows around every edge between one form of the time loop and another."""
+    for dtype, entries in _configs.RECURRENCE["sm_80"].items():
+        for entry in entries:
+            rows = entry.block_b
+            if entry.resident:
+                yield dtype, entry.block_n, rows
+                yield dtype, entry.block_n + 1, 1
+            else:
+                yield dtype, 2 * entry.block_n - 1, rows + 1
+                yield dtype, 2 * entry.block_n + 1, rows - 1
+
+
+@pytest.mark.parametrize(("dtype", "H", "B"), list(rnn_sizes()))
+def test_forms_of_the_time_loop(dtype, H, B):
+    for reverse in (False, True):
+        spec = specs.RNNSpec("rnn-form", "see above", t=2, b=B, i=5, h=H, reverse=reverse)
+        evaluate.check(spec, dtype, "triton", DEVICE)
+
+
+def attention_sizes():
+    for dtype, blocks in _configs.ATTENTION_FWD["sm_80"].items():
+        m, n = blocks[32][0].block_m, blocks[32][0].block_n
+        yield dtype, m, n
+        yield dtype, m + 1, 2 * n - 1
+        yield dtype, 2 * m - 1, n + 1
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("dtype", "S_q", "S_k"), list(attention_sizes()))
+def test_edges_of_attention_blocks(dtype, S_q, S_k, is_causal):
+    spec = specs.AttentionSpec(
+        "attention-edge", "see above", b=1, n=1, s_q=S_q, s_k=S_k, d=32, is_causal=is_causal
+    )
+    evaluate.check(spec, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scale_of_any_sign(dtype, scale):
+    """Scores are kept without their scale, which must not turn a hidden key's -inf around."""
+    spec = specs.AttentionSpec(
+        "attention-scale", "see above", b=1, n=2, s_q=9, d=16, is_causal=True, scale=scale
+    )
+    evaluate.check(spec, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("K", [0, 1, _configs.SPLIT_LEAST, _configs.SPLIT_MOST + 3])
+@pytest.mark.parametrize("dtype", EVERY)
+def test_split_sums(dtype, K):
+    """Sums over all time steps are split among programs, and repeat bit for bit."""
+    a = torch.randn(K, 7, device=DEVICE, dtype=dtype).t()
+    b = torch.randn(K, 70, device=DEVICE, dtype=dtype)
+    more = (torch.randn(7, 3, device=DEVICE, dtype=dtype), b.new_ones(3, 70))
+    like = a.new_empty(7, 70)
+    got = _product.long_product([(a, b), more], like)
+    wide = [t.cpu().double().numpy().astype("longdouble") for t in (a, b, *more)]
+    truth = torch.from_numpy((wide[0] @ wide[1] + wide[2] @ wide[3]).astype("float64"))
+    testing.assert_close(got, truth, a @ b + more[0] @ more[1])
+    assert torch.equal(got, _product.long_product([(a, b), more], like))
+
+
+@triton.jit
+def elementwise_kernel(x_ptr, y_ptr, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0)
+    y = _common.tanh(x) if TANH else _common.to_storage(x, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=at < n)
+
+
+def elementwise(x, dtype, tanh):
+    y = torch.empty_like(x, dtype=dtype)
+    elementwise_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, x.numel(), TANH=tanh, BLOCK=1024)
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_is_good_to_two_ulp(dtype):
+    mpmath = pytest.importorskip("mpmath")
+    sizes = torch.logspace(-30, 2, 1500, dtype=dtype, device=DEVICE)
+    near = torch.linspace(0.5, 0.6, 500, dtype=dtype, device=DEVICE)  # where two formulas meet
+    x = torch.cat([sizes, near])
+    x = torch.cat([x, -x])
+    got = elementwise(x, dtype, tanh=True)
+    with mpmath.workprec(100):
+        worst = max(
+            abs((mpmath.mpf(y) - mpmath.tanh(v)) / mpmath.tanh(v))
+            for v, y in zip(x.tolist(), got.tolist(), strict=True)
+        )
+    assert worst <= 2 * torch.finfo(dtype).eps, f"{float(worst) / torch.finfo(dtype).eps:.2f} ulp"
+    special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=dtype, device=DEVICE)
+    expected = torch.tensor([0.0, 1.0, -1.0, math.nan], dtype=dtype, device=DEVICE)
+    got = elementwise(special, dtype, tanh=True)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_storage_rounds_to_nearest(dtype):
+    x = torch.randn(4000, device=DEVICE) * torch.logspace(-8, 4, 4000, device=DEVICE)
+    special = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1.9999999, math.inf, -math.inf, math.nan]
+    x = torch.cat([x, torch.tensor(special, device=DEVICE)])
+    torch.testing.assert_close(
+        elementwise(x, dtype, tanh=False), x.to(dtype), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_head_dim_limit():
+    q = torch.zeros(1, 1, 2, 257, device=DEVICE)
+    with pytest.raises(ValueError, match=r"head dims up to 256, got D = 257, D_v = 257"):
+        functional.attention(q, q, q, backend="triton")
+
+
+def last_line(code):
+    """The last line that a fresh process, without the interpreter, writes to stderr."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode != 0, run.stdout
+    return run.stderr.strip().splitlines()[-1]
+
+
+def test_refuses_to_be_a_package_of_its_own():
+    root = str(Path(__file__).parents[1])
+    assert last_line(f"import sys; sys.path.insert(0, {root!r}); import kernels") == (
+        "ImportError: this is pykernels' Triton backend, not a package 'kernels': "
+        "import pykernels.kernels"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        (
+            "import sys; sys.modules['triton'] = None",
+            "ImportError: the triton backend needs triton: pip install 'triton>=3.6'",
+        ),
+        (
+            "import triton; triton.__version__ = '3.5.1'",
+            "ImportError: the triton backend needs triton 3.6 or newer, found 3.5.1: "
+            "pip install --upgrade 'triton>=3.6'",
+        ),
+    ],
+)
+def test_says_which_triton_it_needs(before, message):
+    assert last_line(f"{before}; import pykernels.kernels") == message
+
+
+def test_cpu_tensors_need_the_interpreter():
+    code = (
+        "import torch; from pykernels.kernels import rnn; x = torch.zeros(1, 1, 1);"
+        "rnn.rnn_fwd(x, x[0], x[0], None, None, None, nonlinearity='tanh', reverse=False)"
+    )
+    assert last_line(code) == (
+        "RuntimeError: the triton backend needs CUDA tensors, got one on cpu; on cpu tensors it "
+        "runs with TRITON_INTERPRET=1 set before Python starts"
+    )
