@@ -127,10 +127,10 @@ def scaled_dot_product_attention(
         TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
     """
     op = "scaled_dot_product_attention"
-    for name, value in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(op, name, value, query if name != "query" else None)
-        if value.dim() < 2:
-            _checks.fail(op, name, "[..., S, D]", list(value.shape))
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        _checks.tensor(op, name, given, query if name != "query" else None)
+        if given.dim() < 2:
+            _checks.fail(op, name, "[..., S, D]", list(given.shape))
     _checks.floating(op, "query", query)
     _checks.number(op, "dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:

@@ -42,7 +42,7 @@ def rnn(
 ) -> tuple[Tensor, Tensor]:
     r"""One layer of the Elman recurrence over a whole sequence.
 
-    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh \text{ or relu}
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}
 
     The parametrisation is that of `torch.nn.RNN`; the recurrence is J. L. Elman's ("Finding
     structure in time", 1990). Only the states are kept for the backward pass.
