@@ -1,6 +1,8 @@
 // T. Dao, "FlashAttention-2" (2023), for caches instead of shared memory: scores exist for a few
-// query rows by one block of keys, and the softmax is rescaled as the row maximum grows. Scores are
-// kept in base 2: the queries are packed times scale * log2(e), so exp is exp2.
+// query rows by one block of keys, and the softmax is rescaled as the row maximum grows. The scale
+// joins in where a score becomes a weight, 2^(score * scale * log2(e) - shift): one multiply-add
+// with one rounding, near zero, where scaling the queries beforehand would round at the size of a
+// score.
 #include "attention.h"
 
 #include <array>
@@ -18,7 +20,7 @@
 namespace pykernels {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.4426950408889634074;
 
 template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -45,18 +47,30 @@ PK_INLINE int64_t visible_keys(const AttentionSizes& n, int64_t query, int64_t l
   return n.causal ? std::min(query + 1, limit) : limit;
 }
 
-// Adds the mask of keys [first, first + count) to one row of scores.
+// What one unit of the scores in memory is worth: the scale, if the product may be left as it is.
+template <class T>
+T score_unit(const AttentionSizes& n, const AttentionMask& mask) {
+  return mask.kind != AttentionMask::kAdditive && n.scale > 0 ? T(n.scale) : T(1);
+}
+
+// Brings one row of products with keys [first, first + count) into the unit, masked.
 template <class S, class T>
-void apply_mask(const AttentionMask& mask, int64_t b, int64_t h, int64_t i, int64_t first,
-                int64_t count, T* scores) {
+void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b, int64_t h,
+                   int64_t i, int64_t first, int64_t count, T* scores) {
   const int64_t start = b * mask.batch + h * mask.head + i * mask.row + first * mask.column;
+  const T scale = static_cast<T>(n.scale);
+  if (mask.kind == AttentionMask::kAdditive) {
+    const S* const bias = static_cast<const S*>(mask.data) + start;
+    for (int64_t j = 0; j < count; ++j)
+      scores[j] = scores[j] * scale + widen(bias[j * mask.column]);
+    return;
+  }
+  if (n.scale <= 0)
+    for (int64_t j = 0; j < count; ++j) scores[j] *= scale;
   if (mask.kind == AttentionMask::kBoolean) {
     const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
     for (int64_t j = 0; j < count; ++j)
       scores[j] = attend[j * mask.column] ? scores[j] : -kInfinity<T>;
-  } else {
-    const S* const bias = static_cast<const S*>(mask.data) + start;
-    for (int64_t j = 0; j < count; ++j) scores[j] += widen(bias[j * mask.column]) * T(kLog2E);
   }
 }
 
@@ -171,6 +185,7 @@ class Forward {
     T* const packed_v = arena.take(kKeyBlock * out_width_);
     T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
     constexpr int64_t score_row = kKeyBlock + kRowPad;
+    const T unit = score_unit<T>(n_, p_.mask), rate = unit * T(kLog2E);
 
     // The last chunks see the most keys in a causal mask: they go first.
     const int64_t b = item / n_.N_kv % n_.B, g = item % n_.N_kv;
@@ -181,8 +196,7 @@ class Forward {
 
     for (int64_t r = 0; r < rows; ++r) {
       const S* const from = p_.q.at(b, head(r), query(r));
-      for (int64_t d = 0; d < n_.D; ++d)
-        queries[r * n_.D + d] = widen(from[d]) * T(n_.scale * kLog2E);
+      for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]);
     }
     for (int64_t r = 0; r < rows; r += kScoreRows)
       pack_rows<T>(View<T>{queries + r * n_.D, n_.D, 1}, std::min(kScoreRows, rows - r), n_.D,
@@ -208,21 +222,20 @@ class Forward {
         multiply_packed(count, seen, n_.D, packed_q + r0 * n_.D, packed_k, scores, score_row);
         for (int64_t r = 0; r < count; ++r) {
           T* const row = scores + r * score_row;
-          if (p_.mask.kind != AttentionMask::kNone)
-            apply_mask<S>(p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
+          finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
           top[r] = row_maximum(row, mine[r], maximum[r0 + r]);
         }
         // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to
         // scale.
         for (int64_t r = 0; r < count; r += lanes<T>) {
           const vec<T> before = load(maximum + r0 + r), now = load(top + r);
-          store(factor + r,
-                select<vec<T>>(before == now, 1 + vec<T>{}, exp2_softmax<T>(before - now)));
+          store(factor + r, select<vec<T>>(before == now, 1 + vec<T>{},
+                                           exp2_softmax<T>((before - now) * rate)));
         }
         for (int64_t r = 0; r < count; ++r) {
           if (factor[r] != 1) scale_row(out + (r0 + r) * out_width_, out_width_, factor[r]);
           sum[r0 + r] =
-              sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r]);
+              sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r], rate);
           maximum[r0 + r] = top[r];
         }
         multiply(count, n_.D_v, seen, scores, score_row, 1, packed_v, keys, true,
@@ -235,7 +248,7 @@ class Forward {
       const T inverse = sum[r] > 0 || sum[r] != sum[r] ? 1 / sum[r] : T(0);
       for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
         store_n(p_.out + at * n_.D_v + d, load(from + d) * inverse, n_.D_v - d);
-      p_.lse[at] = maximum[r] * T(kLn2) + std::log(sum[r]);
+      p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
     }
   }
 
@@ -262,13 +275,13 @@ class Forward {
     return reduce_max(max(even, odd));
   }
 
-  // scores[0, count) to weights 2^(score - top), and zeros to `seen`; returns their sum.
-  static T weigh(T* scores, int64_t count, int64_t seen, T top) {
+  // scores[0, count) to weights 2^((score - top) rate), and zeros to `seen`; returns their sum.
+  static T weigh(T* scores, int64_t count, int64_t seen, T top, T rate) {
     // With every score at -inf so far, any finite shift gives the weights their zeros.
-    const vec<T> shift = broadcast(top == -kInfinity<T> ? T(0) : top);
+    const vec<T> shift = broadcast(top == -kInfinity<T> ? T(0) : top * rate);
     vec<T> total{};
     for (int64_t j = 0; j < count; j += lanes<T>) {
-      const vec<T> weight = exp2_softmax<T>(load(scores + j) - shift);
+      const vec<T> weight = exp2_softmax<T>(load(scores + j) * rate - shift);
       total += weight;
       store(scores + j, weight);
     }
@@ -398,7 +411,7 @@ class Backward {
 
   // What a block of queries is packed into, and the two matrices of its scores.
   struct Rows {
-    T *queries, *douts;             // tiles: Q times scale * log2(e), and dout
+    T *queries, *douts;             // tiles
     T *query_panels, *dout_panels;  // panels
     T *weights, *dscores;           // [rows, kTileLine]: P and dS
   };
@@ -415,24 +428,23 @@ class Backward {
     const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
     const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
     pack_rows<T>(q, count, n_.D, rows.queries);
-    scale_row(rows.queries, count * n_.D, T(n_.scale * kLog2E));
     pack_rows<T>(dout, count, n_.D_v, rows.douts);
     pack_alone<T>(q, count, n_.D, rows.query_panels);
     pack_alone<T>(dout, count, n_.D_v, rows.dout_panels);
     multiply_packed(count, seen, n_.D, rows.queries, keys_t, rows.weights, kTileLine);
     multiply_packed(count, seen, n_.D_v, rows.douts, values_t, rows.dscores, kTileLine);
+    const T rate = score_unit<T>(n_, p_.mask) * T(kLog2E);
     for (int64_t r = 0; r < count; ++r) {
       T* const weight = rows.weights + r * kTileLine;
       T* const dscore = rows.dscores + r * kTileLine;
       const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
-      if (p_.mask.kind != AttentionMask::kNone)
-        apply_mask<S>(p_.mask, b, h, i0 + r, j0, mine, weight);
+      finish_scores<S>(n_, p_.mask, b, h, i0 + r, j0, mine, weight);
       const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
       // A row that saw no key has lse = -inf and P = 0.
       const T lse = p_.lse[at] == -kInfinity<T> ? kInfinity<T> : p_.lse[at] * T(kLog2E);
       const vec<T> shift = broadcast(lse), delta = broadcast(delta_.get()[at]);
       for (int64_t j = 0; j < mine; j += lanes<T>) {
-        const vec<T> p = exp2_softmax<T>(load(weight + j) - shift);
+        const vec<T> p = exp2_softmax<T>(load(weight + j) * rate - shift);
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }
