@@ -64,7 +64,7 @@ def test_gradcheck(spec, backend):
             "attention-mask-dead",
             "attention-sk0",
         ],
-        ["attention-gqa", "attention-mask-dead"],
+        ["attention-mask-dead"],
     ),
 )
 def test_each_gradient_alone(spec, backend):
