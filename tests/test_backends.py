@@ -173,7 +173,7 @@ def test_triton_on_cpu_needs_the_interpreter():
 
 SPECS = """
 import sys, torch
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 from pykernels import _backends
 from pykernels.testing import check
 from pykernels.testing.specs import find

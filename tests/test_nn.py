@@ -587,6 +587,7 @@ class TestMultiheadAttention:
         with pytest.raises(error, match=words):
             attention_pair()[0](*inputs, **options)
 
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_bad_kinds(self):
         layer, (q, k, v) = MultiheadAttention(E, N), (t.float() for t in operands("sequence"))
         with pytest.raises(TypeError, match="`query` must be a Tensor, got list"):
