@@ -113,6 +113,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+#: Options of every launch. Products and polynomials count on fused multiply-adds, whatever the
+#: default of a Triton release is. The bound on registers is the hardware's own: without one the
+#: assembler spills to make room for a second program on a multiprocessor.
+LAUNCH = {"enable_fp_fusion": True, "maxnreg": 255}
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 

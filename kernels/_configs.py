@@ -34,8 +34,8 @@ class ProductConfig:
 class RecurrenceConfig:
     """block_b batch rows a program, the state product in tiles [block_k, block_n] of the matrix.
 
-    Where `resident`, one tile is the whole matrix, so that H <= block_n = block_k, and stays in
-    registers for the whole sequence.
+    Where `resident`, one tile is the whole matrix, so that H <= block_n = block_k, and stays on the
+    chip, in registers or shared memory, for the whole sequence.
     """
 
     block_b: int
@@ -91,8 +91,8 @@ PRODUCT = {
 }
 
 #: By table and dtype: the first resident entry that covers H, else the last, which streams the
-#: matrix. float32 has no tensor cores and float64's want operands in registers: both stream, from
-#: L1 where the matrix is small.
+#: matrix. A matrix of float32 or float64, whose products take their operands from registers, is too
+#: large to stay there: they stream, from L1 where it is small.
 _RESIDENT = (
     RecurrenceConfig(16, 32, 32, 2, 1, resident=True),
     RecurrenceConfig(16, 64, 64, 4, 1, resident=True),
@@ -114,8 +114,8 @@ RECURRENCE = {
 _WIDE_FWD = {
     torch.float32: {
         32: _both(64, 32, 8, 2),
-        64: _both(64, 32, 8, 2),
-        128: _both(32, 32, 8, 2),
+        64: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 2)),
+        128: _both(32, 16, 8, 2),
         256: _both(32, 16, 8, 2),
     },
     torch.float64: {
@@ -149,7 +149,7 @@ ATTENTION_FWD = {
 _WIDE_DQ = {
     torch.float32: {
         32: _both(32, 32, 8, 2),
-        64: _both(32, 32, 8, 2),
+        64: (AttentionConfig(32, 32, 8, 2), AttentionConfig(32, 16, 8, 2)),
         128: _both(32, 16, 8, 2),
         256: _both(16, 16, 8, 1),
     },
@@ -157,7 +157,7 @@ _WIDE_DQ = {
         32: _both(32, 32, 8, 2),
         64: _both(32, 16, 8, 2),
         128: _both(16, 16, 8, 1),
-        256: _both(16, 16, 8, 1),
+        256: _both(8, 16, 8, 1),
     },
 }
 ATTENTION_DQ = {
@@ -183,23 +183,23 @@ ATTENTION_DQ = {
 
 _WIDE_DKV = {
     torch.float32: {
-        32: _both(32, 32, 8, 2),
+        32: _both(32, 32, 8, 1),
         64: _both(32, 32, 8, 1),
         128: _both(16, 32, 8, 1),
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 2),
+        32: _both(32, 32, 8, 1),
         64: _both(16, 32, 8, 1),
         128: _both(16, 16, 8, 1),
-        256: _both(16, 16, 8, 1),
+        256: _both(8, 8, 8, 1),
     },
 }
 ATTENTION_DKV = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)),
-            64: (AttentionConfig(32, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
+            64: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
             128: (AttentionConfig(32, 64, 8, 2), AttentionConfig(16, 32, 8, 1)),
             256: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
@@ -207,9 +207,9 @@ ATTENTION_DKV = {
     },
     "sm_90": {
         torch.float16: {
-            32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(32, 64, 8, 2)),
+            32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
             64: (AttentionConfig(64, 128, 8, 2), AttentionConfig(32, 64, 8, 2)),
-            128: (AttentionConfig(64, 64, 8, 2), AttentionConfig(32, 32, 8, 1)),
+            128: (AttentionConfig(64, 64, 8, 2), AttentionConfig(16, 64, 8, 2)),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
         **_WIDE_DKV,
@@ -217,7 +217,7 @@ ATTENTION_DKV = {
 }
 
 #: Rows of out and dout that one program of the delta kernel takes.
-ATTENTION_DELTA = DeltaConfig(32, 4)
+ATTENTION_DELTA = DeltaConfig(16, 8)
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _configs
 from ._common import (
+    LAUNCH,
     TRITON_DTYPES,
     compute_dtype,
     dot,
@@ -121,7 +122,7 @@ def _launch(
             GROUP_M=config.group_m,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
+            **LAUNCH,
         )
 
 

@@ -55,7 +55,7 @@ def recurrence(
     HAS_START: tl.constexpr,
     HAS_AUX: tl.constexpr,
     FROM_END: tl.constexpr,  # step 0 is t = T - 1
-    RESIDENT: tl.constexpr,  # M in registers for the whole sequence; then BLOCK_N = BLOCK_K >= H
+    RESIDENT: tl.constexpr,  # M stays on the chip for all steps; then BLOCK_N = BLOCK_K >= H
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

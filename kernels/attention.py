@@ -3,7 +3,8 @@
     S = scale * Q K^T + mask    lse_i = log sum_j exp(S_ij)    P = exp(S - lse)    out = P V
 
 The scores exist one tile at a time and never in memory. Tiles that the causal rule hides are never
-computed, and only tiles that the diagonal or the end of the keys crosses pay for a comparison.
+computed, and of the rest only those that the diagonal or the end of the keys crosses pay for a
+comparison (in the kernel of dK and dV, all: a second loop costs it more registers than that).
 Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
 one order, so two runs agree bit for bit.
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from . import _common, _configs
 from ._common import (
+    LAUNCH,
     LN_2,
     LOG2_E,
     TRITON_DTYPES,
@@ -351,84 +353,6 @@ def _load_lse(ptrs, ok, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _bwd_queries(
-    dk,  # [BLOCK_N, BLOCK_D]
-    dv,  # [BLOCK_N, BLOCK_DV]
-    k,  # [BLOCK_N, BLOCK_D]
-    v,  # [BLOCK_N, BLOCK_DV]
-    q_ptr,
-    dout_ptr,
-    mask_rows,
-    lse_ptr,
-    delta_ptr,
-    keys,
-    start,
-    stop,
-    S_q,
-    S_k,
-    D,
-    D_V,
-    stride_qs,
-    stride_dos,
-    stride_mask_q,
-    factor,
-    ACC: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    MASK: tl.constexpr,
-    EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    WHOLE_D: tl.constexpr,
-    WHOLE_DV: tl.constexpr,
-):
-    """What queries [start, stop) add to dK (but for the scale) and dV of one tile of keys.
-
-    Tiles of scores are transposed, keys by queries, so that both sums over queries have their left
-    operand in registers. Keys past S_k gather rubbish, each in a row of its own that is not stored.
-    """
-    ds = tl.arange(0, BLOCK_D)
-    dvs = tl.arange(0, BLOCK_DV)
-    for m in range(start, stop, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        rows_ok = rows < S_q
-        q_ptrs = _rows(q_ptr, rows, stride_qs, ds)
-        q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        lse = _load_lse(lse_ptr + rows, rows_ok, WIDE)
-        inside = (keys < S_k)[:, None] & rows_ok[None, :]
-        visible = inside
-        if CAUSAL:
-            visible = keys[:, None] <= rows[None, :]
-        mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
-        st = _scores(
-            k,
-            q,
-            factor,
-            mask_rows,
-            mask_cols,
-            visible,
-            inside,
-            ACC,
-            NEGATIVE,
-            MASK,
-            EDGE,
-            WIDE,
-        )
-        pt = _exp(_minus(st, factor, lse[None, :], MASK), WIDE)
-        dout_ptrs = _rows(dout_ptr, rows, stride_dos, dvs)
-        dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
-        dv = dot(to_storage(pt, dout.dtype), dout, dv)
-        delta = tl.load(delta_ptr + rows, mask=rows_ok, other=0.0)
-        dpt = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], ACC))
-        dst = pt * (dpt - delta[None, :])
-        dk = dot(to_storage(dst, q.dtype), q, dk)
-    return dk, dv
-
-
-@triton.jit
 def attention_bwd_dkv_kernel(
     q_ptr,  # [B, N, S_q, D]
     k_ptr,  # [B, N_kv, S_k, D]
@@ -500,56 +424,40 @@ def attention_bwd_dkv_kernel(
     k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
     v = load_tile(v_ptrs, keys_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
 
-    # Queries [start, full) need a comparison, [full, S_q) do not.
-    start = 0
-    full = 0
-    if CAUSAL:
-        start = first // BLOCK_M * BLOCK_M
-        full = tl.minimum(tl.cdiv(first + BLOCK_N - 1, BLOCK_M), tl.cdiv(S_q, BLOCK_M)) * BLOCK_M
+    # One loop over the queries of all heads that read these keys, so that loads of one head run
+    # ahead during the last products of another. Tiles of scores are transposed, keys by queries:
+    # both sums over queries have their left operand in registers. Keys past S_k gather rubbish,
+    # each in a row of its own that is not stored.
+    start = first // BLOCK_M * BLOCK_M if CAUSAL else 0
+    steps = tl.maximum(tl.cdiv(S_q - start, BLOCK_M), 0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
-    for member in range(group):
-        n = n_kv * group + member
-        row = (b * N + n) * S_q
+    for step in range(group * steps):
+        n = n_kv * group + step // steps
+        rows = start + step % steps * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows_ok = rows < S_q
+        q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
+        q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
+        row_0 = (b * N + n) * S_q
+        lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
         mask_rows = mask_ptr
         if MASK != "none":
             mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
             mask_rows = mask_rows + keys.to(tl.int64)[:, None] * stride_mask_k
-        for edge in tl.static_range(2 if CAUSAL else 1):
-            dk, dv = _bwd_queries(
-                dk,
-                dv,
-                k,
-                v,
-                q_ptr + b * stride_qb + n * stride_qn,
-                dout_ptr + b * stride_dob + n * stride_don,
-                mask_rows,
-                lse_ptr + row,
-                delta_ptr + row,
-                keys,
-                start if edge else full,
-                full if edge else S_q,
-                S_q,
-                S_k,
-                D,
-                D_V,
-                stride_qs,
-                stride_dos,
-                stride_mask_q,
-                factor,
-                ACC=ACC,
-                NEGATIVE=NEGATIVE,
-                CAUSAL=CAUSAL,
-                MASK=MASK,
-                EDGE=edge == 1,
-                WIDE=WIDE,
-                BLOCK_M=BLOCK_M,
-                BLOCK_N=BLOCK_N,
-                BLOCK_D=BLOCK_D,
-                BLOCK_DV=BLOCK_DV,
-                WHOLE_D=WHOLE_D,
-                WHOLE_DV=WHOLE_DV,
-            )
+        mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
+        inside = keys_ok & rows_ok[None, :]
+        visible = keys[:, None] <= rows[None, :]
+        st = _scores(
+            k, q, factor, mask_rows, mask_cols, visible, inside, ACC, NEGATIVE, MASK, CAUSAL, WIDE
+        )
+        pt = _exp(_minus(st, factor, lse[None, :], MASK), WIDE)
+        dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
+        dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
+        dv = dot(to_storage(pt, dout.dtype), dout, dv)
+        delta = tl.load(delta_ptr + row_0 + rows, mask=rows_ok, other=0.0)
+        dpt = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], ACC))
+        dst = pt * (dpt - delta[None, :])
+        dk = dot(to_storage(dst, q.dtype), q, dk)
 
     dk_ptrs = _rows(dk_ptr + b * stride_dkb + n_kv * stride_dkn, keys, stride_dks, ds)
     dv_ptrs = _rows(dv_ptr + b * stride_dvb + n_kv * stride_dvn, keys, stride_dvs, dvs)
@@ -777,7 +685,7 @@ def _options(
         "WHOLE_DV": block_dv == D_v,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        **LAUNCH,
     }
 
 
@@ -904,7 +812,7 @@ def attention_bwd(
                 BLOCK_M=config.block_m,
                 BLOCK_DV=block_dv,
                 num_warps=config.num_warps,
-                enable_fp_fusion=True,
+                **LAUNCH,
             )
 
     dq = dk = dv = None

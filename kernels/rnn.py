@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import TRITON_DTYPES, capability, compute_dtype, on_device_of, tanh
+from ._common import LAUNCH, TRITON_DTYPES, capability, compute_dtype, on_device_of, tanh
 from ._product import long_product, product
 from ._recurrence import recurrence
 
@@ -137,7 +137,7 @@ def _loop_options(x: Tensor, H: int) -> tuple[tuple[int], dict[str, object]]:
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "enable_fp_fusion": True,
+        **LAUNCH,
     }
     return (triton.cdiv(x.shape[1], config.block_b),), options
 
