@@ -1,7 +1,8 @@
 // exp, exp2, tanh and sigmoid on vec<float> and vec<double>.
 //
-// Largest error over every float, and over doubles swept at random, in units in the last place of
-// the correctly rounded result (denormal results included), as tests/test_core.py measures it:
+// Largest error over a dense sweep of floats, and over doubles swept at random, in units in the
+// last place of the correctly rounded result (denormal results included), as tests/test_core.py
+// measures it:
 //
 //              exp    exp2   exp2_softmax   tanh   sigmoid
 //   bound      1.0    1.25   2.5            2.5    2.5
