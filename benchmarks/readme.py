@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import records
+import torch
 from workload import DTYPES, SPECS
 
 from pykernels import _backends
@@ -51,6 +52,7 @@ CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
 }
 FEATURES = {
     "v_head_dim": "values of another head size",
+    "large_head": "head dims above 256 (float64: 128)",
     "mask_grad": "gradient of the mask",
     "dropout": "dropout",
 }
@@ -110,7 +112,7 @@ def support_of(op: str) -> list[str]:
 
 
 def needs(spec: Spec) -> frozenset[str]:
-    return getattr(spec, "features", frozenset())
+    return spec.features(torch.float32)
 
 
 def dtypes(module: ModuleType) -> str:

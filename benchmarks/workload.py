@@ -35,16 +35,9 @@ class Setting:
         spec, dtype = self.spec, DTYPES[self.dtype]
         truth, stocks = (get(spec, dtype, self.device) for get in (evaluate.truth, evaluate.stock))
         actual = evaluate.ours(spec, dtype, self.backend, self.device)
-        usual = evaluate.usual_error(spec, dtype)
+        floor = evaluate.floor(spec, dtype)
         return {
-            name: measure(
-                actual[name],
-                truth[name],
-                stocks[name],
-                dtype,
-                usual=usual[name],
-                condition=spec.condition,
-            )
+            name: measure(actual[name], truth[name], stocks[name], dtype, floor=floor[name])
             for name in truth
         }
 
@@ -52,8 +45,9 @@ class Setting:
         """The backend behind an implementation's calls; empty for stock torch."""
         if implementation != "ours":
             return "reference" if implementation == "reference" else ""
-        device, features = torch.device(self.device), getattr(self.spec, "features", frozenset())
-        return about.serving(self.spec.op, self.backend, device, DTYPES[self.dtype], features)
+        device, dtype = torch.device(self.device), DTYPES[self.dtype]
+        features = self.spec.features(dtype)
+        return about.serving(self.spec.op, self.backend, device, dtype, features)
 
     def flops(self, which: str) -> int:
         """Floating-point operations of one call."""

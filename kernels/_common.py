@@ -39,7 +39,7 @@ def dot(a, b, acc):
 
     "ieee" forbids TF32: float32 operands are multiplied as float32.
     """
-    if INTERPRETED and a.dtype == tl.float32:
+    if INTERPRETED and a.dtype == acc.dtype:
         # A GPU adds up each entry in the order of k, whatever the tiles: backward then recomputes
         # the very scores of forward. The interpreter's numpy asks a BLAS, whose order varies.
         return acc + tl.sum(a[:, :, None] * b[None, :, :], 1)

@@ -114,7 +114,7 @@ RECURRENCE = {
 _WIDE_FWD = {
     torch.float32: {
         32: _both(64, 32, 8, 2),
-        64: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 2)),
+        64: (AttentionConfig(64, 32, 8, 2), AttentionConfig(64, 16, 8, 2)),
         128: _both(32, 16, 8, 2),
         256: _both(32, 16, 8, 2),
     },
@@ -122,7 +122,6 @@ _WIDE_FWD = {
         32: _both(64, 32, 8, 2),
         64: _both(64, 16, 8, 2),
         128: _both(32, 16, 8, 2),
-        256: _both(16, 16, 8, 1),
     },
 }
 ATTENTION_FWD = {
@@ -157,7 +156,6 @@ _WIDE_DQ = {
         32: _both(32, 32, 8, 2),
         64: _both(32, 16, 8, 2),
         128: _both(16, 16, 8, 1),
-        256: _both(8, 16, 8, 1),
     },
 }
 ATTENTION_DQ = {
@@ -192,14 +190,13 @@ _WIDE_DKV = {
         32: _both(32, 32, 8, 1),
         64: _both(16, 32, 8, 1),
         128: _both(16, 16, 8, 1),
-        256: _both(8, 8, 8, 1),
     },
 }
 ATTENTION_DKV = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)),
-            64: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
+            64: (AttentionConfig(32, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
             128: (AttentionConfig(32, 64, 8, 2), AttentionConfig(16, 32, 8, 1)),
             256: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },

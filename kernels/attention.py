@@ -37,8 +37,7 @@ from ._common import (
 DTYPES = _common.DTYPES
 FEATURES = frozenset({"v_head_dim"})
 
-#: The largest D and D_v whose tiles fit a GPU's registers, and the smallest block of them.
-MAX_HEAD_DIM = 256
+#: The smallest block of head dims.
 LEAST_BLOCK_D = 32
 
 
@@ -723,17 +722,9 @@ def attention_fwd(
 
     Returns:
         ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``.
-
-    Raises:
-        ValueError: D or D_v is above `MAX_HEAD_DIM`.
     """
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
-    if max(D, D_v) > MAX_HEAD_DIM:
-        raise ValueError(
-            f"attention: the triton backend serves head dims up to {MAX_HEAD_DIM}, "
-            f"got D = {D}, D_v = {D_v}"
-        )
     saved = (q, k, v, attn_mask)
     q, k, v, mask, steps = _operands(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.

@@ -87,9 +87,7 @@ def some(reference_and_cpp, triton=()):
 def need(spec, backend, dtype):
     """Skip where a backend says that it cannot serve; test_backends.py holds what each must."""
     where = device(backend)
-    if reason := _backends.refusal(
-        backend, spec.op, where, dtype, getattr(spec, "features", frozenset())
-    ):
+    if reason := _backends.refusal(backend, spec.op, where, dtype, spec.features(dtype)):
         pytest.skip(f"{backend}: {reason}")
     if spec.layout == "huge":
         try:

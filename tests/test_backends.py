@@ -49,7 +49,7 @@ def test_every_backend_serves_its_dtypes(backend, op):
         pytest.skip(reason)
     module = _backends.module(backend, op)
     assert {torch.float16, torch.bfloat16, torch.float32, torch.float64} == module.DTYPES
-    assert {"mask_grad", "v_head_dim", "dropout"} >= module.FEATURES
+    assert {"mask_grad", "v_head_dim", "large_head", "dropout"} >= module.FEATURES
     assert {f"{op}_fwd", f"{op}_bwd"} <= set(dir(module))
 
 

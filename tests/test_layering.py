@@ -25,7 +25,7 @@ PARTS = {
     "nn": ({"functional", "_checks"}, {"torch"}),
     "cost": (set(), set()),
     "_version": (set(), set()),
-    "testing": ({"functional"}, {"torch"}),
+    "testing": ({"functional", "ops"}, {"torch"}),
     "__init__": ({"functional", "nn", "_backends", "_version"}, {"torch"}),
     "__main__": ({"_backends", "_version", "__init__"}, {"torch"}),
 }

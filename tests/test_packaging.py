@@ -80,6 +80,7 @@ def build(folder):
             sys.executable,
             "-m",
             "pip",
+            "--isolated",  # from the variables that the Makefile sets for pip
             "wheel",
             "--no-build-isolation",
             "--no-deps",
@@ -152,7 +153,7 @@ def links_no_torch(wheel, folder):
 
 def installs_and_runs(wheel, folder):
     """Installed into an empty folder and run from another one, the backends answer."""
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q"]
+    command = [sys.executable, "-m", "pip", "--isolated", "install", "--no-deps", "--no-index", "-q"]
     subprocess.run([*command, "--target", str(folder), str(wheel)], check=True, capture_output=True)
     top = [path.name for path in folder.iterdir() if path.suffix != ".dist-info"]
     assert top == ["pykernels"]

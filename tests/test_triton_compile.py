@@ -12,6 +12,7 @@ file, run as a script, answers one case a line.
 import contextlib
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import os
 import pkgutil
@@ -25,6 +26,8 @@ import pytest
 import torch
 
 _configs = pytest.importorskip("pykernels.kernels._configs", exc_type=ImportError)
+
+RELEASE = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 #: Which case launches each kernel; a new kernel must be named here, and its case launch it.
 KERNELS = {
@@ -161,7 +164,9 @@ def test_compiles(case, compiler):
         elif case.dtype == SINGLE:
             assert not products, f"float32 must not be rounded to TF32: {kernel}"
         elif case.dtype == DOUBLE:
-            assert products == "mma.sync", kernel
+            # older releases do not use the tensor cores of sm_100 for float64
+            old = case.chip == 100 and RELEASE < (3, 9)
+            assert products == ("" if old else "mma.sync"), kernel
         elif case.op == "rnn" or case.chip == 80 or kernel["rows"] < 64:
             assert products, kernel
         else:

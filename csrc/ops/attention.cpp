@@ -28,6 +28,10 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 // Keys whose packed K and V a thread keeps in its second-level cache.
 constexpr int64_t kKeyBlock = 256;
 
+// The longest sum that is one chain of additions: longer ones are made of several, for the error of
+// a chain grows with its length. A multiple of it costs a few loads and stores of the tile.
+constexpr int64_t kChain = 128;
+
 // Query rows by keys of scores at a time, in the backward pass.
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
@@ -100,16 +104,18 @@ PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a
                 });
 }
 
-// The same with `a` packed by pack_rows.
+// c = a b with both packed, `a` by pack_rows.
 template <class T>
 PK_INLINE void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b,
                                T* c, int64_t c_row) {
   constexpr int64_t width = kPanel<T>;
   for_each_tile({0, rows}, {0, ceil_div(columns, width)},
                 [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-                  multiply_tile(count, wide, depth, a + row * depth, 1, count,
-                                b + panel * depth * width, depth * width, width, false,
-                                c + row * c_row + panel * width, c_row);
+                  for (int64_t k = 0; k < depth; k += kChain)
+                    multiply_tile(count, wide, std::min(kChain, depth - k),
+                                  a + row * depth + k * count, 1, count,
+                                  b + (panel * depth + k) * width, depth * width, width, k > 0,
+                                  c + row * c_row + panel * width, c_row);
                 });
 }
 
@@ -249,6 +255,8 @@ class Forward {
       for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
         store_n(p_.out + at * n_.D_v + d, load(from + d) * inverse, n_.D_v - d);
       p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
+      p_.rows.shift[at] = maximum[r] == -kInfinity<T> ? kInfinity<T> : maximum[r] * rate;
+      p_.rows.inverse[at] = inverse;
     }
   }
 
@@ -440,11 +448,10 @@ class Backward {
       const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
       finish_scores<S>(n_, p_.mask, b, h, i0 + r, j0, mine, weight);
       const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
-      // A row that saw no key has lse = -inf and P = 0.
-      const T lse = p_.lse[at] == -kInfinity<T> ? kInfinity<T> : p_.lse[at] * T(kLog2E);
-      const vec<T> shift = broadcast(lse), delta = broadcast(delta_.get()[at]);
+      const vec<T> shift = broadcast(p_.rows.shift[at]), inverse = broadcast(p_.rows.inverse[at]);
+      const vec<T> delta = broadcast(delta_.get()[at]);
       for (int64_t j = 0; j < mine; j += lanes<T>) {
-        const vec<T> p = exp2_softmax<T>(load(weight + j) * rate - shift);
+        const vec<T> p = exp2_softmax<T>(load(weight + j) * rate - shift) * inverse;
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }
@@ -506,6 +513,12 @@ Heads<const S> heads(const Rows& rows) {
   return {pointer<const S>(data), strides[0], strides[1], strides[2]};
 }
 
+// From [2, B, N, S_q].
+template <class T>
+AttentionRows<T> rows_of(T* data, const Sizes& n) {
+  return {data, data + n[0] * n[1] * n[3]};
+}
+
 AttentionMask mask_of(const MaskRows& rows) {
   const auto& [kind, data, strides] = rows;
   return {static_cast<AttentionMask::Kind>(kind),
@@ -519,30 +532,31 @@ AttentionMask mask_of(const MaskRows& rows) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward",
-        [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-           const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out, Address lse) {
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            attention_forward<S>(threads, {sizes(n, causal, scale), heads<S>(qkv[0]),
-                                           heads<S>(qkv[1]), heads<S>(qkv[2]), mask_of(mask),
-                                           pointer<S>(out), pointer<compute_t<S>>(lse)});
-          });
-        });
-  m.def("attention_backward",
-        [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-           const std::array<Rows, 4>& in, const MaskRows& mask,
-           const std::array<Address, 3>& of_rows, const std::array<Address, 3>& grads) {
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            using T = compute_t<S>;
-            attention_backward<S>(
-                threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]),
-                          heads<S>(in[2]), mask_of(mask), pointer<S>(of_rows[0]),
-                          pointer<T>(of_rows[1]), heads<S>(in[3]), pointer<T>(of_rows[2]),
-                          pointer<S>(grads[0]), pointer<S>(grads[1]), pointer<S>(grads[2])});
-          });
-        });
+  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+                                const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out,
+                                Address lse, Address rows) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      attention_forward<S>(
+          threads, {sizes(n, causal, scale), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
+                    mask_of(mask), pointer<S>(out), pointer<T>(lse), rows_of(pointer<T>(rows), n)});
+    });
+  });
+  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
+                                 const std::array<Rows, 4>& in, const MaskRows& mask,
+                                 const std::array<Address, 3>& of_rows,
+                                 const std::array<Address, 3>& grads) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      attention_backward<S>(
+          threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
+                    mask_of(mask), pointer<S>(of_rows[0]), rows_of(pointer<const T>(of_rows[1]), n),
+                    heads<S>(in[3]), pointer<T>(of_rows[2]), pointer<S>(grads[0]),
+                    pointer<S>(grads[1]), pointer<S>(grads[2])});
+    });
+  });
 }
 
 }  // namespace pykernels

@@ -20,6 +20,15 @@ struct Heads {
   S* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
+// What forward leaves for backward, both [B, N, S_q]: a weight is
+// 2^(score * unit * log2(e) - shift) * inverse, where unit is the scale or 1. The log-sum-exp would
+// say the same in one number, but rounded at the size of a score, where a weight magnifies that.
+template <class T>
+struct AttentionRows {
+  T* shift;    // +inf in a row that sees no key
+  T* inverse;  // of the sum of the row's powers
+};
+
 // [B, N, S_q, S_k] of any strides, 0 where it broadcasts.
 struct AttentionMask {
   enum Kind : int { kNone, kBoolean, kAdditive };
@@ -35,6 +44,7 @@ struct AttentionForward {
   AttentionMask mask;
   S* out;             // [B, N, S_q, D_v]
   compute_t<S>* lse;  // [B, N, S_q], natural log
+  AttentionRows<compute_t<S>> rows;
 };
 
 // A gradient that is not wanted is nullptr.
@@ -43,8 +53,8 @@ struct AttentionBackward {
   AttentionSizes sizes;
   Heads<const S> q, k, v;
   AttentionMask mask;
-  const S* out;              // [B, N, S_q, D_v], of the forward pass
-  const compute_t<S>* lse;   // [B, N, S_q], of the forward pass
+  const S* out;  // [B, N, S_q, D_v], of the forward pass
+  AttentionRows<const compute_t<S>> rows;
   Heads<const S> dout;       // [B, N, S_q, D_v]
   const compute_t<S>* dlse;  // [B, N, S_q] or nullptr for zeros
   S* dq;                     // [B, N, S_q, D]

@@ -9,7 +9,7 @@ from pykernels import _backends, cpp
 from pykernels.cpp import address
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES = frozenset({"v_head_dim"})
+FEATURES = frozenset({"v_head_dim", "large_head"})
 
 
 def attention_fwd(
@@ -24,6 +24,7 @@ def attention_fwd(
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    row_stats = lse.new_empty(2, *lse.shape)  # what backward makes weights from
     # The copies must outlive the call: their addresses alone reach it.
     rows = [_rows(t) for t in (q, k, v)]
     _backends.load_extension().attention_forward(
@@ -36,8 +37,9 @@ def attention_fwd(
         _mask(attn_mask),
         address(out),
         address(lse),
+        address(row_stats),
     )
-    return (out, lse), (q, k, v, attn_mask, out, lse)
+    return (out, lse), (q, k, v, attn_mask, out, row_stats)
 
 
 def attention_bwd(
@@ -49,7 +51,7 @@ def attention_bwd(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract; `attn_mask` gets no gradient here."""
-    q, k, v, attn_mask, out, lse = saved
+    q, k, v, attn_mask, out, row_stats = saved
     dout, dlse = grads
     if dout is None:
         dout = torch.zeros_like(out)
@@ -67,7 +69,7 @@ def attention_bwd(
         scale,
         [_strided(t) for t in rows],
         _mask(attn_mask),
-        [address(t) for t in (out, lse, dlse)],
+        [address(t) for t in (out, row_stats, dlse)],
         [address(t) for t in (dq, dk, dv)],
     )
     return dq, dk, dv, None

@@ -27,6 +27,18 @@ class AttentionFunction(torch.autograd.Function):
         return _autograd.backward(ctx, "attention", grads)
 
 
+#: Bytes of a head, in the dtype of the arithmetic, above which it is a "large_head": several such
+#: rows of queries, keys and their gradients are more than a GPU's multiprocessor holds.
+LARGE_HEAD = 1024
+
+
+def features(dtype: torch.dtype, D: int, D_v: int) -> frozenset[str]:
+    """The optional features that heads of these sizes ask of a backend."""
+    large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
+    asked = {"v_head_dim": D_v != D, "large_head": large}
+    return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -153,8 +165,7 @@ def scaled_dot_product_attention(
     v = _fold(value, lead, kv_heads, S_k, D_v)
     if dropout_p > 0:
         # Only the formula drops weights, and autograd differentiates it: the draw is its own.
-        features = frozenset({"dropout"})
-        formula = _backends.select("attention", None, q.device, q.dtype, features)
+        formula = _backends.select("attention", None, q.device, q.dtype, frozenset({"dropout"}))
         out = formula.attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p
         )
@@ -223,12 +234,10 @@ def _run(
     scale: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    features = set()
-    if v.shape[-1] != q.shape[-1]:
-        features.add("v_head_dim")
+    wanted = features(q.dtype, q.shape[-1], v.shape[-1])
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        features.add("mask_grad")
-    chosen = _backends.select("attention", backend, q.device, q.dtype, frozenset(features))
+        wanted |= {"mask_grad"}
+    chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
     options = {
         "is_causal": bool(is_causal),
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),

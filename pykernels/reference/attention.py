@@ -12,7 +12,7 @@ import math
 import torch
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-FEATURES = frozenset({"dropout", "mask_grad", "v_head_dim"})
+FEATURES = frozenset({"dropout", "large_head", "mask_grad", "v_head_dim"})
 
 
 def scores(q, k, attn_mask=None, *, is_causal=False, scale=None):

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykernels.ops.attention import features
+
 LAYOUTS = ("contiguous", "transposed", "expanded", "offset", "strided", "huge")
 
 # Storage elements between two rows of the "huge" layout: an element offset that no 32-bit integer
@@ -104,7 +106,6 @@ class RNNSpec:
 
     op = "rnn"
     outputs = ("y", "h_n")
-    condition = 1.0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -113,6 +114,10 @@ class RNNSpec:
     @property
     def options(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity, "reverse": self.reverse}
+
+    def features(self, dtype: torch.dtype) -> frozenset[str]:
+        """What a backend must list in FEATURES to serve this spec."""
+        return frozenset()
 
     def inputs(
         self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
@@ -187,15 +192,9 @@ class AttentionSpec:
             "D_v": self.d_v,
         }
 
-    @property
-    def features(self) -> frozenset[str]:
+    def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        return frozenset({"v_head_dim"} if self.d_v != self.d else ())
-
-    @property
-    def condition(self) -> float:
-        """softmax multiplies the rounding of a score by the score."""
-        return max(1.0, self.gain)
+        return features(dtype, self.d, self.d_v)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -437,6 +436,7 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         _attention(f"d{d}", "vector width +-1 in D", HOSTILE, (1, 2, 10, d))
         for d in (2, 8, 9, 15, 17, 31, 33, 80, 100, 128, 160, 256)
     ),
+    _attention("d300", "more than a GPU's registers hold", HOSTILE, (1, 2, 10, 300)),
     _attention("d1", "one feature", TINY, (1, 2, 5, 1)),
     _attention("d7", "one short of a vector", SMALL, (1, 2, 10, 7)),
     _attention("d40", "no power of two", SMALL, (1, 2, 10, 40)),
@@ -579,7 +579,7 @@ ATTENTION_SPECS: list[AttentionSpec] = [
     ),
     # --- large scores
     _attention(
-        "saturated", "scores of size 50: softmax is one-hot", SMALL, (1, 2, 24, 16), gain=50.0
+        "saturated", "scores of size 50: softmax is one-hot", SMALL, (2, 4, 64, 16), gain=50.0
     ),
     _attention(
         "saturated-causal", "the same, causal", HOSTILE, (1, 2, 130, 16), gain=50.0, is_causal=True
