@@ -153,7 +153,7 @@ def links_no_torch(wheel, folder):
 
 def installs_and_runs(wheel, folder):
     """Installed into an empty folder and run from another one, the backends answer."""
-    command = [sys.executable, "-m", "pip", "--isolated", "install", "--no-deps", "--no-index", "-q"]
+    command = [sys.executable, "-m", "pip", "--isolated", "install", "--no-deps", "--no-index"]
     subprocess.run([*command, "--target", str(folder), str(wheel)], check=True, capture_output=True)
     top = [path.name for path in folder.iterdir() if path.suffix != ".dist-info"]
     assert top == ["pykernels"]
