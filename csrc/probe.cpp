@@ -15,14 +15,16 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Multiply-adds on registers alone, in as many chains as fill the units.
+// Multiply-adds on registers alone, in as many chains as fill the units. The numbers are volatile,
+// or the compiler would find a chain that stands still and leave it out.
 template <class T>
 int64_t multiply_adds(int64_t rounds) {
   constexpr int chains = 12;
   vec<T> sum[chains];
 #pragma GCC unroll 16
   for (int i = 0; i < chains; ++i) sum[i] = broadcast(T(i));
-  const vec<T> factor = broadcast(T(0.5)), term = broadcast(T(1));
+  const volatile T half = T(0.5), one = T(1);
+  const vec<T> factor = broadcast(T(half)), term = broadcast(T(one));
   for (int64_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 16
     for (int i = 0; i < chains; ++i) sum[i] = sum[i] * factor + term;

@@ -26,7 +26,7 @@ template <class T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Keys whose packed K and V a thread keeps in its second-level cache.
-constexpr int64_t kKeyBlock = 256;
+constexpr int64_t kKeyBlock = 512;
 
 // The longest sum that is one chain of additions: longer ones are made of several, for the error of
 // a chain grows with its length. A multiple of it costs a few loads and stores of the tile.
@@ -38,7 +38,7 @@ constexpr int64_t kBackwardKeys = 128;
 
 // Query rows whose scores are computed before their softmax: a few tiles, to stay near the first
 // level of cache.
-constexpr int64_t kScoreRows = kTileRows * (kVecRegisters == 32 ? 2 : 4);
+constexpr int64_t kScoreRows = kTileRows * (kVecRegisters == 32 ? 1 : 2);
 
 // Rows of scores are this much longer than a block of keys, so that they do not share cache sets.
 constexpr int64_t kRowPad = 16;
@@ -169,8 +169,9 @@ class Forward {
       : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
         out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
         chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
-        per_thread_(Arena<T>::padded(rows_ * n_.D) * 2 + Arena<T>::padded(rows_ * out_width_) +
-                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kScoreRows) * 2 +
+        per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * out_width_) +
+                    Arena<T>::padded(kScoreRows * n_.D) + Arena<T>::padded(rows_) * 2 +
+                    Arena<T>::padded(kScoreRows) * 2 +
                     Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
                     Arena<T>::padded(kKeyBlock * out_width_) +
                     Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad))),
@@ -180,7 +181,7 @@ class Forward {
 
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
-    T* const queries = arena.take(rows_ * n_.D);
+    T* const queries = arena.take(kScoreRows * n_.D);
     T* const packed_q = arena.take(rows_ * n_.D);
     T* const out = arena.take(rows_ * out_width_);
     T* const maximum = arena.take(rows_);
@@ -200,13 +201,14 @@ class Forward {
     const auto head = [&](int64_t row) { return g * group_ + row / length; };
     const auto query = [&](int64_t row) { return i0 + row % length; };
 
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* const from = p_.q.at(b, head(r), query(r));
-      for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]);
+    for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
+      const int64_t count = std::min(kScoreRows, rows - r0);
+      for (int64_t r = 0; r < count; ++r) {
+        const S* const from = p_.q.at(b, head(r0 + r), query(r0 + r));
+        for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]);
+      }
+      pack_rows<T>(View<T>{queries, n_.D, 1}, count, n_.D, packed_q + r0 * n_.D);
     }
-    for (int64_t r = 0; r < rows; r += kScoreRows)
-      pack_rows<T>(View<T>{queries + r * n_.D, n_.D, 1}, std::min(kScoreRows, rows - r), n_.D,
-                   packed_q + r * n_.D);
     std::fill(out, out + rows * out_width_, T(0));
     std::fill(maximum, maximum + rows, -kInfinity<T>);
     std::fill(sum, sum + rows, T(0));
@@ -321,6 +323,7 @@ class Backward {
       : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
         width_(round_up(n_.D, kPanel<T>)), v_width_(round_up(n_.D_v, kPanel<T>)),
         splits_(choose_splits(threads)), dq_size_(n_.B * n_.N * n_.S_q * width_),
+        in_place_(std::is_same_v<S, T> && splits_ == 1 && width_ == n_.D),
         per_thread_(
             Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
             Arena<T>::padded(kBackwardKeys * width_) * 2 +
@@ -329,7 +332,8 @@ class Backward {
             Arena<T>::padded(kBackwardRows * v_width_) +
             Arena<T>::padded(kBackwardRows * kTileLine) * 2),
         scratch_(threads * per_thread_), delta_(n_.B * n_.N * n_.S_q),
-        dq_(p.dq ? splits_ * dq_size_ : 0) {}
+        dq_scratch_(p.dq && !in_place_ ? splits_ * dq_size_ : 0),
+        dq_(in_place_ ? reinterpret_cast<T*>(p.dq) : dq_scratch_.get()) {}
 
   int64_t items() const { return n_.B * n_.N_kv * splits_; }
 
@@ -346,7 +350,7 @@ class Backward {
     }
     if (!p_.dq) return;
     const Range all = team.share(splits_ * dq_size_, lanes<T>);
-    std::fill(dq_.get() + all.begin, dq_.get() + all.end, T(0));
+    std::fill(dq_ + all.begin, dq_ + all.end, T(0));
   }
 
   void run(const Team& team, int64_t item) const {
@@ -389,8 +393,7 @@ class Backward {
                      dk, width_);
           if (p_.dq)
             multiply(count, n_.D, seen, rows.dscores, kTileLine, 1, keys_scaled, keys, true,
-                     dq_.get() + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_,
-                     width_);
+                     dq_ + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
         }
       }
       const int64_t at = (b * n_.N_kv + g) * n_.S_k + j0;
@@ -401,13 +404,12 @@ class Backward {
 
   // After all items: this thread's share of dQ, the splits added in order.
   void finish(const Team& team) const {
-    if (!p_.dq) return;
+    if (!p_.dq || in_place_) return;
     const Range rows = team.share(n_.B * n_.N * n_.S_q);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       for (int64_t d = 0; d < n_.D; d += lanes<T>) {
-        vec<T> sum = load(dq_.get() + r * width_ + d);
-        for (int64_t s = 1; s < splits_; ++s)
-          sum += load(dq_.get() + s * dq_size_ + r * width_ + d);
+        vec<T> sum = load(dq_ + r * width_ + d);
+        for (int64_t s = 1; s < splits_; ++s) sum += load(dq_ + s * dq_size_ + r * width_ + d);
         store_n(p_.dq + r * n_.D + d, sum, n_.D - d);
       }
     }
@@ -469,8 +471,11 @@ class Backward {
 
   const AttentionBackward<S>& p_;
   const AttentionSizes& n_;
-  const int64_t group_, width_, v_width_, splits_, dq_size_, per_thread_;
-  const Scratch<T> scratch_, delta_, dq_;
+  const int64_t group_, width_, v_width_, splits_, dq_size_;
+  const bool in_place_;  // dQ is summed where it is wanted
+  const int64_t per_thread_;
+  const Scratch<T> scratch_, delta_, dq_scratch_;
+  T* const dq_;  // [splits, B, N, S_q, width]
 };
 
 }  // namespace
