@@ -104,19 +104,20 @@ PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a
                 });
 }
 
-// c = a b with both packed, `a` by pack_rows.
+// c = a b, with b packed in panels [depth, kPanel] and the sums made of several chains.
 template <class T>
-PK_INLINE void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b,
-                               T* c, int64_t c_row) {
-  constexpr int64_t width = kPanel<T>;
-  for_each_tile({0, rows}, {0, ceil_div(columns, width)},
-                [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-                  for (int64_t k = 0; k < depth; k += kChain)
-                    multiply_tile(count, wide, std::min(kChain, depth - k),
-                                  a + row * depth + k * count, 1, count,
-                                  b + (panel * depth + k) * width, depth * width, width, k > 0,
-                                  c + row * c_row + panel * width, c_row);
-                });
+PK_INLINE void multiply_in_chains(int64_t rows, int64_t columns, int64_t depth, const T* a,
+                                  const T* b, T* c, int64_t c_row) {
+  for (int64_t k = 0; k < depth; k += kChain)
+    multiply(rows, columns, std::min(kChain, depth - k), a + k, depth, 1, b + k * kPanel<T>, depth,
+             k > 0, c, c_row);
+}
+
+// Rows [rows, columns], widened and contiguous.
+template <class T, class S>
+void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T* to) {
+  for (int64_t r = 0; r < rows; ++r, from += from_row, to += columns)
+    for (int64_t d = 0; d < columns; ++d) to[d] = widen(from[d]);
 }
 
 template <class T, class S>
@@ -170,8 +171,7 @@ class Forward {
         out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
         chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * out_width_) +
-                    Arena<T>::padded(kScoreRows * n_.D) + Arena<T>::padded(rows_) * 2 +
-                    Arena<T>::padded(kScoreRows) * 2 +
+                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kScoreRows) * 2 +
                     Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
                     Arena<T>::padded(kKeyBlock * out_width_) +
                     Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad))),
@@ -181,8 +181,7 @@ class Forward {
 
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
-    T* const queries = arena.take(kScoreRows * n_.D);
-    T* const packed_q = arena.take(rows_ * n_.D);
+    T* const queries = arena.take(rows_ * n_.D);
     T* const out = arena.take(rows_ * out_width_);
     T* const maximum = arena.take(rows_);
     T* const sum = arena.take(rows_);
@@ -201,14 +200,8 @@ class Forward {
     const auto head = [&](int64_t row) { return g * group_ + row / length; };
     const auto query = [&](int64_t row) { return i0 + row % length; };
 
-    for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
-      const int64_t count = std::min(kScoreRows, rows - r0);
-      for (int64_t r = 0; r < count; ++r) {
-        const S* const from = p_.q.at(b, head(r0 + r), query(r0 + r));
-        for (int64_t d = 0; d < n_.D; ++d) queries[r * n_.D + d] = widen(from[d]);
-      }
-      pack_rows<T>(View<T>{queries, n_.D, 1}, count, n_.D, packed_q + r0 * n_.D);
-    }
+    for (int64_t r = 0; r < rows; r += length)
+      copy_rows(p_.q.at(b, head(r), i0), p_.q.row, length, n_.D, queries + r * n_.D);
     std::fill(out, out + rows * out_width_, T(0));
     std::fill(maximum, maximum + rows, -kInfinity<T>);
     std::fill(sum, sum + rows, T(0));
@@ -227,7 +220,7 @@ class Forward {
           seen = std::max(seen, mine[r]);
         }
         if (seen == 0) continue;
-        multiply_packed(count, seen, n_.D, packed_q + r0 * n_.D, packed_k, scores, score_row);
+        multiply_in_chains(count, seen, n_.D, queries + r0 * n_.D, packed_k, scores, score_row);
         for (int64_t r = 0; r < count; ++r) {
           T* const row = scores + r * score_row;
           finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
@@ -421,7 +414,7 @@ class Backward {
 
   // What a block of queries is packed into, and the two matrices of its scores.
   struct Rows {
-    T *queries, *douts;             // tiles
+    T *queries, *douts;             // rows
     T *query_panels, *dout_panels;  // panels
     T *weights, *dscores;           // [rows, kTileLine]: P and dS
   };
@@ -437,12 +430,12 @@ class Backward {
                int64_t seen, const T* keys_t, const T* values_t, const Rows& rows) const {
     const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
     const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
-    pack_rows<T>(q, count, n_.D, rows.queries);
-    pack_rows<T>(dout, count, n_.D_v, rows.douts);
+    copy_rows(q.data, q.row, count, n_.D, rows.queries);
+    copy_rows(dout.data, dout.row, count, n_.D_v, rows.douts);
     pack_alone<T>(q, count, n_.D, rows.query_panels);
     pack_alone<T>(dout, count, n_.D_v, rows.dout_panels);
-    multiply_packed(count, seen, n_.D, rows.queries, keys_t, rows.weights, kTileLine);
-    multiply_packed(count, seen, n_.D_v, rows.douts, values_t, rows.dscores, kTileLine);
+    multiply_in_chains(count, seen, n_.D, rows.queries, keys_t, rows.weights, kTileLine);
+    multiply_in_chains(count, seen, n_.D_v, rows.douts, values_t, rows.dscores, kTileLine);
     const T rate = score_unit<T>(n_, p_.mask) * T(kLog2E);
     for (int64_t r = 0; r < count; ++r) {
       T* const weight = rows.weights + r * kTileLine;
