@@ -38,6 +38,7 @@ test: setup ## Run the tests
 	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
 bench: setup ## Time everything, draw it, and put it into the README
+	@$(PY) benchmarks/product.py
 	@$(PY) benchmarks/run.py $(ARGS)
 	@$(PY) benchmarks/errors.py
 	@$(PY) benchmarks/plot.py

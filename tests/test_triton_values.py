@@ -130,9 +130,14 @@ def test_storage_rounds_to_nearest(dtype):
     )
 
 
-def test_head_dim_limit():
-    q = torch.zeros(1, 1, 2, 257, device=DEVICE)
-    with pytest.raises(ValueError, match=r"head dims up to 256, got D = 257, D_v = 257"):
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 256), (torch.float64, 128)])
+def test_head_dim_limit(dtype, most):
+    q = torch.zeros(1, 1, 2, most, device=DEVICE, dtype=dtype)
+    functional.attention(q, q, q, backend="triton")
+    q = torch.zeros(1, 1, 2, most + 1, device=DEVICE, dtype=dtype)
+    with pytest.raises(
+        ValueError, match=r"does not serve large_head; these can: (cpp, )?reference"
+    ):
         functional.attention(q, q, q, backend="triton")
 
 
