@@ -3,7 +3,8 @@
     python benchmarks/errors.py                   every spec, in every dtype that ours serves
     python benchmarks/errors.py --op rnn --dtype bfloat16
 
-One row an output or gradient; the exit code is 1 where the tolerance rule is broken.
+One row an output or gradient; the exit code is 1 where the tolerance rule is broken. The large shapes
+are left out in float64: over sums of thousands the truth's own rounding is what would be measured.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         for spec in SPECS[op]
         if options.shapes in spec.name
         for dtype in options.dtype
+        if not ("bench" in spec.tags and dtype == "float64")
     ]
     rows: list[records.Row] = []
     broken: list[str] = []
