@@ -3,8 +3,8 @@
     python benchmarks/errors.py                   every spec, in every dtype that ours serves
     python benchmarks/errors.py --op rnn --dtype bfloat16
 
-One row an output or gradient; the exit code is 1 where the tolerance rule is broken. The large shapes
-are left out in float64: over sums of thousands the truth's own rounding is what would be measured.
+One row an output or gradient; the exit code is 1 where the tolerance rule is broken. The large
+shapes are left out in float64: over sums of thousands the truth's own rounding would be measured.
 """
 
 from __future__ import annotations
