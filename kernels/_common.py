@@ -150,6 +150,12 @@ def block_size(size: int, least: int) -> int:
     return max(triton.next_power_of_2(size), least)
 
 
+def empty_rows_like(tensor: Tensor) -> Tensor:
+    """`torch.empty_like` with a contiguous last axis, which overlapping views do not give it."""
+    made = torch.empty_like(tensor)
+    return made if with_dense_rows(made) is made else tensor.new_empty(tensor.shape)
+
+
 def with_dense_rows(tensor: Tensor) -> Tensor:
     """`tensor` itself if its last axis is contiguous, else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -28,6 +28,7 @@ from ._common import (
     capability,
     compute_dtype,
     dot,
+    empty_rows_like,
     load_tile,
     on_device_of,
     to_storage,
@@ -675,7 +676,8 @@ def _options(
         "NEGATIVE": scale < 0,
         "CAUSAL": is_causal,
         "MASK": mask,
-        "WIDE": q.dtype == compute_dtype(q.dtype),
+        # log2(e) times a mask of the most negative number would be -inf
+        "WIDE": q.dtype == compute_dtype(q.dtype) or mask == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
@@ -728,7 +730,7 @@ def attention_fwd(
     saved = (q, k, v, attn_mask)
     q, k, v, mask, steps = _operands(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
-    out = torch.empty_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
+    out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
     if lse.numel() > 0:
         options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, is_causal, scale)
@@ -808,7 +810,7 @@ def attention_bwd(
 
     dq = dk = dv = None
     if needs[0]:
-        dq = torch.empty_like(q)
+        dq = empty_rows_like(q)
         if dq.numel() > 0:
             options = _options(_configs.ATTENTION_DQ, q, v, attn_mask, is_causal, scale)
             with on_device_of(q):
@@ -834,7 +836,7 @@ def attention_bwd(
                     **options,
                 )
     if needs[1] or needs[2]:
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        dk, dv = empty_rows_like(k), empty_rows_like(v)
         if dk.numel() > 0:
             options = _options(_configs.ATTENTION_DKV, q, v, attn_mask, is_causal, scale)
             with on_device_of(q):

@@ -170,7 +170,7 @@ def test_saves_out_and_a_number_or_two_a_query(name, backend):
     spec = find(name)
     need(spec, backend, torch.float32)
     kept, (out, lse) = saved_bytes(spec, backend, torch.float32)
-    # triton: lse itself; cpp: the shift and the factor that make weights of scores
+    # triton: lse itself; cpp: the maximum and the factor that make weights of scores
     numbers = {"cpp": 2, "triton": 1}[backend]
     assert kept == out.numel() * out.element_size() + numbers * lse.numel() * lse.element_size()
 
@@ -490,3 +490,119 @@ def test_harness_rejects_mutants(monkeypatch):
     mutants += [("attention_bwd", gradient(i, factor)) for i in range(3) for factor in (0.0, 1.001)]
     mutants += [("attention_bwd", forget(i)) for i in range(2)]
     rejects_mutants(find("attention-plain"), monkeypatch, mutants)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_by_the_most_negative_number(dtype):
+    """More keys of it, first, than a kernel takes at a time: no trace once a key is seen."""
+    need(find("attention-plain"), "cpp", dtype)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16).to(dtype).requires_grad_() for n in (7, 1300, 1300))
+    mask = torch.zeros(1300, dtype=dtype)
+    mask[:1200] = torch.finfo(dtype).min
+    found = functional.attention(q, k, v, mask, backend="cpp")
+    seen = functional.attention(q, k[:, :, 1200:], v[:, :, 1200:], backend="cpp")
+    d = torch.randn(found.shape).to(dtype)
+    bound = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(found, seen, **bound)
+    grads = [torch.autograd.grad(out, (q, k, v), d) for out in (found, seen)]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, **bound)
+
+
+def test_large_scores_in_two_blocks_of_keys():
+    """Scores 1e5 and 1e5 + 1, exact in float32: what is compared is their difference."""
+    need(find("attention-plain"), "cpp", torch.float32)
+    q, k = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1100, 1)
+    k[..., 10, :], k[..., 1090, :] = 1e5, 1e5 + 1
+    v = torch.zeros(1, 1, 1100, 1)
+    v[..., 1090, :] = 1
+    options = {"scale": 1.0}
+    truth = functional.attention(q.double(), k.double(), v.double(), **options, backend="reference")
+    found = functional.attention(q, k, v, **options, backend="cpp")
+    assert_close(found, truth, stock.attention(q, k, v, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_subnormals(backend):
+    """Upstream gradients below 6e-5 are ordinary, and numbers."""
+    need(find("attention-plain"), backend, torch.float16)
+    torch.manual_seed(0)
+    where = device(backend)
+    inputs = [torch.randn(1, 2, 9, 5).half().to(where).requires_grad_() for _ in range(3)]
+    upstream = (torch.randn(1, 2, 9, 5) * 2e-5).half().to(where)
+    run = functools.partial(functional.attention, backend=backend)
+    found = torch.autograd.grad(run(*inputs), inputs, upstream)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    out = functional.attention(*wide, backend="reference")
+    truth = torch.autograd.grad(out, wide, upstream.double())
+    stocked = torch.autograd.grad(stock.attention(*inputs), inputs, upstream)
+    for name, *three in zip("qkv", found, truth, stocked, strict=True):
+        assert_close(*three, f"d{name}")
+        assert three[0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-50])
+def test_scale_that_float32_flushes_to_zero(backend, scale):
+    need(find("attention-plain"), backend, torch.float32)
+    q, k, v = (torch.randn(1, 2, 5, 8, device=device(backend)) for _ in range(3))
+    out = functional.attention(q, k, v, scale=scale, backend=backend)
+    torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+
+
+def test_lazy_minus():
+    """torch may keep a minus sign beside the memory."""
+    need(find("attention-plain"), "cpp", torch.float32)
+    q, k, v, mask = (torch.randn(1, 2, 5, n) for n in (8, 8, 8, 5))
+    lazy = [torch._neg_view(-t) for t in (q, k, v, mask)]
+    expected, found = (functional.attention(*ts, backend="cpp") for ts in ((q, k, v, mask), lazy))
+    assert torch.equal(found, expected)
+
+
+def test_forward_mode_is_refused():
+    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match=r"forward mode|jvp"):
+            functional.attention(dual, k, v)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}])
+def test_autocast(options):
+    """Under autocast the drop-in casts as torch's function does; the op itself keeps its dtype."""
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    mask = torch.randn(5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = functional.scaled_dot_product_attention(q, k, v, mask, **options)
+        theirs = F.scaled_dot_product_attention(q, k, v, mask, **options)
+        kept = functional.attention(q, k, v, mask)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert kept.dtype == torch.float32
+    expected = functional.attention(q, k, v, mask, backend="reference")
+    torch.testing.assert_close(kept, expected)
+    for out in (ours, kept):
+        grads = torch.autograd.grad(out.sum(), (q, k, v, mask))
+        assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+
+
+def test_float32_mask_of_a_narrow_query():
+    q, k, v = (torch.randn(1, 2, 5, 8).bfloat16() for _ in range(3))
+    mask = torch.randn(5, 5).bfloat16()
+    expected = functional.scaled_dot_product_attention(q, k, v, mask)
+    assert torch.equal(functional.scaled_dot_product_attention(q, k, v, mask.float()), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overlapping_views(backend):
+    """Sliding windows of one vector: torch.empty_like of them has no dense rows."""
+    need(find("attention-plain"), backend, torch.float32)
+    windows = torch.randn(1, 2, 20, device=device(backend)).unfold(2, 16, 1)  # [1, 2, 5, 16]
+    run = functools.partial(functional.attention, backend=backend)
+    results = []
+    for made in (windows, windows.contiguous()):
+        inputs = [made.detach().requires_grad_() for _ in range(3)]
+        out = run(*inputs)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)

@@ -208,12 +208,12 @@ ATTENTION = [
     (
         {"k": Z(2, 3, 6, 8), "v": Z(2, 3, 6, 8), "enable_gqa": True},
         ValueError,
-        r"attention: `q` must be of a number of heads divisible by N_kv = 3, got \[2, 4, 5, 8\]",
+        r"attention: `q` must be of a multiple of N_kv = 3 heads, got \[2, 4, 5, 8\]",
     ),
     (
         {"k": Z(2, 0, 6, 8), "v": Z(2, 0, 6, 8), "enable_gqa": True},
         ValueError,
-        r"attention: `q` must be of a number of heads divisible by N_kv = 0",
+        r"attention: `q` must be of a multiple of N_kv = 0 heads",
     ),
     (
         {"q": Z(2, 4, 5, 0), "k": Z(2, 4, 6, 0)},
@@ -294,7 +294,7 @@ SDPA = [
     (
         {"key": Z(2, 3, 6, 8), "value": Z(2, 3, 6, 8), "enable_gqa": True},
         ValueError,
-        "`query` must be of heads divisible by the equal heads of key and value",
+        "`query` must be of a multiple of the equal heads of key and value",
     ),
     (
         {"attn_mask": Z(4, 4)},

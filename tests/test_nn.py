@@ -134,6 +134,14 @@ class TestRNN:
                 assert one.dtype == two.dtype == torch.bfloat16
                 torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
 
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (None, torch.bfloat16)])
+    def test_autocast_of_state_and_input(self, dtypes):
+        ours, theirs = twins(RNN(5, 7), nn.RNN(5, 7))
+        x, hx = torch.randn(4, 3, 5).to(dtypes[0]), torch.randn(1, 3, 7).to(dtypes[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            for one, two in zip(ours(x, hx), theirs(x, hx), strict=True):
+                assert one.dtype == two.dtype == torch.bfloat16
+
     def test_parametrised_weight(self):
         """A weight that torch recomputes at each use is read at each use."""
         layer = RNN(5, 7, dtype=torch.float64)
@@ -469,6 +477,20 @@ class TestMultiheadAttention:
                 ours(*inputs, attn_mask=mask), theirs(*inputs, attn_mask=mask), strict=True
             ):
                 torch.testing.assert_close(one.float(), two.float(), rtol=5e-2, atol=5e-2)
+
+    @pytest.mark.parametrize("hidden", [-1e6, -1e9, torch.finfo(torch.float32).min])
+    def test_weights_of_a_padded_batch(self, hidden):
+        """Rows of weights sum to 1 where every key is hidden by a number, as torch's do."""
+        ours, theirs = attention_pair(batch_first=True, dtype=torch.float32)
+        inputs = [t.float() for t in operands("batch")]
+        padding = torch.zeros(inputs[1].shape[:2])
+        padding[0] = hidden
+        found, expected = (
+            layer(*inputs, key_padding_mask=padding, average_attn_weights=False)
+            for layer in (ours, theirs)
+        )
+        torch.testing.assert_close(found[1].sum(-1), torch.ones(found[1].shape[:-1]))
+        torch.testing.assert_close(found, expected)
 
     def test_gradient_of_a_float_mask(self):
         ours, theirs = attention_pair()

@@ -121,12 +121,15 @@ PK_INLINE float widen(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); 
 PK_INLINE float widen(float x) { return x; }
 PK_INLINE double widen(double x) { return x; }
 inline float widen(f16 x) {
-  // Shift exponent and fraction into place, then let a product with 2^112 move the exponent's bias:
-  // that is exact, and right for subnormals too.
+  // Shift exponent and fraction into place, then move the exponent's bias.
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
   if (magnitude >= 0x0f800000u) return bit_cast<float>(sign | magnitude | 0x7f800000u);
-  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f));
+  // A subnormal half: 2^-14 joins and leaves, as a denormal float may count as zero here.
+  if (magnitude < 0x00800000u)
+    return bit_cast<float>(sign |
+                           bit_cast<uint32_t>(bit_cast<float>(magnitude + 0x38800000u) - 0x1p-14f));
+  return bit_cast<float>(sign | (magnitude + 0x38000000u));
 }
 
 // Round to nearest, ties to even, in both.

@@ -1,8 +1,7 @@
 // T. Dao, "FlashAttention-2" (2023), for caches instead of shared memory: scores exist for a few
 // query rows by one block of keys, and the softmax is rescaled as the row maximum grows. The scale
-// joins in where a score becomes a weight, 2^(score * scale * log2(e) - shift): one multiply-add
-// with one rounding, near zero, where scaling the queries beforehand would round at the size of a
-// score.
+// joins in where a score becomes a weight, 2^((score - top) * scale * log2(e)): rounded near zero,
+// where scaling the queries beforehand would round at the size of a score.
 #include "attention.h"
 
 #include <array>
@@ -29,21 +28,21 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 constexpr int64_t kKeyBlock = 512;
 
 // The longest sum that is one chain of additions: longer ones are made of several, for the error of
-// a chain grows with its length. A multiple of it costs a few loads and stores of the tile.
+// a chain grows with its length. Each further chain costs one load and store of the tile.
 constexpr int64_t kChain = 128;
 
 // Query rows by keys of scores at a time, in the backward pass.
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
 
-// Query rows whose scores are computed before their softmax: a few tiles, to stay near the first
+// Query rows whose scores are computed before their softmax: a tile or two, to stay near the first
 // level of cache.
 constexpr int64_t kScoreRows = kTileRows * (kVecRegisters == 32 ? 1 : 2);
 
 // Rows of scores are this much longer than a block of keys, so that they do not share cache sets.
 constexpr int64_t kRowPad = 16;
 
-// Bytes of packed queries and of outputs that one thread keeps while all keys go past.
+// Bytes of widened queries and of outputs that one thread keeps while all keys go past.
 constexpr int64_t kQueryBytes = 1024 * 1024;
 
 // The keys before `limit` that a query may see.
@@ -51,10 +50,16 @@ PK_INLINE int64_t visible_keys(const AttentionSizes& n, int64_t query, int64_t l
   return n.causal ? std::min(query + 1, limit) : limit;
 }
 
-// What one unit of the scores in memory is worth: the scale, if the product may be left as it is.
+// Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
+template <class T>
+bool scale_waits(const AttentionSizes& n, const AttentionMask& mask) {
+  return mask.kind != AttentionMask::kAdditive && T(n.scale) >= std::numeric_limits<T>::min();
+}
+
+// What one unit of the scores in memory is worth.
 template <class T>
 T score_unit(const AttentionSizes& n, const AttentionMask& mask) {
-  return mask.kind != AttentionMask::kAdditive && n.scale > 0 ? T(n.scale) : T(1);
+  return scale_waits<T>(n, mask) ? T(n.scale) : T(1);
 }
 
 // Brings one row of products with keys [first, first + count) into the unit, masked.
@@ -69,7 +74,7 @@ void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b
       scores[j] = scores[j] * scale + widen(bias[j * mask.column]);
     return;
   }
-  if (n.scale <= 0)
+  if (!scale_waits<T>(n, mask))
     for (int64_t j = 0; j < count; ++j) scores[j] *= scale;
   if (mask.kind == AttentionMask::kBoolean) {
     const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
@@ -150,7 +155,7 @@ class Arena {
     next_ += padded(count);
     return part;
   }
-  // Packing may write a register past the end.
+  // Numbers are read and written in whole registers, past the end too.
   static int64_t padded(int64_t count) { return round_up(count + lanes<T>, kCacheLine); }
 
  private:
@@ -167,7 +172,7 @@ class Forward {
 
  public:
   Forward(int threads, const AttentionForward<S>& p)
-      : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
+      : p_(p), n_(p.sizes), group_(std::max<int64_t>(1, n_.N / std::max<int64_t>(1, n_.N_kv))),
         out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
         chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * out_width_) +
@@ -250,7 +255,7 @@ class Forward {
       for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
         store_n(p_.out + at * n_.D_v + d, load(from + d) * inverse, n_.D_v - d);
       p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
-      p_.rows.shift[at] = maximum[r] == -kInfinity<T> ? kInfinity<T> : maximum[r] * rate;
+      p_.rows.top[at] = maximum[r] == -kInfinity<T> ? kInfinity<T> : maximum[r];
       p_.rows.inverse[at] = inverse;
     }
   }
@@ -278,13 +283,14 @@ class Forward {
     return reduce_max(max(even, odd));
   }
 
-  // scores[0, count) to weights 2^((score - top) rate), and zeros to `seen`; returns their sum.
+  // scores[0, count) to weights 2^((score - top) rate), and zeros to `seen`; returns their sum. The
+  // difference comes first: a mask of the most negative number, times the rate, would be -inf.
   static T weigh(T* scores, int64_t count, int64_t seen, T top, T rate) {
-    // With every score at -inf so far, any finite shift gives the weights their zeros.
-    const vec<T> shift = broadcast(top == -kInfinity<T> ? T(0) : top * rate);
+    // With every score at -inf so far, any finite number gives the weights their zeros.
+    const vec<T> from = broadcast(top == -kInfinity<T> ? T(0) : top);
     vec<T> total{};
     for (int64_t j = 0; j < count; j += lanes<T>) {
-      const vec<T> weight = exp2_softmax<T>(load(scores + j) * rate - shift);
+      const vec<T> weight = exp2_softmax<T>((load(scores + j) - from) * rate);
       total += weight;
       store(scores + j, weight);
     }
@@ -443,10 +449,10 @@ class Backward {
       const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
       finish_scores<S>(n_, p_.mask, b, h, i0 + r, j0, mine, weight);
       const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
-      const vec<T> shift = broadcast(p_.rows.shift[at]), inverse = broadcast(p_.rows.inverse[at]);
+      const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
       const vec<T> delta = broadcast(delta_.get()[at]);
       for (int64_t j = 0; j < mine; j += lanes<T>) {
-        const vec<T> p = exp2_softmax<T>(load(weight + j) * rate - shift) * inverse;
+        const vec<T> p = exp2_softmax<T>((load(weight + j) - top) * rate) * inverse;
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }

@@ -20,12 +20,12 @@ struct Heads {
   S* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
-// What forward leaves for backward, both [B, N, S_q]: a weight is
-// 2^(score * unit * log2(e) - shift) * inverse, where unit is the scale or 1. The log-sum-exp would
-// say the same in one number, but rounded at the size of a score, where a weight magnifies that.
+// What forward leaves for backward, both [B, N, S_q]: a weight is exp((score - top) * unit) *
+// inverse, where unit is the scale or 1. The log-sum-exp would say the same in one number, but
+// rounded at the size of a score, where a weight magnifies that.
 template <class T>
 struct AttentionRows {
-  T* shift;    // +inf in a row that sees no key
+  T* top;      // the largest score; +inf in a row that sees no key
   T* inverse;  // of the sum of the row's powers
 };
 

@@ -19,4 +19,9 @@ def address(tensor: Tensor | None) -> int:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """The tensor in row-major order, copied only if it is not; None stays None."""
-    return None if tensor is None else tensor.contiguous()
+    return None if tensor is None else plain(tensor).contiguous()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor with the signs that its memory has: torch may keep a minus to itself."""
+    return tensor.resolve_neg()

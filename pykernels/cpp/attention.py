@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address
+from pykernels.cpp import address, contiguous, plain
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"v_head_dim", "large_head"})
@@ -27,6 +27,7 @@ def attention_fwd(
     row_stats = lse.new_empty(2, *lse.shape)  # what backward makes weights from
     # The copies must outlive the call: their addresses alone reach it.
     rows = [_rows(t) for t in (q, k, v)]
+    mask = None if attn_mask is None else plain(attn_mask)
     _backends.load_extension().attention_forward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
@@ -34,7 +35,7 @@ def attention_fwd(
         is_causal,
         scale,
         [_strided(t) for t in rows],
-        _mask(attn_mask),
+        _mask(mask),
         address(out),
         address(lse),
         address(row_stats),
@@ -59,8 +60,8 @@ def attention_bwd(
         t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
     )
     rows = [_rows(t) for t in (q, k, v, dout)]
-    out = out.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
+    mask = None if attn_mask is None else plain(attn_mask)
+    out, dlse = contiguous(out), contiguous(dlse)
     _backends.load_extension().attention_backward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
@@ -68,7 +69,7 @@ def attention_bwd(
         is_causal,
         scale,
         [_strided(t) for t in rows],
-        _mask(attn_mask),
+        _mask(mask),
         [address(t) for t in (out, row_stats, dlse)],
         [address(t) for t in (dq, dk, dv)],
     )
@@ -83,6 +84,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor with its last axis contiguous, copied only if it is not."""
+    tensor = plain(tensor)
     return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
 
 

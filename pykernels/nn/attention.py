@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pykernels import _checks, functional
+from pykernels import _autocast, _checks, functional
 
 _OP = "MultiheadAttention"
 
@@ -28,7 +28,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     * A query that sees no key gets the weights 0 and the output b^O; torch returns NaN on some
       paths.
     * The weights are an output beside the fused one. ``need_weights=True``, the default as in
-      torch, computes them from q, k and the log-sum-exp: one more [L, S] product per head and its
+      torch, computes them in plain torch: one more [L, S] product per head and its
       [B, N, L, S] memory, forward and backward. Pass ``need_weights=False`` for the fused kernel
       alone.
     * ``dropout > 0`` in training drops single weights, which no fused kernel does yet: that case
@@ -212,14 +212,17 @@ def _merge(masks: list[Tensor], dtype: torch.dtype) -> Tensor | None:
 def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """out [B, N, L, D] and the weights [B, N, L, S], exp(scores - lse) beside the fused kernel."""
-    out, lse = functional.attention(q, k, v, mask, return_lse=True)
-    scores = q.to(lse.dtype) @ k.to(lse.dtype).transpose(-2, -1) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    # a row that sees no key has lse = -inf, and all its scores are: exp(-inf - 0) = 0
-    weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp().to(q.dtype)
-    if dropout:
+    """out [B, N, L, D] and the weights [B, N, L, S], which nothing but plain torch builds."""
+    with _autocast.disabled(q.device):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = q.to(wide) @ k.to(wide).transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -math.inf)
+        elif mask is not None:
+            scores = scores + mask
+        blind = (scores == -math.inf).all(-1, keepdim=True)  # sees no key
+        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(q.dtype)
+        if not dropout:
+            return functional.attention(q, k, v, mask), weights
         weights = F.dropout(weights, dropout)
-        out = weights @ v
-    return out, weights
+        return weights @ v, weights

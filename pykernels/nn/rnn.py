@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pykernels import _checks, functional
+from pykernels import _autocast, _checks, functional
 
 
 class RNN(torch.nn.RNN):
@@ -38,6 +38,9 @@ class RNN(torch.nn.RNN):
         batched = input.dim() == 3
         sizes = (*input.shape[:-1], self.input_size)
         _checks.shape("RNN", "input", input, axes if batched else "T, I", sizes)
+        if hx is not None:
+            _checks.tensor("RNN", "hx", hx)
+        input, hx = _autocast.cast(input, hx)
         x = input[:, None] if not batched else input.transpose(0, 1) if self.batch_first else input
 
         if hx is not None:
@@ -48,7 +51,6 @@ class RNN(torch.nn.RNN):
                 axes, sizes = "layers * directions, B, H", (count, B, H)
             _checks.shape("RNN", "hx", hx, axes, sizes)
             hx = hx if batched else hx[:, None]
-        x, hx = _autocast(x, hx)
 
         states = []
         for layer in range(self.num_layers):
@@ -58,7 +60,7 @@ class RNN(torch.nn.RNN):
             for reverse in range(directions):
                 y, h_n = functional.rnn(
                     x,
-                    *_autocast(*self._weights(layer, reverse)),
+                    *_autocast.cast(*self._weights(layer, reverse)),
                     h0=None if hx is None else hx[len(states)],
                     nonlinearity=self.nonlinearity,
                     reverse=bool(reverse),
@@ -102,22 +104,6 @@ class RNNCell(torch.nn.RNNCell):
         axes = "B, I" if input.dim() == 2 else "I"
         _checks.shape("RNNCell", "input", input, axes, (*input.shape[:-1], self.input_size))
         return functional.rnn_cell(
-            *_autocast(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh),
+            *_autocast.cast(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh),
             nonlinearity=self.nonlinearity,
         )
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype that torch.autocast, where it is on, gives to a layer of torch.nn.
-
-    Double is left alone, as autocast leaves it.
-    """
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
-            return tensor
-        if tensor.dtype == torch.float64 or not tensor.is_floating_point():
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-    return [cast(tensor) for tensor in tensors]

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from pykernels import _backends
+from pykernels import _autocast, _backends
 
 
 def forward(
@@ -19,11 +20,20 @@ def forward(
     tensors: tuple[Tensor | None, ...],
 ) -> Any:
     """Runs the backend's ``<op>_fwd`` and keeps on `ctx` what `backward` needs."""
-    outputs, saved = getattr(backend, f"{op}_fwd")(*tensors, **options)
+    outputs, saved = run(backend, op, options, tensors)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
     ctx.backend, ctx.options = backend, options
     return outputs
+
+
+def run(
+    backend: ModuleType, op: str, options: dict[str, Any], tensors: tuple[Tensor | None, ...]
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The backend's ``<op>_fwd``: outputs, and what it saves for backward."""
+    first, *_ = (t for t in tensors if t is not None)
+    with _autocast.disabled(first.device):
+        return getattr(backend, f"{op}_fwd")(*tensors, **options)
 
 
 def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -34,11 +44,16 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
     """
     needs = ctx.needs_input_grad[2:]
     backend = _backends.module("reference", op) if torch.is_grad_enabled() else ctx.backend
-    run = getattr(backend, f"{op}_bwd")
-    found = run(ctx.saved_tensors, grads, needs=needs, **ctx.options)
+    with _autocast.disabled(ctx.saved_tensors[0].device):
+        found = getattr(backend, f"{op}_bwd")(ctx.saved_tensors, grads, needs=needs, **ctx.options)
     return None, None, *(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
+    """Whether a call on these tensors must be recorded. Recording costs some microseconds.
+
+    Under forward-mode differentiation it must: the Function then says that it has no such formula.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

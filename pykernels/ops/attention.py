@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _backends, _checks
+from pykernels import _autocast, _backends, _checks
 from pykernels.ops import _autograd
 
 
@@ -74,7 +74,8 @@ def attention(
 
     Returns:
         ``out`` [B, N, S_q, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [B, N, S_q] in float32
-        (float64 for float64). A query that sees no key gets out = 0, lse = -inf and no gradient.
+        (float64 for float64), rounded at the size of a score: weights made from it are no better.
+        A query that sees no key gets out = 0, lse = -inf and no gradient.
 
     Raises:
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number.
@@ -92,8 +93,8 @@ def attention(
     B, N, S_q, D = q.shape
     N_kv, S_k = k.shape[1:3]
     if enable_gqa:
-        if N_kv != N and (N_kv == 0 or N % N_kv):
-            _checks.fail(op, "q", f"of a number of heads divisible by N_kv = {N_kv}", list(q.shape))
+        if not _groups(N, N_kv):
+            _checks.fail(op, "q", f"of a multiple of N_kv = {N_kv} heads", list(q.shape))
     elif N_kv != N:
         _checks.fail(op, "k", f"of N = {N} heads unless enable_gqa is True", list(k.shape))
     _checks.positive(op, "head dim D", D)
@@ -125,7 +126,8 @@ def scaled_dot_product_attention(
         query: [..., S_q, D] or, with heads, [..., N, S_q, D]; any floating dtype.
         key: [..., N_kv, S_k, D].
         value: [..., N_kv, S_k, D_v].
-        attn_mask: broadcastable to [..., N, S_q, S_k]; boolean (True = attend) or of query's dtype.
+        attn_mask: broadcastable to [..., N, S_q, S_k]; boolean (True = attend), or float32 or of
+            query's dtype and added to the scores.
         dropout_p: the probability of dropping a weight. A value over 0 runs the formula in plain
             torch, with [S_q, S_k] weights: no fused kernel drops weights yet.
         is_causal: query i sees the keys j <= i only; with `attn_mask` both apply.
@@ -139,6 +141,9 @@ def scaled_dot_product_attention(
         TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
     """
     op = "scaled_dot_product_attention"
+    query, key, value, attn_mask = _autocast.cast(query, key, value, attn_mask)
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32:
+        attn_mask = attn_mask.to(query.dtype)  # torch takes float32 masks with any query
     for name, given in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(op, name, given, query if name != "query" else None)
         if given.dim() < 2:
@@ -166,9 +171,10 @@ def scaled_dot_product_attention(
     if dropout_p > 0:
         # Only the formula drops weights, and autograd differentiates it: the draw is its own.
         formula = _backends.select("attention", None, q.device, q.dtype, frozenset({"dropout"}))
-        out = formula.attention(
-            q, k, v, attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p
-        )
+        with _autocast.disabled(q.device):
+            out = formula.attention(
+                q, k, v, attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p
+            )
     else:
         out, _ = _run(q, k, v, attn_mask, is_causal, scale, None)
     return out.reshape(*(*lead, heads)[2:], S_q, D_v)
@@ -185,13 +191,11 @@ def _leading(
     try:
         if enable_gqa:
             heads, kv_heads = shapes[0][-1], shapes[1][-1]
-            if kv_heads != shapes[2][-1] or (
-                heads != kv_heads and (not kv_heads or heads % kv_heads)
-            ):
+            if kv_heads != shapes[2][-1] or not _groups(heads, kv_heads):
                 _checks.fail(
                     op,
                     "query",
-                    "of heads divisible by the equal heads of key and value",
+                    "of a multiple of the equal heads of key and value",
                     " and ".join(str(list(t.shape)) for t in (query, key, value)),
                 )
             lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
@@ -207,6 +211,11 @@ def _leading(
             list(key.shape),
         )
     return tuple(lead), heads, kv_heads
+
+
+def _groups(heads: int, kv_heads: int) -> bool:
+    """Whether the query heads fall into groups, one or more of them to each head of K and V."""
+    return heads == kv_heads or (heads > 0 and kv_heads > 0 and heads % kv_heads == 0)
 
 
 def _fold(t: Tensor, lead: tuple[int, ...], heads: int, rows: int, columns: int) -> Tensor:
@@ -245,4 +254,4 @@ def _run(
     tensors = (q, k, v, mask)
     if _autograd.wanted(tensors):
         return AttentionFunction.apply(chosen, options, *tensors)
-    return chosen.attention_fwd(*tensors, **options)[0]
+    return _autograd.run(chosen, "attention", options, tensors)[0]

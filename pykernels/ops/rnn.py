@@ -149,4 +149,4 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if _autograd.wanted(tensors):
         return RNNFunction.apply(backend, options, *tensors)
-    return backend.rnn_fwd(*tensors, **options)[0]
+    return _autograd.run(backend, "rnn", options, tensors)[0]

@@ -168,6 +168,7 @@ class AttentionSpec:
     mask: str | None = None
     mask_shape: tuple[str, ...] = ("S_q", "S_k")
     dead_rows: bool = False
+    finite_mask: bool = False  # a most negative number in place of -inf
     gain: float = 1.0  # standard deviation of the scores is about this
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
@@ -216,8 +217,11 @@ class AttentionSpec:
         }
         made = {name: t.to(device=device, dtype=dtype) for name, t in made.items()}
         if self.mask is not None:
-            mask = self._mask(draw)
-            made["attn_mask"] = mask.to(device, torch.bool if self.mask == "bool" else dtype)
+            mask = self._mask(draw).to(device, torch.bool if self.mask == "bool" else dtype)
+            # float16's most negative number would be -inf as soon as a score is added to it
+            if self.finite_mask and dtype != torch.float16:
+                mask = mask.clamp(min=torch.finfo(dtype).min)
+            made["attn_mask"] = mask
         layouts = dict.fromkeys(made, self.layout)
         if (
             self.layout == "huge"
@@ -598,6 +602,17 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         layout="strided",
         is_causal=True,
     ),
+    # --- extremes
+    _attention(
+        "bias-min",
+        "masks of the most negative number, whole rows of it too: no -inf may come of them",
+        SMALL,
+        (1, 2, 12, 8),
+        mask="float",
+        dead_rows=True,
+        finite_mask=True,
+    ),
+    _attention("n0", "no head", SMALL, (2, 0, 4, 8)),
     _attention("huge-stride", "offsets past 32 bits", HOSTILE, (2, 2, 9, 8), layout="huge"),
 ]
 

@@ -37,7 +37,7 @@ class Measured:
 
     @property
     def ok(self) -> bool:
-        return self.error <= self.limit
+        return math.isfinite(self.stock) and self.error <= self.limit
 
 
 def measure(

@@ -1,0 +1,32 @@
+"""What torch.autocast means for the ops here: who casts, and where it stays out."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cast(*tensors: Any) -> list[Any]:
+    """The tensors in the dtype that torch.autocast, where it is on, gives to a layer of torch.nn.
+
+    Double is left alone, as autocast leaves it, and so is what is no floating tensor.
+    """
+
+    def one(tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+            return tensor
+        if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+    return [one(tensor) for tensor in tensors]
+
+
+def disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast: an op computes in the dtype of what it was given."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
