@@ -16,9 +16,10 @@ from pathlib import Path
 import records
 import torch
 from progress import make_console, progress
-from workload import DTYPES, SPECS, Setting
+from workload import DTYPES, SPECS, Setting, full_precision
 
 from pykernels import _backends
+from pykernels.testing.specs import Spec
 
 KEY = ("op", "spec", "dtype", "tensor", "backend", "device")
 
@@ -27,16 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = make_console()
     torch.set_num_threads(options.threads)
-    common = records.provenance()
+    full_precision()
+    common = records.provenance(options.device)
     path = options.output or records.default_path(common, "errors", records.KEPT)
-    chosen = [
-        (spec, dtype)
-        for op in options.op
-        for spec in SPECS[op]
-        if options.shapes in spec.name
-        for dtype in options.dtype
-        if not ("bench" in spec.tags and dtype == "float64")
-    ]
+    chosen = choose(options)
     rows: list[records.Row] = []
     broken: list[str] = []
     try:
@@ -80,6 +75,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if broken else 0
 
 
+def choose(options: argparse.Namespace) -> list[tuple[Spec, str]]:
+    """The specs and dtypes that were asked for and that the backend serves."""
+
+    def served(spec: Spec, dtype: str) -> bool:
+        if options.backend is None:
+            return True
+        name, kind = options.backend, DTYPES[dtype]
+        return not _backends.refusal(name, spec.op, options.device, kind, spec.features(kind))
+
+    return [
+        (spec, dtype)
+        for op in options.op
+        for spec in SPECS[op]
+        if options.shapes in spec.name
+        for dtype in options.dtype
+        if not ("bench" in spec.tags and dtype == "float64") and served(spec, dtype)
+    ]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
@@ -96,6 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine")
+    if not choose(options):
+        parser.error("no spec has such a name and dtype on this backend")
     return options
 
 

@@ -21,7 +21,7 @@ SCRATCH = HERE / "output"  # ignored by git: quick runs, which prove nothing
 Row = dict[str, str]
 
 
-def provenance() -> Row:
+def provenance(device: str = "cpu") -> Row:
     """The columns that every row ends with: when, where and by what it was made."""
     versions = about.versions()
     return {
@@ -30,7 +30,7 @@ def provenance() -> Row:
         "cpu": about.processor(),
         "cores": str(os.cpu_count()),
         "isa": about.instruction_set(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
         **{name: versions[name] for name in ("python", "torch", "triton", "pykernels", "compiler")},
     }
 
@@ -63,8 +63,9 @@ def default_path(row: Row, kind: str, folder: Path) -> Path:
 
 
 def newest(kind: str, folder: Path = KEPT) -> Path | None:
-    """The newest kept file of "speed" or "errors", by its name's date; None where there is none."""
-    return max(folder.glob(f"*-{kind}.csv"), default=None, key=lambda path: path.name)
+    """The kept file of "speed" or "errors" with the newest row; None where there is none."""
+    paths = folder.glob(f"*-{kind}.csv")
+    return max(paths, default=None, key=lambda path: max(row["date"] for row in read(path)))
 
 
 def read(path: Path) -> list[Row]:

@@ -24,11 +24,11 @@ import timing
 import torch
 from progress import make_console, progress
 from rich.table import Table
-from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting
+from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting, full_precision
 
 from pykernels import _backends
 
-KEY = ("op", "shape", "pass", "dtype", "device", "threads", "implementation")
+KEY = ("op", "shape", "pass", "dtype", "device", "threads", "implementation", "backend")
 FMA_SECONDS = 0.02
 
 Case = tuple[Setting, str]  # and the pass
@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     console = make_console()
     torch.set_num_threads(options.threads)
+    full_precision()
     cases = choose(options)
-    common = records.provenance()
+    common = records.provenance(options.device)
     folder = records.SCRATCH if options.quick else records.KEPT
     path = options.output or records.default_path(common, "speed", folder)
     cpu = f"{common['cpu']}, {common['isa']} kernels, {options.threads} threads"

@@ -21,6 +21,12 @@ PASSES = ("forward", "forward+backward")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
+def full_precision() -> None:
+    """float32 means float32: cuDNN's recurrent layers would round it to TF32 by default."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @dataclass(frozen=True)
 class Setting:
     """One spec at one dtype on one backend; None is the fastest backend that serves it."""

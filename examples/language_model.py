@@ -281,10 +281,11 @@ def bars(console: Console) -> Any:
     return progress
 
 
-def benchmark(quick: bool) -> int:
+def benchmark(quick: bool, device: str) -> int:
     """Prints the quick table of the benchmark."""
     output = ROOT / "examples" / "output" / "benchmark.csv"
-    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--quick", "--output", output]
+    command = [sys.executable, ROOT / "benchmarks" / "run.py", "--quick", "--device", device]
+    command += ["--output", output]
     smallest = ["--shapes", "rnn-1024x1x64x64", "--seconds", "0.1"] if quick else []
     return subprocess.run([*command, *smallest], check=False).returncode
 
@@ -321,6 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU on this machine")
     console = Console() if sys.stdout.isatty() else Console(width=110)
     picture = ROOT / "examples" / "output" / "language_model.png"
+    torch.backends.cudnn.allow_tf32 = False  # stock layers on a GPU: float32 as ours is
     try:
         text = Text(options.device)
         console.print(
@@ -334,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
             compare(console, task, results[task], text, options.seed)
         draw(results, picture)
         console.print(f"Picture of the curves: {picture}\n", soft_wrap=True)
-        return benchmark(options.quick)
+        return benchmark(options.quick, options.device)
     except KeyboardInterrupt:
         console.print("\nInterrupted.")
         return 130

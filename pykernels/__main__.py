@@ -45,12 +45,13 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """The processor and what of it is used."""
+    isa = instruction_set()
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
         "cores": str(os.cpu_count()),
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads changes it)",
-        "kernels": f"{instruction_set()} build, {_chosen_by()}",
+        "kernels": "none" if isa == "none" else f"{isa} build, {_chosen_by()}",
         "torch uses": torch.backends.cpu.get_cpu_capability(),
     }
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -15,6 +15,8 @@ import pytest
 
 
 def pytest_configure(config):
+    # float32 means float32: cuDNN's recurrent layers, a measure here, would round it to TF32
+    torch.backends.cudnn.allow_tf32 = False
     # Workers of xdist share the cores; tests that are about threads set their own number.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

@@ -311,8 +311,8 @@ def test_gemm_keeps_nan_and_infinity(extension):
 def test_gemm_is_near_the_arithmetic_rate():
     """A tenth of the multiply-add rate is a broken build (accumulators in memory).
 
-    The benchmark measures the real share, above 0.88; half leaves room for a machine that does
-    other things.
+    benchmarks/product.py measures the real share; half leaves room for a machine that does other
+    things.
     """
     if reason := _backends.available("cpp"):
         pytest.skip(reason)

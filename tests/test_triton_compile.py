@@ -58,6 +58,8 @@ class Case:
     batch: int = 1
     mask: str = "none"
     is_causal: bool = False
+    heads: int = 4  # of queries, on two of keys and values
+    queries: int = 64
     nonlinearity: str = "tanh"
 
     @property
@@ -67,6 +69,7 @@ class Case:
             words += [f"b{self.batch}", self.nonlinearity]
         else:
             words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
+            words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
         return "-".join(words)
 
 
@@ -100,6 +103,8 @@ def attention_cases():
                     yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
     for chip in (80, 90, 100):
         yield Case("attention", chip, BRAIN, 64, mask="bool")
+        yield Case("attention", chip, HALF, 64, heads=2)
+        yield Case("attention", chip, HALF, 128, queries=1)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
 
 
@@ -208,14 +213,14 @@ def launch_rnn(case, dtype):
 def launch_attention(case, dtype):
     from pykernels.kernels import attention
 
-    q = torch.zeros(1, 4, 64, case.size, dtype=dtype)
+    q = torch.zeros(1, case.heads, case.queries, case.size, dtype=dtype)
     k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
     mask = {
         "none": None,
-        "bool": torch.ones(64, 64) > 0,
-        "float": torch.zeros(64, 64, dtype=dtype),
+        "bool": torch.ones(case.queries, 64) > 0,
+        "float": torch.zeros(case.queries, 64, dtype=dtype),
     }[case.mask]
-    mask = None if mask is None else mask.expand(1, 4, 64, 64)
+    mask = None if mask is None else mask.expand(1, case.heads, case.queries, 64)
     options = {"is_causal": case.is_causal, "scale": 0.125}
     outputs, saved = attention.attention_fwd(q, k, k, mask, **options)
     attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)

@@ -26,6 +26,7 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // Keys whose packed K and V a thread keeps in its second-level cache.
 constexpr int64_t kKeyBlock = 512;
+static_assert(kKeyBlock % kPanel<float> == 0 && kKeyBlock % kPanel<double> == 0);
 
 // The longest sum that is one chain of additions: longer ones are made of several, for the error of
 // a chain grows with its length. Each further chain costs one load and store of the tile.
@@ -177,8 +178,7 @@ class Forward {
         chunks_(ceil_div(n_.S_q, chunk_)), rows_(group_ * chunk_),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * out_width_) +
                     Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kScoreRows) * 2 +
-                    Arena<T>::padded(round_up(kKeyBlock, kPanel<T>) * n_.D) +
-                    Arena<T>::padded(kKeyBlock * out_width_) +
+                    Arena<T>::padded(kKeyBlock * n_.D) + Arena<T>::padded(kKeyBlock * out_width_) +
                     Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad))),
         scratch_(threads * per_thread_) {}
 
@@ -192,7 +192,7 @@ class Forward {
     T* const sum = arena.take(rows_);
     T* const top = arena.take(kScoreRows);
     T* const factor = arena.take(kScoreRows);
-    T* const packed_k = arena.take(round_up(kKeyBlock, kPanel<T>) * n_.D);
+    T* const packed_k = arena.take(kKeyBlock * n_.D);
     T* const packed_v = arena.take(kKeyBlock * out_width_);
     T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
     constexpr int64_t score_row = kKeyBlock + kRowPad;
@@ -504,15 +504,15 @@ void attention_backward(int threads, const AttentionBackward<S>& p) {
 namespace {
 
 using Sizes = std::array<int64_t, 7>;  // B, N, N_kv, S_q, S_k, D, D_v
-using Rows = std::pair<Address, std::array<int64_t, 3>>;
-using MaskRows = std::tuple<int, Address, std::array<int64_t, 4>>;
+using Strided = std::pair<Address, std::array<int64_t, 3>>;
+using StridedMask = std::tuple<int, Address, std::array<int64_t, 4>>;
 
 AttentionSizes sizes(const Sizes& n, bool causal, double scale) {
   return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], causal, scale};
 }
 
 template <class S>
-Heads<const S> heads(const Rows& rows) {
+Heads<const S> heads(const Strided& rows) {
   const auto& [data, strides] = rows;
   return {pointer<const S>(data), strides[0], strides[1], strides[2]};
 }
@@ -523,7 +523,7 @@ AttentionRows<T> rows_of(T* data, const Sizes& n) {
   return {data, data + n[0] * n[1] * n[3]};
 }
 
-AttentionMask mask_of(const MaskRows& rows) {
+AttentionMask mask_of(const StridedMask& rows) {
   const auto& [kind, data, strides] = rows;
   return {static_cast<AttentionMask::Kind>(kind),
           pointer<const void>(data),
@@ -537,8 +537,8 @@ AttentionMask mask_of(const MaskRows& rows) {
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                const std::array<Rows, 3>& qkv, const MaskRows& mask, Address out,
-                                Address lse, Address rows) {
+                                const std::array<Strided, 3>& qkv, const StridedMask& mask,
+                                Address out, Address lse, Address rows) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
@@ -548,7 +548,7 @@ void bind_attention(py::module_& m) {
     });
   });
   m.def("attention_backward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                 const std::array<Rows, 4>& in, const MaskRows& mask,
+                                 const std::array<Strided, 4>& in, const StridedMask& mask,
                                  const std::array<Address, 3>& of_rows,
                                  const std::array<Address, 3>& grads) {
     dispatch(dtype, [&](auto tag) {

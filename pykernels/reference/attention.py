@@ -70,7 +70,7 @@ def attention_bwd(saved, grads, *, is_causal, scale, needs):
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
     dQ = scale * dS K    dK = scale * dS^T Q  dmask = dS summed over what was broadcast
     """
-    q, k, v, attn_mask, out, _ = saved
+    q, k, v, attn_mask, out, _ = saved  # and lse, or what a backend keeps in its place
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
     p = probabilities(scores(q, k, attn_mask, is_causal=is_causal, scale=scale))
