@@ -119,11 +119,12 @@ PK_INLINE void multiply_in_chains(int64_t rows, int64_t columns, int64_t depth, 
              k > 0, c, c_row);
 }
 
-// Rows [rows, columns], widened and contiguous.
+// Rows [rows, columns], widened and contiguous, in whole registers: the next row covers what one
+// writes past its end.
 template <class T, class S>
 void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += columns)
-    for (int64_t d = 0; d < columns; ++d) to[d] = widen(from[d]);
+    for (int64_t d = 0; d < columns; d += lanes<T>) store(to + d, load_n(from + d, columns - d));
 }
 
 template <class T, class S>
