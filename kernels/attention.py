@@ -8,9 +8,10 @@ comparison (in the kernel of dK and dV, all: a second loop costs it more registe
 Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
 one order, so two runs agree bit for bit.
 
-Scores live in units that depend on the storage dtype, WIDE being float32 and float64. For 16-bit
-floats they are S * log2(e), so that an exponential is one fused multiply-add and one exp2. For wide
-ones they are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse.
+Scores live in units that depend on WIDE: float32 and float64, and any dtype under a float mask. If
+not wide they are S * log2(e), so that an exponential is one fused multiply-add and one exp2. Wide
+ones are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse, and make
+-inf of a mask's most negative number.
 """
 
 import torch
@@ -89,7 +90,7 @@ def _scores(
         s = tl.where(keep != 0, s, float("-inf"))
     elif MASK == "float":
         bias = tl.load(mask_rows + mask_cols, mask=inside, other=0.0).to(ACC)
-        s = s * factor + (bias if WIDE else bias * LOG2_E)
+        s = s * factor + bias
     if EDGE:
         s = tl.where(visible, s, float("-inf"))
     return s
@@ -676,7 +677,6 @@ def _options(
         "NEGATIVE": scale < 0,
         "CAUSAL": is_causal,
         "MASK": mask,
-        # log2(e) times a mask of the most negative number would be -inf
         "WIDE": q.dtype == compute_dtype(q.dtype) or mask == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

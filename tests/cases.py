@@ -256,3 +256,24 @@ def concurrently(spec, backend, dtype, workers=4, repeats=3):
             for one, other in zip(alone, together, strict=True):
                 for name in one:
                     assert torch.equal(bits(one[name]), bits(other[name])), name
+
+
+def scaled_gradient(index, factor):
+    """A mutant of a backward pass: one gradient times `factor`."""
+
+    def wrong(run, *args, **options):
+        grads = list(run(*args, **options))
+        grads[index] = grads[index] * factor
+        return tuple(grads)
+
+    return wrong
+
+
+def forget(index):
+    """A mutant of a backward pass: one upstream gradient is not looked at."""
+
+    def wrong(run, saved, grads, **options):
+        grads = [None if i == index else grad for i, grad in enumerate(grads)]
+        return run(saved, grads, **options)
+
+    return wrong

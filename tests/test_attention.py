@@ -17,6 +17,7 @@ from cases import (
     check,
     concurrently,
     device,
+    forget,
     gradcheck,
     gradcheck_cases,
     gradient_alone,
@@ -26,6 +27,7 @@ from cases import (
     rejects_mutants,
     repeats_bitwise,
     saved_bytes,
+    scaled_gradient,
     some,
     without_gradients,
 )
@@ -471,23 +473,10 @@ def test_harness_rejects_mutants(monkeypatch):
     def unscaled(run, *args, **options):
         return run(*args, **{**options, "scale": 1.0})
 
-    def gradient(index, factor):
-        def wrong(run, *args, **options):
-            grads = list(run(*args, **options))
-            grads[index] = grads[index] * factor
-            return tuple(grads)
-
-        return wrong
-
-    def forget(index):
-        def wrong(run, saved, grads, **options):
-            grads = [None if i == index else grad for i, grad in enumerate(grads)]
-            return run(saved, grads, **options)
-
-        return wrong
-
     mutants = [("attention_fwd", wrong) for wrong in (zeros, wrong_base, unscaled)]
-    mutants += [("attention_bwd", gradient(i, factor)) for i in range(3) for factor in (0.0, 1.001)]
+    mutants += [
+        ("attention_bwd", scaled_gradient(i, factor)) for i in range(3) for factor in (0.0, 1.001)
+    ]
     mutants += [("attention_bwd", forget(i)) for i in range(2)]
     rejects_mutants(find("attention-plain"), monkeypatch, mutants)
 
@@ -591,6 +580,8 @@ def test_float32_mask_of_a_narrow_query():
     mask = torch.randn(5, 5).bfloat16()
     expected = functional.scaled_dot_product_attention(q, k, v, mask)
     assert torch.equal(functional.scaled_dot_product_attention(q, k, v, mask.float()), expected)
+    with pytest.raises(TypeError, match="`query` must be"):
+        functional.scaled_dot_product_attention(5, k, v, mask.float())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,6 +11,7 @@ from cases import (
     check,
     concurrently,
     device,
+    forget,
     gradcheck,
     gradcheck_cases,
     gradient_alone,
@@ -20,6 +21,7 @@ from cases import (
     rejects_mutants,
     repeats_bitwise,
     saved_bytes,
+    scaled_gradient,
     some,
     without_gradients,
 )
@@ -284,23 +286,10 @@ def test_harness_rejects_mutants(monkeypatch):
         (y, _h_n), saved = run(*args, **options)
         return (y, y[0].clone()), saved
 
-    def gradient(index, factor):
-        def wrong(run, *args, **options):
-            grads = list(run(*args, **options))
-            grads[index] = grads[index] * factor
-            return tuple(grads)
-
-        return wrong
-
-    def forget(index):
-        def wrong(run, saved, grads, **options):
-            grads = [None if i == index else grad for i, grad in enumerate(grads)]
-            return run(saved, grads, **options)
-
-        return wrong
-
     mutants = [("rnn_fwd", zeros), ("rnn_fwd", stale_h_n)]
-    mutants += [("rnn_bwd", gradient(i, factor)) for i in range(6) for factor in (0.0, 1.001)]
+    mutants += [
+        ("rnn_bwd", scaled_gradient(i, factor)) for i in range(6) for factor in (0.0, 1.001)
+    ]
     mutants += [("rnn_bwd", forget(i)) for i in range(2)]
     rejects_mutants(find("rnn-plain"), monkeypatch, mutants)
 

@@ -142,8 +142,6 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     query, key, value, attn_mask = _autocast.cast(query, key, value, attn_mask)
-    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32:
-        attn_mask = attn_mask.to(query.dtype)  # torch takes float32 masks with any query
     for name, given in (("query", query), ("key", key), ("value", value)):
         _checks.tensor(op, name, given, query if name != "query" else None)
         if given.dim() < 2:
@@ -158,6 +156,8 @@ def scaled_dot_product_attention(
     _checks.positive(op, "head dim D", D)
     _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
     _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32:
+        attn_mask = attn_mask.to(query.dtype)  # torch takes float32 masks with any query
     if attn_mask is not None:
         _check_mask(op, attn_mask, query)
     lead, heads, kv_heads = _leading(op, query, key, value, enable_gqa)
