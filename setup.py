@@ -26,6 +26,8 @@ SOURCES = [
     "csrc/probe.cpp",
     "csrc/core/gemm.cpp",
     "csrc/ops/attention.cpp",
+    "csrc/ops/gru.cpp",
+    "csrc/ops/lstm.cpp",
     "csrc/ops/rnn.cpp",
 ]
 FLAGS = [

@@ -42,6 +42,8 @@ void dispatch(int dtype, const Body& body) {
 
 void bind_probe(py::module_& m);
 void bind_rnn(py::module_& m);
+void bind_gru(py::module_& m);
+void bind_lstm(py::module_& m);
 void bind_attention(py::module_& m);
 
 }  // namespace pykernels

@@ -37,5 +37,7 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   m.attr("compiler") = compiler();
   bind_probe(m);
   bind_rnn(m);
+  bind_gru(m);
+  bind_lstm(m);
   bind_attention(m);
 }

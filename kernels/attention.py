@@ -710,6 +710,7 @@ def attention_fwd(
     *,
     is_causal: bool,
     scale: float,
+    keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """Attention and the log-sum-exp of the scores.
 

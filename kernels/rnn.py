@@ -152,6 +152,8 @@ def rnn_fwd(
     *,
     nonlinearity: str,
     reverse: bool,
+    batch_sizes: None = None,
+    keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """The whole sequence.
 
@@ -163,6 +165,7 @@ def rnn_fwd(
         h0: [B, H], or None for zeros.
         nonlinearity: "tanh" or "relu".
         reverse: walk from t = T - 1 to 0.
+        batch_sizes: None, as no ragged batch is served.
 
     Returns:
         ``((y [T, B, H], h_n [B, H]), saved)``.
@@ -195,7 +198,7 @@ def rnn_fwd(
         h_n = y[0 if reverse else T - 1].clone()
     else:
         h_n = x.new_zeros(B, H) if h0 is None else h0.clone()
-    return (y, h_n), (x, w_ih, w_hh, h0, y)
+    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
 
 
 def rnn_bwd(
@@ -204,20 +207,21 @@ def rnn_bwd(
     *,
     nonlinearity: str,
     reverse: bool,
+    batch_sizes: None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Backward through time.
 
     Args:
-        saved: what `rnn_fwd` returned: (x, w_ih, w_hh, h0 or None, y).
+        saved: what `rnn_fwd` returned: its six tensors, then y.
         grads: (dy [T, B, H], dh_n [B, H]), None for zeros.
-        nonlinearity, reverse: as in `rnn_fwd`.
+        nonlinearity, reverse, batch_sizes: as in `rnn_fwd`.
         needs: which of the six gradients are wanted.
 
     Returns:
         ``(dx, dw_ih, dw_hh, db_ih, db_hh, dh0)``, None where not wanted.
     """
-    x, w_ih, w_hh, h0, y = saved
+    x, w_ih, w_hh, _, _, h0, y = saved
     dy, dh_n = grads
     T, B, I = x.shape
     H = w_hh.shape[0]

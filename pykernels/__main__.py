@@ -13,7 +13,7 @@ import torch
 from pykernels import __version__, _backends
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_OPS = ("rnn", "attention")
+_OPS = ("rnn", "gru", "lstm", "attention")
 
 
 def main() -> None:
@@ -66,7 +66,9 @@ def backends() -> dict[str, str]:
         facts[name] = (
             f"unavailable: {reason}"
             if reason
-            else "; ".join(f"{op} ({', '.join(_served(name, op))})" for op in _OPS)
+            else "; ".join(
+                f"{op} ({', '.join(_served(name, op))})" for op in _OPS if _backends.has(name, op)
+            )
         )
     return (
         facts

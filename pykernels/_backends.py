@@ -3,8 +3,8 @@
 A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.cpp` and
 `pykernels.kernels`. The module of an op exports, under every backend, the same names:
 
-* ``<op>_fwd(*tensors, **options) -> (outputs, saved)``: the outputs, and the tensors that the
-  backward pass needs;
+* ``<op>_fwd(*tensors, keep=True, **options) -> (outputs, saved)``: the outputs, and the tensors
+  that the backward pass needs; with ``keep=False`` there will be none, and less may be saved;
 * ``<op>_bwd(saved, grads, *, needs, **options) -> input grads``: one entry per tensor argument of
   the forward. An entry of `grads` may be None, which stands for zeros; where `needs` is False, the
   entry returned may be None;
@@ -20,6 +20,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -119,6 +120,8 @@ def refusal(
     reason = available(name)
     if reason is not None:
         return reason
+    if not has(name, op):
+        return f"it has no {op}"
     served = module(name, op)
     if dtype not in served.DTYPES:
         return f"it does not serve {dtype}"
@@ -140,6 +143,13 @@ def available(name: str) -> str | None:
     except ImportError as error:
         return str(error)
     return None
+
+
+def has(name: str, op: str) -> bool:
+    """Whether there is a module of `op` in the column of backend `name`."""
+    column = importlib.util.find_spec(f"pykernels.{_PACKAGES[name]}")
+    places = None if column is None else column.submodule_search_locations
+    return importlib.machinery.PathFinder.find_spec(op, places) is not None
 
 
 def module(name: str, op: str) -> ModuleType:

@@ -7,6 +7,7 @@ a tensor on the wrong device is a ValueError, as it is the right kind of thing i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
@@ -34,13 +35,18 @@ def tensor(op: str, name: str, value: Any, like: Tensor | None = None) -> None:
         device(op, name, value, like)
 
 
-def not_packed(op: str, name: str, value: Any) -> None:
-    """`value` is no PackedSequence, which no kernel serves yet."""
-    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
-        raise TypeError(
-            f"{op}: `{name}` must be a Tensor, got PackedSequence; pad it with "
-            f"torch.nn.utils.rnn.pad_packed_sequence, or use torch.nn.{op}"
-        )
+def alike(op: str, like: Tensor, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Each of `values` is None or what `tensor` asks for: the same checks, in less time."""
+    dtype, place = like.dtype, like.device
+    for i, value in enumerate(values):
+        if value is not None and not (
+            isinstance(value, Tensor)
+            and value.dtype is dtype
+            and value.device == place
+            and value.layout is torch.strided
+            and not value.is_nested
+        ):
+            tensor(op, names[i], value, like)
 
 
 def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
@@ -57,6 +63,8 @@ def floating(op: str, name: str, value: Tensor) -> None:
 
 def rank(op: str, name: str, value: Tensor, axes: str, *others: str) -> None:
     """`value` has as many dimensions as `axes` ("T, B, I") or one of the `others` names."""
+    if value.dim() == axes.count(",") + 1:
+        return
     choices = (axes, *others)
     if all(value.dim() != len(names.split(", ")) for names in choices):
         must = " or ".join(f"[{names}]" for names in choices)
@@ -88,6 +96,55 @@ def number(op: str, name: str, value: Any) -> None:
     """`value` is a plain number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: `{name}` must be a number, got {type(value).__name__}")
+
+
+def pair(op: str, name: str, value: Any, of: str) -> None:
+    """`value` is a tuple or list of the two tensors that `of` names."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        got = f"{len(value)}" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"{op}: `{name}` must be a pair {of} of Tensors, got {got}")
+
+
+def lengths(op: str, value: Any, T: int, B: int) -> tuple[int, ...]:
+    """`value` is B lengths of sequences from 1 to T; they come back as ints."""
+    found = _integers(op, "lengths", value, "B")
+    if len(found) != B:
+        fail(op, "lengths", f"[B] = [{B}]", [len(found)])
+    for length in found:
+        if not 1 <= length <= T:
+            fail(op, "lengths", f"between 1 and T = {T}", length)
+    return found
+
+
+def batch_sizes(op: str, value: Any, N: int) -> tuple[int, ...]:
+    """`value` says how many of N packed rows each step has; the numbers come back as ints."""
+    found = _integers(op, "batch_sizes", value, "T")
+    if not found:
+        fail(op, "batch_sizes", "of at least 1 step", list(found))
+    if list(found) != sorted(found, reverse=True):
+        at = next(t for t in range(1, len(found)) if found[t] > found[t - 1])
+        fail(op, "batch_sizes", "non-increasing", f"{found[at]} after {found[at - 1]}")
+    positive(op, "batch_sizes", found[-1])
+    if sum(found) != N:
+        fail(op, "batch_sizes", f"of sum N = {N}, the rows of the input", sum(found))
+    return found
+
+
+def _integers(op: str, name: str, value: Any, axes: str) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        tensor(op, name, value)
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: `{name}` must have dtype torch.int64, got {value.dtype}")
+        if value.device.type != "cpu":
+            fail(op, name, "on the cpu", value.device)
+        rank(op, name, value, axes)
+        return tuple(value.tolist())
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{op}: `{name}` must be a Tensor or list, got {type(value).__name__}")
+    try:
+        return tuple(map(operator.index, value))
+    except TypeError as error:
+        raise TypeError(f"{op}: `{name}` must hold integers alone: {error}") from None
 
 
 def choice(op: str, name: str, value: Any, choices: Collection[str]) -> None:

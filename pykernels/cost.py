@@ -4,7 +4,8 @@ A recurrent layer of T steps on a vector of d inputs and h hidden units takes
 
 .. math:: T (h^2 + h d) \text{ multiply-adds, that is } O(T (h^2 + h d)),
 
-linear in the length and quadratic in the width; self-attention over T positions takes O(T^2 d).
+linear in the length and quadratic in the width, a GRU three and an LSTM four times that;
+self-attention over T positions takes O(T^2 d).
 Counted are the products of matrices, which are nearly all of the work: element-wise steps (tanh,
 softmax, biases) are O(T h) and O(T^2). One multiply-add is two floating-point operations. Bytes
 are the compulsory traffic: every input read once and every output written once.
@@ -15,6 +16,7 @@ are the compulsory traffic: every input read once and every output written once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: The passes that can be counted and timed.
@@ -44,6 +46,7 @@ def rnn(
     *,
     bias: bool = True,
     initial_state: bool = False,
+    lengths: Sequence[int] | None = None,
     itemsize: int = 4,
     which: str = "forward",
 ) -> Cost:
@@ -56,20 +59,106 @@ def rnn(
         T, B, I, H: steps, batch, input size, hidden size.
         bias: whether there are b_ih and b_hh.
         initial_state: whether h0 is given, and so read and given a gradient.
+        lengths: steps of each of the B sequences, and only these count; T each if None.
         itemsize: bytes of a number.
         which: one of `PASSES`.
     """
-    weights = H * I + H * H + (2 * H if bias else 0)
-    state = B * H if initial_state else 0
-    x, y, h_n = T * B * I, T * B * H, B * H
+    steps = _steps(T, B, lengths)
+    return _recurrence(1, steps, B, I, H, bias, initial_state, itemsize, which)
+
+
+def gru(
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    *,
+    bias: bool = True,
+    initial_state: bool = False,
+    lengths: Sequence[int] | None = None,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    r"""One direction of one layer of gated recurrent units: three times the products of `rnn`.
+
+    Forward: :math:`3 B T (H^2 + H I)` multiply-adds; backward twice as many. The arguments are
+    those of `rnn`.
+    """
+    steps = _steps(T, B, lengths)
+    return _recurrence(3, steps, B, I, H, bias, initial_state, itemsize, which)
+
+
+def lstm(
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    *,
+    proj_size: int = 0,
+    bias: bool = True,
+    initial_state: bool = False,
+    lengths: Sequence[int] | None = None,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    r"""One direction of one layer of long short-term memory: four times the products of `rnn`.
+
+    Forward: :math:`4 B T (H R + H I)` multiply-adds for a state of R = H numbers; a state of
+    R = `proj_size` takes :math:`B T H R` more. Backward: twice as many.
+
+    Args:
+        proj_size: size of the state that W_hr projects to; 0 is none.
+        initial_state: whether h0 and c0 are given.
+        T, B, I, H, bias, lengths, itemsize, which: as in `rnn`.
+    """
+    steps = _steps(T, B, lengths)
+    return _recurrence(
+        4, steps, B, I, H, bias, initial_state, itemsize, which, proj_size=proj_size, cells=True
+    )
+
+
+def _steps(T: int, B: int, lengths: Sequence[int] | None) -> int:
+    """Steps of all sequences together."""
+    if lengths is None:
+        return T * B
+    if len(lengths) != B or not all(0 <= length <= T for length in lengths):
+        raise ValueError(f"`lengths` must be {B} numbers from 0 to {T}, got {list(lengths)}")
+    return int(sum(lengths))
+
+
+def _recurrence(
+    gates: int,
+    steps: int,
+    B: int,
+    I: int,
+    H: int,
+    bias: bool,
+    initial_state: bool,
+    itemsize: int,
+    which: str,
+    *,
+    proj_size: int = 0,
+    cells: bool = False,
+) -> Cost:
+    """One layer of `gates` products a step; `cells` says that H numbers stand beside the state.
+
+    What a forward pass keeps for its backward pass is left out: that is the kernel's choice.
+    """
+    R = proj_size or H
+    products = gates * H * (R + I) + proj_size * H
+    weights = products + (2 * gates * H if bias else 0)
+    last = B * R + (B * H if cells else 0)
+    first = last if initial_state else 0
+    x, y = steps * I, steps * R
     return _total(
         which,
-        products=(B * T * (H * H + H * I), 2 * B * T * (H * H + H * I)),
-        # Forward reads x, weights, h0 and writes y, h_n. Backward reads these but h_n, and dy and
-        # dh_n, and writes dx, the weights' gradients and dh0.
+        products=(steps * products, 2 * steps * products),
+        # Forward reads x, the weights and the first states, and writes y and the last states.
+        # Backward reads these but the last states, and the gradients of y and of the last states,
+        # and writes those of all that forward reads.
         traffic=(
-            (x + weights + state + y + h_n) * itemsize,
-            (x + weights + state + y + y + h_n + x + weights + state) * itemsize,
+            (x + weights + first + y + last) * itemsize,
+            (x + weights + first + y + y + last + x + weights + first) * itemsize,
         ),
         parameters=weights,
     )

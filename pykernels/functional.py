@@ -1,6 +1,17 @@
 """The public functions in one namespace, as torch.nn.functional."""
 
 from pykernels.ops.attention import attention, scaled_dot_product_attention
+from pykernels.ops.gru import gru, gru_cell
+from pykernels.ops.lstm import lstm, lstm_cell
 from pykernels.ops.rnn import rnn, rnn_cell
 
-__all__ = ["attention", "rnn", "rnn_cell", "scaled_dot_product_attention"]
+__all__ = [
+    "attention",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+]

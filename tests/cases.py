@@ -1,5 +1,6 @@
 """Which spec runs where and at which dtype, and the test bodies that all ops share."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -28,6 +29,8 @@ def device(backend):
 def dtypes(spec, backend):
     """The dtypes at which a spec runs on a backend, () if it does not."""
     tags = spec.tags
+    if backend == "triton" and not _backends.has(backend, spec.op):
+        return ()
     if "bench" in tags:
         # Large, and of no other code path: once is enough, and where the reference's float64 scores
         # take a quarter of a gigabyte each, the benchmark's own check is.
@@ -67,6 +70,7 @@ def gradcheck_cases(selected, interpreted):
         pytest.param(spec, backend, id=f"{spec.name}-{backend}")
         for spec in specs.tagged(selected, "gradcheck")
         for backend in ("cpp", "triton")
+        if _backends.has(backend, spec.op)
         if backend == "cpp" or not INTERPRETING or spec.name in interpreted
     ]
 
@@ -112,9 +116,9 @@ def leaves(spec, dtype, backend, needing=None):
 
 
 def call(spec, inputs, backend):
-    """functional.<op> of the spec on the given inputs -> its two outputs."""
+    """functional.<op> of the spec on the given inputs -> its outputs, in one tuple."""
     options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
-    return getattr(functional, spec.op)(**inputs, **options, backend=backend)
+    return evaluate.flat(getattr(functional, spec.op)(**inputs, **options, backend=backend))
 
 
 def repeats_bitwise(spec, backend, dtype):
@@ -140,7 +144,8 @@ def gradient_alone(spec, backend):
     outputs = call(spec, inputs, backend)
     wanted = {name: t for name, t in inputs.items() if t.requires_grad}
     upstream = [torch.randn_like(out) for out in outputs]
-    for used in ((0,), (1,), (0, 1)):
+    every = range(len(outputs))
+    for used in (*((i,) for i in every), every):
         together = torch.autograd.grad(
             [outputs[i] for i in used],
             list(wanted.values()),
@@ -277,3 +282,227 @@ def forget(index):
         return run(saved, grads, **options)
 
     return wrong
+
+
+# --- the recurrent family
+
+
+def states(made):
+    """The names of the first states among the inputs of a spec."""
+    return [name for name in ("h0", "c0") if name in made]
+
+
+def last_states_are_copies(spec, backend):
+    """h_n is the last of y, and c_n that of c where they are asked for, in memory of their own."""
+    need(spec, backend, torch.float32)
+    y, h_n, *cells = call(spec, spec.inputs(torch.float32, device(backend)), backend)
+    pairs = [(h_n, y), *([(cells[0], cells[1])] if len(cells) == 2 else [])]
+    for last, every in pairs:
+        assert torch.equal(last, every[0 if spec.reverse else -1])
+        assert last.untyped_storage().data_ptr() != every.untyped_storage().data_ptr()
+
+
+def nan_stays_in_its_row_and_shows(spec, backend):
+    """A NaN input is neither hidden by a nonlinearity nor spread to other sequences."""
+    need(spec, backend, torch.float32)
+    inputs = spec.inputs(torch.float32, device(backend))
+    clean, *_ = call(spec, inputs, backend)
+    inputs["x"][2, 1, 3] = torch.nan
+    y, *last = call(spec, inputs, backend)
+    others = [b for b in range(spec.b) if b != 1]
+    assert y[2:, 1].isnan().all()
+    assert all(state[1].isnan().all() for state in last)
+    assert torch.equal(y[:, others], clean[:, others])
+    assert torch.equal(y[:2], clean[:2])
+
+
+def cell_is_one_step(spec, backend):
+    """The cell is a sequence of one step, batched or not, and None stands for zero states."""
+    need(spec, backend, torch.float32)
+    made = spec.inputs(torch.float32, device(backend))
+    weights = [made[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    cell = functools.partial(getattr(functional, f"{spec.op}_cell"), backend=backend)
+    before = [made[name] for name in states(made)]
+
+    def step(x, before):
+        hx = None if before is None else before[0] if len(before) == 1 else tuple(before)
+        return evaluate.flat(cell(x, hx, *weights))
+
+    _, *last = call(spec, made, backend)
+    after = step(made["x"][0], before)
+    assert len(after) == len(last)
+    for one, two in zip(after, last, strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(step(made["x"][0, 1], [t[1] for t in before]), last, strict=True):
+        torch.testing.assert_close(one, two[1], rtol=1e-6, atol=1e-6)
+    zeros = step(made["x"][0], [torch.zeros_like(t) for t in before])
+    for one, two in zip(step(made["x"][0], None), zeros, strict=True):
+        assert torch.equal(one, two)
+
+
+def cell_gradients(spec, backend):
+    """Those of a sequence of one step."""
+    need(spec, backend, torch.float64)
+    made = leaves(spec, torch.float64, backend)
+    weights = [made[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    before = tuple(made[name] for name in states(made))
+    cell = getattr(functional, f"{spec.op}_cell")
+    hx = before[0] if len(before) == 1 else before
+    after = evaluate.flat(cell(made["x"][0], hx, *weights, backend=backend))
+    _, *last = call(spec, made, backend)
+    upstream = [torch.randn_like(t) for t in after]
+    ours = torch.autograd.grad(after, list(made.values()), upstream)
+    for one, two in zip(
+        ours, torch.autograd.grad(last, list(made.values()), upstream), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
+
+
+def gradient_penalty_is_torchs(spec, backend, stock):
+    """A penalty on a gradient does not lose its own gradient in silence."""
+    need(spec, backend, torch.float64)
+    results = []
+    for op in (functools.partial(getattr(functional, spec.op), backend=backend), stock):
+        inputs = leaves(spec, torch.float64, backend)
+        y, *last = evaluate.flat(op(**inputs, **spec.options))
+        loss = (y.sum(0) * last[0] * last[-1].sum()).sum()
+        (dx,) = torch.autograd.grad(loss, inputs["x"], create_graph=True)
+        penalised = y.sum() + dx.square().sum()
+        results.append(torch.autograd.grad(penalised, list(inputs.values())))
+    for one, two in zip(*results, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
+
+
+def in_pieces(spec, backend):
+    """The last states of one piece are the first of the next: values and gradients of the whole."""
+    need(spec, backend, torch.float64)
+    made = leaves(spec, torch.float64, backend)
+    names = states(made)
+    whole, *last = call(spec, made, backend)
+    now, pieces = [made[name] for name in names], []
+    for x in made["x"].split(37):
+        y, *now = call(spec, {**made, "x": x, **dict(zip(names, now, strict=True))}, backend)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=1e-12, atol=1e-13)
+    for one, two in zip(now, last, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
+    sums = [sum(t.sum() for t in found) for found in (last, now)]
+    grads = [torch.autograd.grad(total, list(made.values())) for total in sums]
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13)
+
+
+def reverse_is_a_flip_of_time(spec, backend):
+    need(spec, backend, torch.float32)
+    made = spec.inputs(torch.float32, device(backend))
+    y, *last = call(spec, made, backend)
+    forward = dataclasses.replace(spec, reverse=not spec.reverse)
+    flipped, *same = call(forward, {**made, "x": made["x"].flip(0)}, backend)
+    assert torch.equal(bits(y), bits(flipped.flip(0)))
+    for one, two in zip(last, same, strict=True):
+        assert torch.equal(one, two)
+
+
+def reference_is_torchs_layer(names):
+    """Truth itself against torch's layer in float64, where both are exact to a few ulp."""
+    for name in names:
+        spec = specs.find(name)
+        truth, stock = evaluate.truth(spec, torch.float64), evaluate.stock(spec, torch.float64)
+        for key in truth:
+            torch.testing.assert_close(truth[key], stock[key], rtol=1e-12, atol=1e-13)
+
+
+def padding_does_not_matter(spec, backend):
+    """NaN after the end of a sequence reaches nothing, and its gradient is zero."""
+    dtype = torch.float64
+    need(spec, backend, dtype)
+    past = torch.arange(spec.t)[:, None] >= torch.tensor(spec.lengths)  # [T, B]
+    past = past.to(device(backend))
+    results = []
+    for fill in (0.0, torch.nan):
+        made = spec.inputs(dtype, device(backend))
+        made["x"] = made["x"].masked_fill(past[..., None], fill)
+        made = {name: t.requires_grad_() for name, t in made.items()}
+        outputs = call(spec, made, backend)
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(t.shape, generator=generator, dtype=dtype) for t in outputs]
+        upstream = [t.to(device(backend)) for t in upstream]
+        results.append((*outputs, *torch.autograd.grad(outputs, list(made.values()), upstream)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    y, dx = results[0][0], results[0][len(outputs)]
+    assert (y[past] == 0).all()
+    assert (dx[past] == 0).all()
+    assert all(t.isfinite().all() for t in results[1])
+
+
+def each_alone(spec, backend):
+    """A ragged batch is its sequences one by one."""
+    need(spec, backend, torch.float64)
+    made = spec.inputs(torch.float64, device(backend))
+    outputs = call(spec, made, backend)
+    whole = dataclasses.replace(spec, lengths=None)
+    for b, length in enumerate(spec.lengths):
+        one = {**made, "x": made["x"][:length, b : b + 1]}
+        one |= {name: made[name][b : b + 1] for name in states(made)}
+        for name, many, alone in zip(spec.outputs, outputs, call(whole, one, backend), strict=True):
+            many = many[:length, b : b + 1] if name in ("y", "c") else many[b : b + 1]
+            torch.testing.assert_close(many, alone, rtol=1e-12, atol=1e-13)
+
+
+def packed_rows(spec, backend):
+    """The rows of a PackedSequence with batch_sizes: as a list, a tuple and a tensor."""
+    need(spec, backend, torch.float64)
+    made = spec.inputs(torch.float64, device(backend))
+    lengths = torch.tensor(spec.lengths)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(made["x"], lengths, enforce_sorted=False)
+    order = packed.sorted_indices
+    rows = {**made, "x": packed.data} | {name: made[name][order] for name in states(made)}
+    options = {name: value for name, value in spec.options.items() if name != "lengths"}
+    outputs = call(spec, made, backend)
+    for kind in (list, tuple, torch.tensor):
+        sizes = kind(packed.batch_sizes.tolist())
+        op = functools.partial(getattr(functional, spec.op), **options, backend=backend)
+        found = evaluate.flat(op(**rows, batch_sizes=sizes))
+        for name, one, two in zip(spec.outputs, found, outputs, strict=True):
+            if name in ("y", "c"):
+                padded = packed._replace(data=one)
+                one, _ = torch.nn.utils.rnn.pad_packed_sequence(padded, total_length=spec.t)
+            else:
+                one = one[packed.unsorted_indices]
+            # sequences of one length may come in another order: the same rows, other products
+            torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
+
+
+def lengths_in_any_form(spec, backend):
+    """A list, a tuple and a tensor are the same lengths; all steps of all is no lengths."""
+    need(spec, backend, torch.float32)
+    made = spec.inputs(torch.float32, device(backend))
+    for kind in (list, tuple, torch.tensor):
+        other = dataclasses.replace(spec, lengths=kind(spec.lengths))
+        for one, two in zip(call(other, made, backend), call(spec, made, backend), strict=True):
+            assert torch.equal(one, two)
+    full = dataclasses.replace(spec, lengths=(spec.t,) * spec.b)
+    none = dataclasses.replace(spec, lengths=None)
+    for one, two in zip(call(full, made, backend), call(none, made, backend), strict=True):
+        assert torch.equal(one, two)
+
+
+def recurrent_mutants(op, tensors, outputs):
+    """Zeros or a stale state for an output, a gradient gone or off by 0.1 %, one not looked at."""
+
+    def zero(index):
+        def wrong(run, *args, **options):
+            found, saved = run(*args, **options)
+            return tuple(t * (i != index) for i, t in enumerate(found)), saved
+
+        return wrong
+
+    def stale(run, *args, **options):
+        (y, h_n, *rest), saved = run(*args, **options)
+        return (y, y[0, : len(h_n)].clone(), *rest), saved
+
+    mutants = [(f"{op}_fwd", zero(i)) for i in range(outputs)] + [(f"{op}_fwd", stale)]
+    for i in range(tensors):
+        mutants += [(f"{op}_bwd", scaled_gradient(i, factor)) for factor in (0.0, 1.001)]
+    return mutants + [(f"{op}_bwd", forget(i)) for i in range(outputs)]

@@ -43,10 +43,13 @@ def test_triton_runs_here():
 
 
 @pytest.mark.parametrize("backend", _backends.BACKENDS)
-@pytest.mark.parametrize("op", ["rnn", "attention"])
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm", "attention"])
 def test_every_backend_serves_its_dtypes(backend, op):
     if reason := _backends.available(backend):
         pytest.skip(reason)
+    if (backend, op) in {("triton", "gru"), ("triton", "lstm")}:
+        assert not _backends.has(backend, op)
+        return
     module = _backends.module(backend, op)
     assert {torch.float16, torch.bfloat16, torch.float32, torch.float64} == module.DTYPES
     # written out: a test of a feature that a backend forgot to list would skip in silence
@@ -54,12 +57,20 @@ def test_every_backend_serves_its_dtypes(backend, op):
         ("attention", "reference"): {"dropout", "large_head", "mask_grad", "v_head_dim"},
         ("attention", "cpp"): {"large_head", "v_head_dim"},
         ("attention", "triton"): {"v_head_dim"},
+        ("rnn", "reference"): {"ragged"},
+        ("rnn", "cpp"): {"ragged"},
+        ("gru", "reference"): {"ragged"},
+        ("gru", "cpp"): {"ragged"},
+        ("lstm", "reference"): {"projection", "ragged"},
+        ("lstm", "cpp"): {"projection", "ragged"},
     }.get((op, backend), set()) == module.FEATURES
     assert {f"{op}_fwd", f"{op}_bwd"} <= set(dir(module))
 
 
 def test_default_is_the_fastest():
     assert chosen() == "cpp"
+    assert chosen(op="gru") == "cpp"
+    assert chosen(op="lstm", features=frozenset({"projection", "ragged"})) == "cpp"
     assert chosen(op="attention") == "cpp"
 
 
@@ -128,6 +139,11 @@ def test_backward_stays_on_the_backend_of_its_forward():
             "these can: reference",
         ),
         (
+            lambda: chosen("cpp", op="no_such_op"),
+            "no_such_op: backend 'cpp' cannot serve this call: it has no no_such_op; "
+            "no backend can",
+        ),
+        (
             lambda: chosen(dtype=torch.float8_e4m3fn),
             "rnn: no backend serves dtype torch.float8_e4m3fn on device cpu",
         ),
@@ -136,6 +152,14 @@ def test_backward_stays_on_the_backend_of_its_forward():
 def test_words(call, words):
     with pytest.raises(ValueError, match=re.escape(words) + "$"):
         call()
+
+
+@pytest.mark.skipif(_backends.available("triton") is not None, reason="triton cannot run here")
+def test_a_backend_without_the_op_refuses():
+    with pytest.raises(
+        ValueError, match="gru: backend 'triton' cannot serve this call: it has no gru; these can: "
+    ):
+        chosen("triton", op="gru")
 
 
 def test_cpp_refuses_other_devices():
@@ -215,6 +239,11 @@ def test_every_instruction_set(isa):
         "long",
     ]
     names = [f"rnn-{name}" for name in names]
+    shared = ("plain", "bare", "t0", "b0", "h17", "h33", "h300", "i600", "rows", "offset", "long")
+    ragged = ("ragged", "ragged-reverse", "ragged-one-long", "ragged-wide")
+    names += [f"{op}-{name}" for op in ("gru", "lstm") for name in (*shared, *ragged)]
+    names += [f"rnn-{name}" for name in ragged]
+    names += [f"lstm-{name}" for name in ("proj-wide", "proj-ragged-reverse", "cells-h300")]
     names += [
         f"attention-{name}"
         for name in (

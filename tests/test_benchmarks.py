@@ -4,18 +4,24 @@ import csv
 import gc
 
 import errors
+import numpy as np
+import peers
 import plot
 import pytest
 import readme
 import records
+import recurrent
 import run
 import timing
 import torch
 import workload
 
 from pykernels import _backends, functional
+from pykernels.testing import measure, stock
 
-SMALLEST = ["--quick", "--op", "rnn", "--shapes", "rnn-1024x1x64x64", "--seconds", "0.02"]
+QUICK = ["--quick", "--seconds", "0.02"]
+SMALLEST = [*QUICK, "--op", "rnn", "--shapes", "rnn-1024x1x64x64", "--peers"]  # none
+TINY = [*QUICK, "--sizes", "3", "2", "5", "4"]
 
 
 class Clock:
@@ -86,6 +92,20 @@ def test_least_rounds_and_rates_between(clock):
     assert seen.count(None) == 5
 
 
+def test_who_follows_another_process_runs_once_before(clock):
+    def apart(calls):
+        clock.log += ["apart"] * calls
+        return 0.01 * calls
+
+    calls = {"a": clock.call("a", 0.01), "b": clock.call("b", 0.01)}
+    samples = timing.interleave(calls, 0.02, apart={"apart": apart}, rounds=3)
+    warm_up = ["a"] * 2 + ["b"] * 2 + ["apart"] * 2
+    rounds = [["a", "b", "apart"], ["b", "b", "apart", "a", "a"], ["apart", "a", "a", "b"]]
+    assert clock.log == warm_up + [name for turn in rounds for name in turn]
+    assert samples["apart"].median == pytest.approx(0.01)
+    assert [len(samples[name].seconds) for name in ("a", "b", "apart")] == [3, 3, 3]
+
+
 def test_rows_of_a_second_run_replace_those_of_the_first(tmp_path):
     path = tmp_path / "new" / "rows.csv"
     records.merge(path, [{"shape": "a", "ms": "1"}, {"shape": "b", "ms": "2"}], ["shape"])
@@ -130,11 +150,11 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, capsys, monkeypatch):
 def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     measure, measured = run.measure, []
 
-    def once(case, options):
+    def once(case, *rest):
         if measured:
             raise KeyboardInterrupt
         measured.append(case)
-        return measure(case, options)
+        return measure(case, *rest)
 
     monkeypatch.setattr(run, "measure", once)
     path = tmp_path / "speed.csv"
@@ -148,7 +168,8 @@ def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
     [
         (["--shapes", "nothing"], "matches none of rnn-50x1x300x512"),
         (["--threads", "0"], "must be positive"),
-        (["--op", "gru"], "invalid choice: 'gru'"),
+        (["--op", "nothing"], "invalid choice: 'nothing'"),
+        (["--peers", "nothing"], "invalid choice: 'nothing'"),
         (["--op", "rnn", "--backend", "nothing"], "invalid choice: 'nothing'"),
     ],
 )
@@ -188,11 +209,129 @@ def test_errors_are_measured_and_drawn(tmp_path, capsys):
     assert (tmp_path / "errors.png").stat().st_size > 10_000
 
 
+def arrays(op, **without):
+    """What a peer is given, small, with every argument but those that are False in `without`."""
+    T, B, I, H, rows = 4, 3, 5, 6, 6 * len(peers.GATES[op])
+    shapes = {
+        **{"x": (T, B, I), "w_ih": (rows, I), "w_hh": (rows, H)},
+        **({"b_ih": (rows,), "b_hh": (rows,)} if without.get("bias", True) else {}),
+        **(dict.fromkeys(peers.STATES[op], (B, H)) if without.get("state", True) else {}),
+    }
+    draw = np.random.default_rng(0)
+    return {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def needs(peer):
+    return pytest.mark.skipif(peer not in peers.installed(), reason=f"{peer} is not installed")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in peers.PEERS])
+@pytest.mark.parametrize("op", workload.RECURRENT)
+@pytest.mark.parametrize(
+    ("reverse", "without"),
+    [(False, {}), (True, {"bias": False}), (False, {"state": False})],
+    ids=["all", "reverse-no-bias", "no-state"],
+)
+def test_peers_compute_what_torch_computes(name, op, reverse, without):
+    given, options = arrays(op, **without), {"reverse": reverse}
+    tensors = {n: torch.from_numpy(array) for n, array in given.items()}
+    layer = getattr(stock, op)
+    stocks, truth = (
+        workload.evaluate.flat(layer(**{n: t.to(d) for n, t in tensors.items()}, **options))
+        for d in (torch.float32, torch.float64)
+    )
+    with peers.Peer(name, op, given, {"nonlinearity": "tanh", **options}, 1) as peer:
+        assert peer.seconds(2) > 0
+    for output, exact, usual in zip(peer.outputs, truth, stocks, strict=True):
+        found = measure(torch.from_numpy(output), exact, usual)
+        assert found.ok, found
+    assert peer.worker.returncode == 0
+
+
+@needs("onnxruntime")
+def test_a_peer_that_fails_says_why():
+    given = arrays("rnn") | {"w_ih": np.zeros((6, 7), np.float32)}
+    with pytest.raises(RuntimeError, match="onnxruntime: "):
+        peers.Peer("onnxruntime", "rnn", given, {"nonlinearity": "tanh"}, 1)
+
+
+@needs("onnxruntime")
+def test_a_wrong_peer_is_not_timed(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "speed.csv"
+    arguments = [*SMALLEST, "onnxruntime", "--passes", "forward", "--output", str(path)]
+    assert run.main(arguments) == 0
+    by = {row["implementation"]: row for row in records.read(path)}
+    assert set(by) == {*workload.IMPLEMENTATIONS, "onnxruntime"}
+    rivals = [by["torch"], by["onnxruntime"]]
+    assert (
+        by["ours"]["best_peer"]
+        == min(rivals, key=lambda row: float(row["median_ms"]))["implementation"]
+    )
+    assert "best peer / ours" in capsys.readouterr().out
+    right = peers.onnx_model
+    monkeypatch.setattr(
+        peers,
+        "onnx_model",
+        lambda op, given, options: right(op, given | {"b_ih": given["b_ih"] + 1e-4}, options),
+    )
+    path.unlink()
+    assert run.main(arguments) == 0
+    assert {row["implementation"] for row in records.read(path)} == {*workload.IMPLEMENTATIONS}
+    assert "Left out: onnxruntime, rnn-1024x1x64x64 y: error" in capsys.readouterr().out
+
+
+def test_a_missing_peer_is_left_out_with_a_word(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "installed", dict)
+    path = tmp_path / "speed.csv"
+    arguments = [*SMALLEST, "openvino", "--passes", "forward", "--output", str(path)]
+    assert run.main(arguments) == 0
+    assert "openvino is not installed and left out" in capsys.readouterr().out
+    assert {row["implementation"] for row in records.read(path)} == {*workload.IMPLEMENTATIONS}
+
+
+def test_recurrent_measures_every_part(tmp_path, capsys):
+    path = tmp_path / "recurrent.csv"
+    assert recurrent.main([*TINY, "--op", "lstm", "--output", str(path)]) == 0
+    rows = records.read(path)
+    ways = {}
+    for row in rows:
+        ways.setdefault(row["part"], set()).add(row["implementation"])
+        assert float(row["q1"]) <= float(row["median"]) <= float(row["q3"])
+        assert row["commit"]
+    ways.pop("memory", None)  # not every system tells the peak
+    assert ways == {
+        "cells": {"ours", "torch"},
+        "ragged": {"ours dense", "ours lengths=", "ours packed", "torch dense", "torch packed"},
+        "layers": {"ours", "ours one by one", "torch"},
+        "streaming": {"ours", "torch"},
+    }
+    assert {row["times_base"] != "" for row in rows if row["base"]} == {True}
+    assert "ragged: us a token" in capsys.readouterr().out
+
+
+def test_recurrent_does_not_time_a_wrong_kernel(tmp_path, capsys, monkeypatch):
+    right = functional.rnn
+
+    def wrong(*tensors, **options):
+        y, h_n = right(*tensors, **options)
+        return (y, h_n * 1.001) if options.get("reverse") else (y, h_n)
+
+    monkeypatch.setattr(functional, "rnn", wrong)
+    path = tmp_path / "recurrent.csv"
+    arguments = [*TINY, "--op", "rnn", "--part", "layers", "--output", str(path)]
+    assert recurrent.main(arguments) == 1
+    assert {row["shape"] for row in records.read(path)} == {"3x2x5x4 2 layers"}
+    assert "3x2x5x4 2 directions forward ours one by one, result 1" in capsys.readouterr().out
+
+
 def test_bench_shapes_count_what_they_do():
     """The counts of the benchmark's shapes, by hand."""
     spec = {s.name: s for specs in workload.SPECS.values() for s in specs}
     forward = workload.count(spec["rnn-50x32x300x512"], "forward", 4)
     assert forward.multiply_adds == 32 * 20_787_200
+    for gates, op in ((3, "gru"), (4, "lstm")):
+        both = workload.count(spec[f"{op}-50x32x300x512"], "forward+backward", 4)
+        assert both.multiply_adds == 3 * gates * forward.multiply_adds
     full = workload.count(spec["attention-1x8x2048x64"], "forward", 4)
     causal = workload.count(spec["attention-1x8x2048x64-causal"], "forward", 4)
     assert full.flops == 4 * 8 * 2048**2 * 64

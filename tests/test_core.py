@@ -68,6 +68,8 @@ def ulps32(name, x, out):
         truth = np.minimum(WIDE[name](x.astype(np.float64)), 2.0**128)
         if name == "exp2_softmax":  # by contract 0 where the result is no normal number
             truth = np.where(x < -126, 0, truth)
+        if name == "sigmoid":  # which may be 0 there
+            truth = np.where((truth < np.finfo(np.float32).tiny) & (out == 0), 0, truth)
         top = np.finfo(np.float32).max
         unit = np.spacing(np.minimum(np.abs(truth).astype(np.float32), top)).astype(np.float64)
         error = np.abs(np.minimum(out.astype(np.float64), 2.0**128) - truth) / unit
@@ -168,7 +170,9 @@ def test_float64(extension, name):
     worst, at = 0.0, None
     with mpmath.workprec(120):
         for value, got in zip(x.tolist(), out.tolist(), strict=True):
-            if name == "exp2_softmax" and value < -1022:
+            if (name == "exp2_softmax" and value < -1022) or (
+                name == "sigmoid" and value < -708 and got == 0
+            ):
                 truth = mpmath.mpf(0)
             elif name == "tanh" and abs(value) < 1e-12:  # 120 bits would cancel
                 truth = mpmath.mpf(value) - mpmath.mpf(value) ** 3 / 3

@@ -26,20 +26,54 @@ def test_rnn_is_linear_in_steps_and_batch():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_rnn_parameters_are_those_of_the_layer(bias):
-    layer = torch.nn.RNN(300, 512, bias=bias)
-    count = cost.rnn(T=3, B=2, I=300, H=512, bias=bias)
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
+def test_recurrent_parameters_are_those_of_the_layer(op, bias):
+    layer = getattr(torch.nn, op.upper())(300, 512, bias=bias)
+    count = getattr(cost, op)(T=3, B=2, I=300, H=512, bias=bias)
     assert count.parameters == sum(p.numel() for p in layer.parameters())
 
 
-def test_rnn_bytes_are_the_tensors_read_and_written():
+def test_projected_parameters_are_those_of_the_layer():
+    layer = torch.nn.LSTM(30, 50, proj_size=20)
+    count = cost.lstm(T=3, B=2, I=30, H=50, proj_size=20)
+    assert count.parameters == sum(p.numel() for p in layer.parameters())
+
+
+def test_recurrent_products():
+    """By hand: three and four gates; W_hh reads and W_hr writes the projected state."""
+    sizes = {"T": 50, "B": 32, "I": 300, "H": 512}
+    assert cost.gru(**sizes).multiply_adds == 3 * 32 * 20_787_200
+    assert cost.lstm(**sizes).multiply_adds == 4 * 32 * 20_787_200
+    a_step = 4 * 512 * 300 + 4 * 512 * 128 + 512 * 128
+    assert cost.lstm(**sizes, proj_size=128).multiply_adds == 50 * 32 * a_step
+    assert cost.lstm(**sizes, which="backward").flops == 2 * cost.lstm(**sizes).flops
+
+
+@pytest.mark.parametrize("op", [cost.rnn, cost.gru, cost.lstm])
+def test_ragged_batch_counts_its_own_steps(op):
+    sizes = {"I": 7, "H": 5, "which": "forward+backward"}
+    ragged = op(T=6, B=3, lengths=[6, 1, 2], **sizes)
+    assert ragged.multiply_adds == op(T=9, B=1, **sizes).multiply_adds
+    assert ragged.bytes < op(T=6, B=3, **sizes).bytes
+    assert op(T=6, B=3, lengths=[6, 6, 6], **sizes) == op(T=6, B=3, **sizes)
+    for wrong in ([6, 1], [6, 1, 7]):
+        with pytest.raises(ValueError, match="`lengths` must be 3 numbers from 0 to 6"):
+            op(T=6, B=3, lengths=wrong, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("op", "extra"), [("rnn", {}), ("gru", {}), ("lstm", {}), ("lstm", {"proj_size": 2})]
+)
+def test_recurrent_bytes_are_the_tensors_read_and_written(op, extra):
     T, B, I, H = 5, 3, 7, 4
-    x, y, h = torch.empty(T, B, I), torch.empty(T, B, H), torch.empty(B, H)
-    weights = list(torch.nn.RNN(I, H).parameters())
-    read, written = [x, h, *weights], [y, h]
-    assert cost.rnn(T, B, I, H, initial_state=True).bytes == nbytes(*read, *written)
-    read, written = [x, h, *weights, y, y, h], [x, h, *weights]
-    backward = cost.rnn(T, B, I, H, initial_state=True, which="backward")
+    R = extra.get("proj_size", H)
+    count, layer = getattr(cost, op), getattr(torch.nn, op.upper())(I, H, **extra)
+    x, y, weights = torch.empty(T, B, I), torch.empty(T, B, R), list(layer.parameters())
+    states = [torch.empty(B, R)] + ([torch.empty(B, H)] if op == "lstm" else [])
+    read, written = [x, *states, *weights], [y, *states]
+    assert count(T, B, I, H, initial_state=True, **extra).bytes == nbytes(*read, *written)
+    read, written = [x, *states, *weights, y, y, *states], [x, *states, *weights]
+    backward = count(T, B, I, H, initial_state=True, which="backward", **extra)
     assert backward.bytes == nbytes(*read, *written)
 
 
@@ -79,6 +113,8 @@ def test_attention_products():
     ("op", "sizes"),
     [
         (cost.rnn, {"T": 5, "B": 4, "I": 3, "H": 2}),
+        (cost.gru, {"T": 5, "B": 4, "I": 3, "H": 2}),
+        (cost.lstm, {"T": 5, "B": 4, "I": 3, "H": 2, "proj_size": 1}),
         (cost.attention, {"B": 1, "N": 2, "S_q": 3, "S_k": 4, "D": 5}),
     ],
 )

@@ -1,5 +1,7 @@
 """Every bad input is refused before any kernel runs, in words that name it and the shapes."""
 
+import re
+
 import pytest
 import torch
 
@@ -16,126 +18,288 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(_backends, "select", reached)
 
 
-def rnn_arguments(**changes):
-    T, B, I, H = 4, 3, 5, 7
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+Z = torch.zeros
+
+
+def arguments(op, packed=False, **changes):
+    """Right ones, but for the changes."""
+    T, B, I, H, G = 4, 3, 5, 7, GATES[op]
     made = {
-        "x": torch.zeros(T, B, I),
-        "w_ih": torch.zeros(H, I),
-        "w_hh": torch.zeros(H, H),
-        "b_ih": torch.zeros(H),
-        "b_hh": torch.zeros(H),
-        "h0": torch.zeros(B, H),
+        "x": Z(6, I) if packed else Z(T, B, I),
+        "w_ih": Z(G * H, I),
+        "w_hh": Z(G * H, H),
+        "b_ih": Z(G * H),
+        "b_hh": Z(G * H),
+        "h0": Z(B, H),
     }
+    if op == "lstm":
+        made["c0"] = Z(B, H)
+    if packed:
+        made["batch_sizes"] = [3, 2, 1]
     return made | changes
 
 
-Z = torch.zeros
-RNN = [
-    ({"x": [1.0]}, TypeError, "rnn: `x` must be a Tensor, got list"),
+# Of all three ops; {G}H stands for the rows of the weights, {n} for their number.
+RECURRENT = [
+    ({"x": [1.0]}, TypeError, "`x` must be a Tensor, got list"),
     (
         {"x": Z(4, 3, 5, dtype=torch.int64)},
         TypeError,
-        "rnn: `x` must have a floating-point dtype, got torch.int64",
+        "`x` must have a floating-point dtype, got torch.int64",
     ),
     (
         {"x": Z(4, 3, 5, dtype=torch.complex64)},
         TypeError,
-        "rnn: `x` must have a floating-point dtype, got torch.complex64",
+        "`x` must have a floating-point dtype, got torch.complex64",
     ),
     (
         {"x": Z(4, 3, 5).to_sparse()},
         TypeError,
-        "rnn: `x` must be a dense tensor, got layout torch.sparse_coo",
+        "`x` must be a dense tensor, got layout torch.sparse_coo",
     ),
-    ({"x": Z(4, 5)}, ValueError, r"rnn: `x` must be \[T, B, I\], got 2 dimensions: \[4, 5\]"),
-    ({"x": Z(4, 3, 6)}, ValueError, r"rnn: `w_ih` must be \[H, I\] = \[7, 6\], got \[7, 5\]"),
-    ({"x": Z(4, 3, 0)}, ValueError, "rnn: `input size` must be at least 1, got 0"),
-    ({"w_ih": None}, TypeError, "rnn: `w_ih` must be a Tensor, got NoneType"),
+    ({"x": Z(4, 5)}, ValueError, "`x` must be [T, B, I], got 2 dimensions: [4, 5]"),
+    ({"x": Z(4, 3, 6)}, ValueError, "`w_ih` must be [{G}H, I] = [{n}, 6], got [{n}, 5]"),
+    ({"x": Z(4, 3, 0)}, ValueError, "`input size` must be at least 1, got 0"),
+    ({"w_ih": None}, TypeError, "`w_ih` must be a Tensor, got NoneType"),
+    ({"w_hh": None}, TypeError, "`w_hh` must be a Tensor, got NoneType"),
+    ({"w_hh": Z(7, 7).to_sparse()}, TypeError, "`w_hh` must be a dense tensor, got layout"),
     (
         {"w_ih": Z(7, 5).double()},
         TypeError,
-        "rnn: `w_ih` must have the dtype of the input, torch.float32, got torch.float64",
+        "`w_ih` must have the dtype of the input, torch.float32, got torch.float64",
     ),
-    ({"w_ih": Z(5, 7)}, ValueError, r"rnn: `w_ih` must be \[H, I\] = \[7, 5\], got \[5, 7\]"),
-    ({"w_hh": Z(7)}, ValueError, r"rnn: `w_hh` must be \[H, H\], got 1 dimensions: \[7\]"),
-    ({"w_hh": Z(7, 21)}, ValueError, r"rnn: `w_hh` must be \[H, H\] = \[7, 7\], got \[7, 21\]"),
-    ({"w_hh": Z(0, 0)}, ValueError, "rnn: `hidden size` must be at least 1, got 0"),
+    ({"w_ih": Z(5, 7)}, ValueError, "`w_ih` must be [{G}H, I] = [{n}, 5], got [5, 7]"),
+    ({"w_hh": Z(7)}, ValueError, "`w_hh` must be [{G}H, H], got 1 dimensions: [7]"),
+    ({"w_hh": Z(0, 0)}, ValueError, "`hidden size` must be at least 1, got 0"),
     (
         {"w_hh": Z(7, 7).half()},
         TypeError,
-        "rnn: `w_hh` must have the dtype of the input, torch.float32, got torch.float16",
+        "`w_hh` must have the dtype of the input, torch.float32, got torch.float16",
     ),
     (
         {"w_hh": Z(7, 7, device="meta")},
         ValueError,
-        "rnn: `w_hh` must be on the device of the input, cpu, got meta",
+        "`w_hh` must be on the device of the input, cpu, got meta",
     ),
-    ({"b_ih": Z(8)}, ValueError, r"rnn: `b_ih` must be \[H\] = \[7\], got \[8\]"),
-    ({"b_hh": Z(7, 1)}, ValueError, r"rnn: `b_hh` must be \[H\] = \[7\], got \[7, 1\]"),
+    ({"b_ih": Z(8)}, ValueError, "`b_ih` must be [{G}H] = [{n}], got [8]"),
+    ({"b_hh": Z(7, 1)}, ValueError, "`b_hh` must be [{G}H] = [{n}], got [7, 1]"),
     (
         {"b_hh": Z(7).bfloat16()},
         TypeError,
-        "rnn: `b_hh` must have the dtype of the input, torch.float32, got torch.bfloat16",
+        "`b_hh` must have the dtype of the input, torch.float32, got torch.bfloat16",
     ),
-    ({"h0": Z(1, 3, 7)}, ValueError, r"rnn: `h0` must be \[B, H\] = \[3, 7\], got \[1, 3, 7\]"),
-    ({"h0": Z(4, 7)}, ValueError, r"rnn: `h0` must be \[B, H\] = \[3, 7\], got \[4, 7\]"),
+    ({"h0": Z(1, 3, 7)}, ValueError, "`h0` must be [B, H] = [3, 7], got [1, 3, 7]"),
+    ({"h0": Z(4, 7)}, ValueError, "`h0` must be [B, H] = [3, 7], got [4, 7]"),
     (
         {"h0": Z(3, 7, device="meta")},
         ValueError,
-        "rnn: `h0` must be on the device of the input, cpu, got meta",
+        "`h0` must be on the device of the input, cpu, got meta",
     ),
     (
         {"h0": Z(3, 7).double()},
         TypeError,
-        "rnn: `h0` must have the dtype of the input, torch.float32, got torch.float64",
+        "`h0` must have the dtype of the input, torch.float32, got torch.float64",
     ),
-    ({"h0": 0.0}, TypeError, "rnn: `h0` must be a Tensor, got float"),
+    ({"h0": 0.0}, TypeError, "`h0` must be a Tensor, got float"),
+    # --- lengths
+    ({"lengths": 4}, TypeError, "`lengths` must be a Tensor or list, got int"),
+    ({"lengths": [4.0, 2, 1]}, TypeError, "`lengths` must hold integers alone: 'float' object"),
     (
+        {"lengths": torch.tensor([4, 2, 1], dtype=torch.int32)},
+        TypeError,
+        "`lengths` must have dtype torch.int64, got torch.int32",
+    ),
+    ({"lengths": Z(3)}, TypeError, "`lengths` must have dtype torch.int64, got torch.float32"),
+    (
+        {"lengths": torch.ones(3, dtype=torch.int64, device="meta")},
+        ValueError,
+        "`lengths` must be on the cpu, got meta",
+    ),
+    (
+        {"lengths": torch.ones(3, 1, dtype=torch.int64)},
+        ValueError,
+        "`lengths` must be [B], got 2 dimensions: [3, 1]",
+    ),
+    ({"lengths": [4, 2]}, ValueError, "`lengths` must be [B] = [3], got [2]"),
+    ({"lengths": []}, ValueError, "`lengths` must be [B] = [3], got [0]"),
+    ({"lengths": [4, 0, 1]}, ValueError, "`lengths` must be between 1 and T = 4, got 0"),
+    ({"lengths": [4, -2, 1]}, ValueError, "`lengths` must be between 1 and T = 4, got -2"),
+    ({"lengths": [4, 5, 1]}, ValueError, "`lengths` must be between 1 and T = 4, got 5"),
+    (
+        {"lengths": [1, 1, 1], "x": Z(0, 3, 5)},
+        ValueError,
+        "`lengths` must be between 1 and T = 0, got 1",
+    ),
+]
+
+PACKED = [
+    ({"x": Z(4, 3, 5)}, ValueError, "`x` must be [N, I], got 3 dimensions: [4, 3, 5]"),
+    (
+        {"lengths": [1, 2, 3]},
+        ValueError,
+        "`lengths` must be None where `batch_sizes` is given, got [1, 2, 3]",
+    ),
+    ({"batch_sizes": 6}, TypeError, "`batch_sizes` must be a Tensor or list, got int"),
+    ({"batch_sizes": [3, 2.0, 1]}, TypeError, "`batch_sizes` must hold integers alone"),
+    ({"batch_sizes": Z(3)}, TypeError, "`batch_sizes` must have dtype torch.int64, got torch.f"),
+    (
+        {"batch_sizes": torch.ones(1, 1, dtype=torch.int64)},
+        ValueError,
+        "`batch_sizes` must be [T], got 2 dimensions: [1, 1]",
+    ),
+    ({"batch_sizes": []}, ValueError, "`batch_sizes` must be of at least 1 step, got []"),
+    ({"batch_sizes": [3, 1, 2]}, ValueError, "`batch_sizes` must be non-increasing, got 2 after 1"),
+    ({"batch_sizes": [3, 3, 0]}, ValueError, "`batch_sizes` must be at least 1, got 0"),
+    ({"batch_sizes": [4, 3, -1]}, ValueError, "`batch_sizes` must be at least 1, got -1"),
+    (
+        {"batch_sizes": [3, 2]},
+        ValueError,
+        "`batch_sizes` must be of sum N = 6, the rows of the input, got 5",
+    ),
+    ({"h0": Z(2, 7)}, ValueError, "`h0` must be [B, H] = [3, 7], got [2, 7]"),
+]
+
+
+def words_of(op, words, suffix=""):
+    """What the message of an op, or of its cell, starts with, as a pattern."""
+    G = GATES[op]
+    return re.escape(
+        f"{op}{suffix}: "
+        + words.replace("{G}", "" if G == 1 else str(G)).replace("{n}", str(7 * G))
+    )
+
+
+@pytest.mark.parametrize("op", GATES)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"), RECURRENT, ids=[words for *_, words in RECURRENT]
+)
+def test_recurrent(op, changes, error, words):
+    with pytest.raises(error, match=words_of(op, words)):
+        getattr(functional, op)(**arguments(op, **changes))
+
+
+@pytest.mark.parametrize("op", GATES)
+@pytest.mark.parametrize(("changes", "error", "words"), PACKED, ids=[words for *_, words in PACKED])
+def test_packed(op, changes, error, words):
+    with pytest.raises(error, match=words_of(op, words)):
+        getattr(functional, op)(**arguments(op, packed=True, **changes))
+
+
+OWN = [
+    (
+        "rnn",
+        {"w_hh": Z(7, 6)},
+        ValueError,
+        "rnn: `w_hh` must be [H, H] = [7, 7], got [7, 6]",
+    ),
+    (
+        "rnn",
         {"nonlinearity": "gelu"},
         ValueError,
         "rnn: `nonlinearity` must be one of 'tanh', 'relu', got 'gelu'",
     ),
+    ("gru", {"w_hh": Z(7, 21)}, ValueError, "gru: `w_hh` must be [3H, H] = [21, 7], got [7, 21]"),
+    ("gru", {"w_hh": Z(28, 7)}, ValueError, "gru: `w_hh` must be [3H, H] = [27, 9], got [28, 7]"),
+    ("lstm", {"w_hh": Z(7, 28)}, ValueError, "lstm: `w_hh` must be [4H, H] = [28, 7], got [7, 28]"),
+    ("lstm", {"c0": Z(4, 7)}, ValueError, "lstm: `c0` must be [B, H] = [3, 7], got [4, 7]"),
+    (
+        "lstm",
+        {"c0": Z(3, 7).double()},
+        TypeError,
+        "lstm: `c0` must have the dtype of the input, torch.float32, got torch.float64",
+    ),
+    ("lstm", {"w_hr": Z(2)}, ValueError, "lstm: `w_hr` must be [R, H], got 1 dimensions: [2]"),
+    (
+        "lstm",
+        {"w_hr": Z(2, 7)},
+        ValueError,
+        "lstm: `w_hh` must be [4H, R] = [28, 2], got [28, 7]",
+    ),
+    (
+        "lstm",
+        {"w_hr": Z(2, 6)},
+        ValueError,
+        "lstm: `w_hh` must be [4H, R] = [24, 2], got [28, 7]",
+    ),
+    ("lstm", {"w_hr": Z(0, 7)}, ValueError, "lstm: `projection size` must be at least 1, got 0"),
+    (
+        "lstm",
+        {"w_hr": Z(2, 7), "w_hh": Z(28, 2)},
+        ValueError,
+        "lstm: `h0` must be [B, R] = [3, 2], got [3, 7]",
+    ),
+    (
+        "lstm",
+        {"w_hr": Z(2, 7), "w_hh": Z(28, 2), "h0": Z(3, 2), "c0": Z(3, 2)},
+        ValueError,
+        "lstm: `c0` must be [B, H] = [3, 7], got [3, 2]",
+    ),
+    ("lstm", {"w_hr": "x"}, TypeError, "lstm: `w_hr` must be a Tensor, got str"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "words"), RNN, ids=[words for *_, words in RNN])
-def test_rnn(changes, error, words):
-    with pytest.raises(error, match=words):
-        functional.rnn(**rnn_arguments(**changes))
+@pytest.mark.parametrize(("op", "changes", "error", "words"), OWN, ids=[case[-1] for case in OWN])
+def test_of_one_op(op, changes, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        getattr(functional, op)(**arguments(op, **changes))
 
 
 CELL = [
     (
         {"input": Z(4, 3, 5)},
         ValueError,
-        r"rnn_cell: `input` must be \[B, I\] or \[I\], got 3 dimensions: \[4, 3, 5\]",
+        "`input` must be [B, I] or [I], got 3 dimensions: [4, 3, 5]",
     ),
-    ({"input": 1.0}, TypeError, "rnn_cell: `input` must be a Tensor, got float"),
+    ({"input": 1.0}, TypeError, "`input` must be a Tensor, got float"),
     (
         {"input": Z(3, 5).int()},
         TypeError,
-        "rnn_cell: `input` must have a floating-point dtype, got torch.int32",
+        "`input` must have a floating-point dtype, got torch.int32",
     ),
-    ({"hx": Z(2, 7)}, ValueError, r"rnn_cell: `hx` must be \[B, H\] = \[3, 7\], got \[2, 7\]"),
-    ({"input": Z(5)}, ValueError, r"rnn_cell: `hx` must be \[H\] = \[7\], got \[3, 7\]"),
-    ({"w_ih": Z(7, 4)}, ValueError, r"rnn_cell: `w_ih` must be \[H, I\] = \[7, 5\], got \[7, 4\]"),
-    ({"w_hh": Z(7, 6)}, ValueError, r"rnn_cell: `w_hh` must be \[H, H\] = \[7, 7\], got \[7, 6\]"),
+    ({"hx": Z(2, 7)}, ValueError, "`{hx}` must be [B, H] = [3, 7], got [2, 7]"),
+    ({"input": Z(5)}, ValueError, "`{hx}` must be [H] = [7], got [3, 7]"),
     (
-        {"nonlinearity": None},
-        ValueError,
-        "rnn_cell: `nonlinearity` must be one of 'tanh', 'relu', got None",
+        {"hx": Z(3, 7).half()},
+        TypeError,
+        "`{hx}` must have the dtype of the input, torch.float32, got torch.float16",
     ),
+    ({"w_ih": Z(7, 4)}, ValueError, "`w_ih` must be [{G}H, I] = [{n}, 5], got [7, 4]"),
+    ({"w_hh": Z(7)}, ValueError, "`w_hh` must be [{G}H, H], got 1 dimensions"),
 ]
 
 
+@pytest.mark.parametrize("op", GATES)
 @pytest.mark.parametrize(("changes", "error", "words"), CELL, ids=[words for *_, words in CELL])
-def test_rnn_cell(changes, error, words):
-    made = rnn_arguments()
+def test_cell(op, changes, error, words):
+    made = arguments(op)
     made = {"input": Z(3, 5), "hx": Z(3, 7)} | {
         k: made[k] for k in ("w_ih", "w_hh", "b_ih", "b_hh")
     }
-    with pytest.raises(error, match=words):
-        functional.rnn_cell(**made | changes)
+    made |= changes
+    if op == "lstm":
+        made["hx"] = (made["hx"], Z(3, 7))
+    words = words.replace("{hx}", "hx[0]" if op == "lstm" else "hx")
+    with pytest.raises(error, match=words_of(op, words, "_cell")):
+        getattr(functional, f"{op}_cell")(**made)
+
+
+def test_cells_of_one_op():
+    w_ih, w_hh = Z(7, 5), Z(7, 7)
+    with pytest.raises(
+        ValueError, match="rnn_cell: `nonlinearity` must be one of 'tanh', 'relu', got None"
+    ):
+        functional.rnn_cell(Z(3, 5), None, w_ih, w_hh, nonlinearity=None)
+    w_ih, w_hh = Z(28, 5), Z(28, 7)
+    for hx, got in ((Z(3, 7), "Tensor"), ((Z(3, 7),), "1"), ([], "0")):
+        with pytest.raises(
+            TypeError, match=rf"lstm_cell: `hx` must be a pair \(h, c\) of Tensors, got {got}"
+        ):
+            functional.lstm_cell(Z(3, 5), hx, w_ih, w_hh)
+    with pytest.raises(
+        ValueError, match=r"lstm_cell: `hx\[1\]` must be \[B, H\] = \[3, 7\], got \[3, 6\]"
+    ):
+        functional.lstm_cell(Z(3, 5), (Z(3, 7), Z(3, 6)), w_ih, w_hh)
 
 
 def attention_arguments(**changes):

@@ -96,10 +96,10 @@ SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in {
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_includes(path):
-    """C++ sees no torch; its headers see no Python either; intrinsics stay in vec.h."""
+    """C++ sees no torch; headers see no Python, but for bindings; intrinsics stay in vec.h."""
     included = re.findall(r'#\s*include\s*[<"]([^>"]+)[>"]', path.read_text())
     assert not [name for name in included if name.startswith(("torch", "ATen", "c10"))]
-    if path.suffix == ".h" and path.name != "bind.h":
+    if path.suffix == ".h" and not path.name.endswith("bind.h"):  # which are there for it
         assert not [
             name
             for name in included

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import pykernels
-from pykernels.nn import RNN, MultiheadAttention, RNNCell
+from pykernels.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, MultiheadAttention, RNNCell
+from pykernels.testing.evaluate import flat
 
 # The same arithmetic in another order, in float64.
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}
@@ -23,6 +24,13 @@ def twins(ours, theirs):
     return ours, theirs
 
 
+def leaf(given):
+    """A copy of a tensor, or of a tuple of them, that needs a gradient."""
+    if torch.is_tensor(given):
+        return given.clone().requires_grad_()
+    return tuple(leaf(t) for t in given)
+
+
 def same(ours, theirs, *inputs, sow=None, **options):
     """Outputs, and gradients of inputs and parameters under random upstream gradients, agree.
 
@@ -30,15 +38,15 @@ def same(ours, theirs, *inputs, sow=None, **options):
     """
     results = []
     for layer in (ours, theirs):
-        leaves = [t.clone().requires_grad_() if torch.is_tensor(t) else t for t in inputs]
+        leaves = [leaf(t) for t in inputs]
         given = {n: t.clone() if torch.is_tensor(t) else t for n, t in options.items()}
         if sow is not None:
             torch.manual_seed(sow)
         outs = layer(*leaves, **given)
-        outs = [outs] if torch.is_tensor(outs) else [out for out in outs if out is not None]
+        outs = flat([out for out in ([outs] if torch.is_tensor(outs) else outs) if out is not None])
         generator = torch.Generator().manual_seed(7)
         ups = [torch.randn(out.shape, generator=generator, dtype=out.dtype) for out in outs]
-        wanted = [t for t in leaves if torch.is_tensor(t)] + list(layer.parameters())
+        wanted = [*flat(leaves), *layer.parameters()]
         grads = torch.autograd.grad(outs, wanted, ups, allow_unused=True)
         results.append((outs, grads))
     (outs, grads), (their_outs, their_grads) = results
@@ -53,36 +61,121 @@ def same(ours, theirs, *inputs, sow=None, **options):
     return outs
 
 
-class TestRNN:
+LAYERS = {"RNN": (RNN, nn.RNN), "GRU": (GRU, nn.GRU), "LSTM": (LSTM, nn.LSTM)}
+CELLS = {
+    "RNN": (RNNCell, nn.RNNCell),
+    "GRU": (GRUCell, nn.GRUCell),
+    "LSTM": (LSTMCell, nn.LSTMCell),
+}
+# Each kind of layer with each option that it alone has.
+KINDS = [
+    ("RNN", {"nonlinearity": "tanh"}),
+    ("RNN", {"nonlinearity": "relu"}),
+    ("GRU", {}),
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 3}),
+]
+kinds = pytest.mark.parametrize(("kind", "own"), KINDS, ids=str)
+every = pytest.mark.parametrize("kind", LAYERS)
+
+
+def layers(kind, *args, **options):
+    """Our layer and torch's with the same parameters."""
+    ours, theirs = LAYERS[kind]
+    return twins(ours(*args, **options), theirs(*args, **options))
+
+
+def first_states(layer, B, dtype=torch.float64):
+    """Random first states of a layer on a batch of B, as it takes them; of one sequence if None."""
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    batch = () if B is None else (B,)
+    h = torch.randn(count, *batch, layer.proj_size or layer.hidden_size, dtype=dtype)
+    if layer.mode != "LSTM":
+        return h
+    return h, torch.randn(count, *batch, layer.hidden_size, dtype=dtype)
+
+
+PACKS = {
+    "sorted": (5, 3, 3, 1),
+    "unsorted": (3, 5, 1, 3),
+    "equal": (4, 4, 4, 4),
+    "one": (5,),
+}
+
+
+def pack(lengths, enforce_sorted, size=5, dtype=torch.float64):
+    sequences = [torch.randn(length, size, dtype=dtype) for length in lengths]
+    return nn.utils.rnn.pack_sequence(sequences, enforce_sorted=enforce_sorted)
+
+
+class TestLayers:
+    @kinds
     @pytest.mark.parametrize("bidirectional", [False, True])
-    @pytest.mark.parametrize("layers", [1, 3])
+    @pytest.mark.parametrize("count", [1, 3])
     @pytest.mark.parametrize("batch_first", [False, True])
-    @pytest.mark.parametrize("form", ["batched", "unbatched"])
-    @pytest.mark.parametrize("state", ["no-hx", "hx"])
-    def test_as_torch(self, bidirectional, layers, batch_first, form, state):
-        for nonlinearity, bias in itertools.product(("tanh", "relu"), (True, False)):
+    @pytest.mark.parametrize("batched", [True, False])
+    def test_as_torch(self, kind, own, bidirectional, count, batch_first, batched):
+        for bias, state in itertools.product((True, False), repeat=2):
             options = {
-                "num_layers": layers,
-                "nonlinearity": nonlinearity,
+                "num_layers": count,
                 "bias": bias,
                 "batch_first": batch_first,
                 "bidirectional": bidirectional,
                 "dtype": torch.float64,
             }
-            ours, theirs = twins(RNN(5, 7, **options), nn.RNN(5, 7, **options))
-            x = torch.randn(4, 3, 5, dtype=torch.float64)
-            hx = torch.randn(
-                layers * (1 + bidirectional), 4 if batch_first else 3, 7, dtype=torch.float64
-            )
-            if form == "unbatched":
-                x, hx = x[:, 0], hx[:, 0]
-            y, h_n = same(ours, theirs, x, *([hx] if state == "hx" else []))
-            assert h_n.shape == hx.shape
+            ours, theirs = layers(kind, 5, 7, **options, **own)
+            x = torch.randn(*((4, 3) if batched else (4,)), 5, dtype=torch.float64)
+            B = (4 if batch_first else 3) if batched else None
+            hx = first_states(ours, B)
+            y, *last = same(ours, theirs, x, *([hx] if state else []))
             assert y.shape[:-1] == x.shape[:-1]
+            for one, two in zip(last, [hx] if torch.is_tensor(hx) else hx, strict=True):
+                assert one.shape == two.shape
 
+    @kinds
+    @pytest.mark.parametrize("lengths", PACKS)
+    @pytest.mark.parametrize("enforce_sorted", [True, False])
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_packed_sequence(self, kind, own, lengths, enforce_sorted, bidirectional):
+        if enforce_sorted and lengths == "unsorted":
+            return
+        options = {"num_layers": 2, "bidirectional": bidirectional, "dtype": torch.float64}
+        ours, theirs = layers(kind, 5, 7, **options, **own)
+        packed = pack(PACKS[lengths], enforce_sorted)
+
+        class Packed(nn.Module):
+            """A layer as a function of the packed rows, which have a gradient."""
+
+            def __init__(self, layer):
+                super().__init__()
+                self.layer = layer
+
+            def forward(self, data, *hx):
+                y, last = self.layer(packed._replace(data=data), *hx)
+                assert isinstance(y, nn.utils.rnn.PackedSequence)
+                for one, two in zip(y[1:], packed[1:], strict=True):
+                    assert (one is None and two is None) or torch.equal(one, two)
+                return y.data, last
+
+        pair = Packed(ours), Packed(theirs)
+        same(*pair, packed.data)
+        same(*pair, packed.data, first_states(ours, len(PACKS[lengths])))
+
+    @every
+    def test_packed_with_dropout_draws_what_torch_draws(self, kind):
+        options = {"num_layers": 2, "dropout": 0.4, "dtype": torch.float64}
+        ours, theirs = layers(kind, 5, 7, **options)
+        packed = pack((3, 5, 1), enforce_sorted=False)
+        results = []
+        for layer in (ours, theirs):
+            torch.manual_seed(3)
+            results.append(layer(packed)[0].data)
+        torch.testing.assert_close(*results, **TIGHT)
+
+    @every
     @pytest.mark.parametrize("batch_first", [False, True])
     @pytest.mark.parametrize("bidirectional", [False, True])
-    def test_dropout_draws_what_torch_draws(self, batch_first, bidirectional):
+    def test_dropout_draws_what_torch_draws(self, kind, batch_first, bidirectional):
         options = {
             "num_layers": 3,
             "dropout": 0.4,
@@ -90,7 +183,7 @@ class TestRNN:
             "bidirectional": bidirectional,
             "dtype": torch.float64,
         }
-        ours, theirs = twins(RNN(5, 7, **options), nn.RNN(5, 7, **options))
+        ours, theirs = layers(kind, 5, 7, **options)
         x = torch.randn(4, 3, 5, dtype=torch.float64)
         same(ours, theirs, x, sow=3)
         assert not torch.equal(ours(x)[0], ours(x)[0])
@@ -98,64 +191,141 @@ class TestRNN:
         same(ours, theirs, x)
         assert torch.equal(ours(x)[0], ours(x)[0])
 
-    def test_positional_arguments_of_the_constructor(self):
-        args = (5, 7, 2, "relu", False, True, 0.1, True)
-        ours, theirs = RNN(*args), nn.RNN(*args)
+    @pytest.mark.parametrize(
+        ("kind", "args"),
+        [
+            ("RNN", (5, 7, 2, "relu", False, True, 0.1, True)),
+            ("GRU", (5, 7, 2, False, True, 0.1, True)),
+            ("LSTM", (5, 7, 2, False, True, 0.1, True, 3)),
+        ],
+    )
+    def test_positional_arguments_of_the_constructor(self, kind, args):
+        ours, theirs = layers(kind, *args)
         assert repr(ours) == repr(theirs)
-        assert isinstance(ours, nn.RNN)
-        twins(ours, theirs)
+        assert isinstance(ours, LAYERS[kind][1])
+        assert [len(w) for w in ours.all_weights] == [len(w) for w in theirs.all_weights]
+        ours.flatten_parameters()
+        torch.manual_seed(1), ours.reset_parameters()
+        torch.manual_seed(1), theirs.reset_parameters()
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(one, two)
 
-    def test_empty_batch_and_sequence(self):
-        ours, theirs = twins(RNN(5, 7, 2), nn.RNN(5, 7, 2))
-        for one, two in zip(ours(torch.randn(4, 0, 5)), theirs(torch.randn(4, 0, 5)), strict=True):
+    @pytest.mark.parametrize(
+        ("kind", "options", "error"),
+        [
+            ("RNN", {"proj_size": 2}, ValueError),
+            ("GRU", {"proj_size": 2}, ValueError),
+            ("LSTM", {"proj_size": 7}, ValueError),
+            ("LSTM", {"num_layers": 0}, ValueError),
+            ("GRU", {"dropout": 2}, ValueError),
+            ("RNN", {"nonlinearity": "gelu"}, ValueError),
+            ("GRU", {"bias": 1}, TypeError),
+        ],
+    )
+    def test_bad_constructor(self, kind, options, error):
+        for layer in LAYERS[kind]:
+            with pytest.raises(error):
+                layer(5, 7, **options)
+
+    @kinds
+    def test_empty_batch_and_sequence(self, kind, own):
+        ours, theirs = layers(kind, 5, 7, 2, **own)
+        x = torch.randn(4, 0, 5)
+        for one, two in zip(flat(ours(x)), flat(theirs(x)), strict=True):
             assert one.shape == two.shape
-        hx = torch.randn(2, 3, 7)
-        y, h_n = ours(torch.randn(0, 3, 5), hx)
-        assert y.shape == (0, 3, 7)
-        assert torch.equal(h_n, hx)
+        hx = first_states(ours, 3, torch.float32)
+        y, last = ours(torch.randn(0, 3, 5), hx)
+        assert y.shape == (0, 3, ours.proj_size or 7)
+        for one, two in zip(flat(last), flat(hx), strict=True):
+            assert torch.equal(one, two)
 
-    def test_copies_and_pickles(self):
-        layer = RNN(5, 7, 2, bidirectional=True)
+    @kinds
+    def test_copies_and_pickles(self, kind, own):
+        layer = LAYERS[kind][0](5, 7, 2, bidirectional=True, **own)
         x = torch.randn(4, 3, 5)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert type(other) is RNN
+            assert type(other) is type(layer)
             assert torch.equal(other(x)[0], layer(x)[0])
 
-    def test_dtypes(self):
+    @every
+    def test_dtypes(self, kind):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            y, h_n = RNN(5, 7).to(dtype)(torch.randn(4, 3, 5, dtype=dtype))
-            assert y.dtype == h_n.dtype == dtype
+            for layer in (LAYERS[kind][0](5, 7).to(dtype), LAYERS[kind][0](5, 7, dtype=dtype)):
+                outs = flat(layer(torch.randn(4, 3, 5, dtype=dtype)))
+                assert {out.dtype for out in outs} == {dtype}
 
-    def test_autocast_as_torch(self):
-        ours, theirs = twins(RNN(5, 7, 2), nn.RNN(5, 7, 2))
+    @every
+    def test_device(self, kind):
+        assert LAYERS[kind][0](5, 7, device="meta").weight_hh_l0.device.type == "meta"
+
+    @every
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_autocast(self, kind, packed):
+        """Always autocast's dtype; torch's layers return float32 on some of their paths."""
+        ours, theirs = layers(kind, 5, 7, 2)
         x = torch.randn(4, 3, 5)
+        if packed:
+            x = pack((3, 4, 1), enforce_sorted=False, dtype=torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            for one, two in zip(ours(x), theirs(x), strict=True):
-                assert one.dtype == two.dtype == torch.bfloat16
-                torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
+            for one, two in zip(flat(ours(x)), flat(theirs(x)), strict=True):
+                if one.is_floating_point():
+                    assert one.dtype == torch.bfloat16
+                    torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
 
+    @every
     @pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (None, torch.bfloat16)])
-    def test_autocast_of_state_and_input(self, dtypes):
-        ours, theirs = twins(RNN(5, 7), nn.RNN(5, 7))
-        x, hx = torch.randn(4, 3, 5).to(dtypes[0]), torch.randn(1, 3, 7).to(dtypes[1])
+    def test_autocast_of_state_and_input(self, kind, dtypes):
+        ours, theirs = layers(kind, 5, 7)
+        x, hx = torch.randn(4, 3, 5).to(dtypes[0]), first_states(ours, 3, dtypes[1])
         with torch.autocast("cpu", torch.bfloat16):
-            for one, two in zip(ours(x, hx), theirs(x, hx), strict=True):
-                assert one.dtype == two.dtype == torch.bfloat16
+            for one, two in zip(flat(ours(x, hx)), flat(theirs(x, hx)), strict=True):
+                assert one.dtype == torch.bfloat16
+                torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
 
-    def test_parametrised_weight(self):
+    @kinds
+    def test_parametrised_weight(self, kind, own):
         """A weight that torch recomputes at each use is read at each use."""
-        layer = RNN(5, 7, dtype=torch.float64)
-        nn.utils.parametrizations.spectral_norm(layer, "weight_hh_l0")
+        ours, theirs = layers(kind, 5, 7, dtype=torch.float64, **own)
+        for layer in (ours, theirs):
+            torch.manual_seed(2)
+            nn.utils.parametrizations.spectral_norm(layer, "weight_hh_l0")
+            layer.eval()
         x = torch.randn(4, 3, 5, dtype=torch.float64)
-        layer.eval()
-        expected = pykernels.functional.rnn(
-            x, layer.weight_ih_l0, layer.weight_hh_l0, layer.bias_ih_l0, layer.bias_hh_l0
-        )
-        assert torch.equal(layer(x)[0], expected[0])
+        weights = [getattr(ours, f"{name}_l0") for name in ("weight_ih", "weight_hh")]
+        weights += [ours.bias_ih_l0, ours.bias_hh_l0]
+        rest = {"w_hr": ours.weight_hr_l0} if ours.proj_size else {}
+        rest |= {"nonlinearity": ours.nonlinearity} if kind == "RNN" else {}
+        expected = getattr(pykernels.functional, kind.lower())(x, *weights, **rest)
+        assert torch.equal(ours(x)[0], expected[0])
 
-    def test_learns(self):
+    @every
+    def test_functional_call(self, kind):
+        ours, theirs = layers(kind, 5, 7, dtype=torch.float64)
+        other = {name: torch.randn_like(t) for name, t in ours.named_parameters()}
+        x = torch.randn(4, 3, 5, dtype=torch.float64)
+        one, two = (torch.func.functional_call(layer, other, (x,)) for layer in (ours, theirs))
+        torch.testing.assert_close(one[0], two[0], **TIGHT)
+        assert not torch.equal(ours(x)[0], one[0])
+
+    @every
+    def test_tied_frozen_and_transposed_weights(self, kind):
+        ours, theirs = layers(kind, 7, 7, 2, dtype=torch.float64)
+        x = torch.randn(4, 3, 7, dtype=torch.float64)
+        for layer in (ours, theirs):
+            layer.weight_hh_l1 = layer.weight_hh_l0
+            layer.weight_ih_l1 = nn.Parameter(layer.weight_ih_l1.detach().T.contiguous().T)
+            layer.bias_ih_l0.requires_grad_(False)
+            layer.zero_grad()
+            layer(x)[0].square().sum().backward()
+        assert ours.bias_ih_l0.grad is None
+        for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+            if two.grad is not None:
+                torch.testing.assert_close(one.grad, two.grad, **TIGHT)
+
+    @every
+    def test_learns(self, kind):
         """A sum of a sequence's signs is learnt: gradients point downhill."""
-        layer, head = RNN(1, 16), nn.Linear(16, 1)
+        layer, head = LAYERS[kind][0](1, 16), nn.Linear(16, 1)
         parameters = [*layer.parameters(), *head.parameters()]
         optimizer = torch.optim.Adam(parameters, 1e-2)
         losses = []
@@ -168,81 +338,145 @@ class TestRNN:
             losses.append(loss.item())
         assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
+    @every
     @pytest.mark.parametrize(
         ("make", "error", "words"),
         [
-            (
-                lambda: (nn.utils.rnn.pack_sequence([torch.randn(3, 5)]),),
-                TypeError,
-                "RNN: `input` must be a Tensor, got PackedSequence.*pad_packed_sequence.*nn.RNN",
-            ),
-            (lambda: ([1.0],), TypeError, "RNN: `input` must be a Tensor, got list"),
+            (lambda: ([1.0],), TypeError, "{}: `input` must be a Tensor, got list"),
             (
                 lambda: (torch.randn(4),),
                 ValueError,
-                r"RNN: `input` must be \[T, B, I\] or \[T, I\], got 1 dimensions: \[4\]",
+                r"{}: `input` must be \[T, B, I\] or \[T, I\], got 1 dimensions: \[4\]",
             ),
             (
                 lambda: (torch.randn(4, 3, 6),),
                 ValueError,
-                r"RNN: `input` must be \[T, B, I\] = \[4, 3, 5\], got \[4, 3, 6\]",
+                r"{}: `input` must be \[T, B, I\] = \[4, 3, 5\], got \[4, 3, 6\]",
             ),
             (
                 lambda: (torch.randn(4, 6),),
                 ValueError,
-                r"RNN: `input` must be \[T, I\] = \[4, 5\], got \[4, 6\]",
-            ),
-            (
-                lambda: (torch.randn(4, 3, 5), torch.randn(3, 7)),
-                ValueError,
-                r"RNN: `hx` must be \[layers \* directions, B, H\] = \[2, 3, 7\], got \[3, 7\]",
-            ),
-            (
-                lambda: (torch.randn(4, 3, 5), torch.randn(1, 3, 7)),
-                ValueError,
-                r"RNN: `hx` must be .* = \[2, 3, 7\], got \[1, 3, 7\]",
-            ),
-            (
-                lambda: (torch.randn(4, 5), torch.randn(2, 1, 7)),
-                ValueError,
-                r"RNN: `hx` must be \[layers \* directions, H\] = \[2, 7\], got \[2, 1, 7\]",
-            ),
-            (
-                lambda: (torch.randn(4, 3, 5), torch.randn(2, 3, 7).double()),
-                TypeError,
-                "RNN: `hx` must have the dtype of the input, torch.float32, got torch.float64",
+                r"{}: `input` must be \[T, I\] = \[4, 5\], got \[4, 6\]",
             ),
             (
                 lambda: (torch.randn(4, 3, 5).double(),),
                 TypeError,
-                "rnn: `w_hh` must have the dtype of the input, torch.float64, got torch.float32",
+                "`w_ih` must have the dtype of the input, torch.float64, got torch.float32",
             ),
             (
                 lambda: (torch.ones(4, 3, 5, dtype=torch.int64),),
                 TypeError,
                 "must have a floating-point dtype, got torch.int64",
             ),
+            (
+                lambda: (pack((3, 1), True, 6, torch.float32),),
+                ValueError,
+                r"{}: `input.data` must be \[N, I\] = \[4, 5\], got \[4, 6\]",
+            ),
         ],
     )
-    def test_bad_input(self, make, error, words):
+    def test_bad_input(self, kind, make, error, words):
+        with pytest.raises(error, match=words.format(kind)):
+            LAYERS[kind][0](5, 7, 2)(*make())
+        with pytest.raises((TypeError, ValueError, RuntimeError, AttributeError)):
+            LAYERS[kind][1](5, 7, 2)(*make())
+
+    @every
+    @pytest.mark.parametrize(
+        ("shape", "state", "error", "words"),
+        [
+            (
+                (4, 3, 5),
+                torch.randn(3, 7),
+                ValueError,
+                r" must be \[layers \* directions, B, H\] = \[2, 3, 7\], got \[3, 7\]",
+            ),
+            (
+                (4, 3, 5),
+                torch.randn(1, 3, 7),
+                ValueError,
+                r" must be .* = \[2, 3, 7\], got \[1, 3, 7\]",
+            ),
+            (
+                (4, 5),
+                torch.randn(2, 1, 7),
+                ValueError,
+                r" must be \[layers \* directions, H\] = \[2, 7\], got \[2, 1, 7\]",
+            ),
+            (
+                "packed",
+                torch.randn(2, 3, 7),
+                ValueError,
+                r" must be \[layers \* directions, B, H\] = \[2, 2, 7\], got \[2, 3, 7\]",
+            ),
+            (
+                (4, 3, 5),
+                torch.randn(2, 3, 7).double(),
+                TypeError,
+                " must have the dtype of the input, torch.float32, got torch.float64",
+            ),
+            ((4, 3, 5), 0.5, TypeError, " must be a Tensor, got float"),
+        ],
+    )
+    def test_bad_state(self, kind, shape, state, error, words):
+        x = pack((3, 1), True, 5, torch.float32) if shape == "packed" else torch.randn(shape)
+        name, hx = ("`hx`", state) if kind != "LSTM" else (r"`hx\[0\]`", (state, state))
+        with pytest.raises(error, match=f"{kind}: {name}{words}"):
+            LAYERS[kind][0](5, 7, 2)(x, hx)
+
+
+class TestLSTM:
+    @pytest.mark.parametrize(
+        ("hx", "error", "words"),
+        [
+            (
+                torch.randn(1, 3, 7),
+                TypeError,
+                r"LSTM: `hx` must be a pair \(h_0, c_0\) of Tensors, got Tensor",
+            ),
+            ((torch.randn(1, 3, 7),), TypeError, r"must be a pair \(h_0, c_0\) of Tensors, got 1"),
+            (
+                (torch.randn(1, 3, 7), torch.randn(1, 3, 7)),
+                ValueError,
+                r"LSTM: `hx\[0\]` must be \[layers \* directions, B, R\] = \[1, 3, 2\], got",
+            ),
+            (
+                (torch.randn(1, 3, 2), torch.randn(1, 3, 2)),
+                ValueError,
+                r"LSTM: `hx\[1\]` must be \[layers \* directions, B, H\] = \[1, 3, 7\], got",
+            ),
+        ],
+    )
+    def test_bad_state(self, hx, error, words):
         with pytest.raises(error, match=words):
-            RNN(5, 7, 2)(*make())
+            LSTM(5, 7, proj_size=2)(torch.randn(4, 3, 5), hx)
+
+    def test_the_states_may_be_a_list(self):
+        layer, hx = LSTM(5, 7), (torch.randn(1, 3, 7), torch.randn(1, 3, 7))
+        x = torch.randn(4, 3, 5)
+        assert torch.equal(layer(x, hx)[0], layer(x, list(hx))[0])
 
 
-class TestRNNCell:
+class TestCells:
+    @pytest.mark.parametrize("kind", ["RNN", "RNN relu", "GRU", "LSTM"])
     @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
     @pytest.mark.parametrize("shape", [(3,), ()])
     @pytest.mark.parametrize("state", [True, False])
-    def test_as_torch(self, bias, nonlinearity, shape, state):
-        options = {"bias": bias, "nonlinearity": nonlinearity, "dtype": torch.float64}
-        ours, theirs = twins(RNNCell(5, 7, **options), nn.RNNCell(5, 7, **options))
-        x, hx = (torch.randn(*shape, n, dtype=torch.float64) for n in (5, 7))
-        (out,) = same(ours, theirs, x, *([hx] if state else []))
-        assert out.shape == (*shape, 7)
+    def test_as_torch(self, kind, bias, shape, state):
+        kind, *relu = kind.split()
+        options = {"bias": bias, "dtype": torch.float64}
+        options |= {"nonlinearity": "relu"} if relu else {}
+        ours, theirs = (cell(5, 7, **options) for cell in CELLS[kind])
+        twins(ours, theirs)
+        assert repr(ours) == repr(theirs)
+        x, *hx = (torch.randn(*shape, n, dtype=torch.float64) for n in (5, 7, 7))
+        hx = tuple(hx) if kind == "LSTM" else hx[0]
+        for out in same(ours, theirs, x, *([hx] if state else [])):
+            assert out.shape == (*shape, 7)
 
-    def test_unrolled_is_the_layer(self):
-        layer, cell = RNN(5, 7, dtype=torch.float64), RNNCell(5, 7, dtype=torch.float64)
+    @every
+    def test_unrolled_is_the_layer(self, kind):
+        layer, cell = (made[kind][0](5, 7, dtype=torch.float64) for made in (LAYERS, CELLS))
         cell.load_state_dict(
             {name.removesuffix("_l0"): t for name, t in layer.state_dict().items()}
         )
@@ -250,30 +484,65 @@ class TestRNNCell:
         hx, steps = None, []
         for row in x:
             hx = cell(row, hx)
-            steps.append(hx)
+            steps.append(flat(hx)[0])
         torch.testing.assert_close(torch.stack(steps), layer(x)[0], **TIGHT)
 
+    @every
+    def test_parametrised_weight(self, kind):
+        ours, theirs = twins(*(cell(5, 7, dtype=torch.float64) for cell in CELLS[kind]))
+        x = torch.randn(3, 5, dtype=torch.float64)
+        for layer in (ours, theirs):
+            nn.utils.parametrizations.weight_norm(layer, "weight_hh")
+            with torch.no_grad():
+                layer.parametrizations.weight_hh.original0.mul_(2)
+        h, c = torch.randn(2, 3, 7, dtype=torch.float64)
+        same(ours, theirs, x, (h, c) if kind == "LSTM" else h)
+
+    @every
+    def test_autocast(self, kind):
+        ours, theirs = twins(*(cell(5, 7) for cell in CELLS[kind]))
+        x, h = torch.randn(3, 5), torch.randn(3, 7)
+        hx = (h, h + 1) if kind == "LSTM" else h
+        with torch.autocast("cpu", torch.bfloat16):
+            for one, two in zip(flat(ours(x, hx)), flat(theirs(x, hx)), strict=True):
+                assert one.dtype == torch.bfloat16
+                torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
+
+    @every
+    def test_copies_and_pickles(self, kind):
+        cell, x = CELLS[kind][0](5, 7), torch.randn(3, 5)
+        for other in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
+            assert type(other) is type(cell)
+            assert torch.equal(flat(other(x))[0], flat(cell(x))[0])
+
+    @every
     @pytest.mark.parametrize(
-        ("inputs", "words"),
+        ("shape", "state", "words"),
         [
             (
-                (torch.zeros(2, 3, 5),),
-                r"RNNCell: `input` must be \[B, I\] or \[I\], got 3 dimensions",
+                (2, 3, 5),
+                None,
+                r"{kind}Cell: `input` must be \[B, I\] or \[I\], got 3 dimensions",
             ),
-            ((torch.zeros(3, 6),), r"RNNCell: `input` must be \[B, I\] = \[3, 5\], got \[3, 6\]"),
-            (
-                (torch.zeros(3, 5), torch.zeros(2, 7)),
-                r"rnn_cell: `hx` must be \[B, H\] = \[3, 7\], got \[2, 7\]",
-            ),
-            (
-                (torch.zeros(5), torch.zeros(1, 7)),
-                r"rnn_cell: `hx` must be \[H\] = \[7\], got \[1, 7\]",
-            ),
+            ((3, 6), None, r"{kind}Cell: `input` must be \[B, I\] = \[3, 5\], got \[3, 6\]"),
+            ((6,), None, r"{kind}Cell: `input` must be \[I\] = \[5\], got \[6\]"),
+            ((3, 5), (2, 7), r"{op}_cell: `{hx}` must be \[B, H\] = \[3, 7\], got \[2, 7\]"),
+            ((5,), (1, 7), r"{op}_cell: `{hx}` must be \[H\] = \[7\], got \[1, 7\]"),
         ],
     )
-    def test_bad_input(self, inputs, words):
-        with pytest.raises(ValueError, match=words):
-            RNNCell(5, 7)(*inputs)
+    def test_bad_input(self, kind, shape, state, words):
+        hx = None if state is None else torch.zeros(state)
+        if kind == "LSTM" and hx is not None:
+            hx = (hx, hx)
+        name = r"hx\[0\]" if kind == "LSTM" else "hx"
+        with pytest.raises(ValueError, match=words.format(kind=kind, op=kind.lower(), hx=name)):
+            CELLS[kind][0](5, 7)(torch.zeros(shape), hx)
+
+    def test_lstm_state_is_a_pair(self):
+        with pytest.raises(
+            TypeError, match=r"LSTMCell: `hx` must be a pair \(h, c\) of Tensors, got Tensor"
+        ):
+            LSTMCell(5, 7)(torch.zeros(3, 5), torch.zeros(3, 7))
 
 
 B, L, S, E, N = 3, 5, 7, 8, 2

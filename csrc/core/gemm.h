@@ -65,22 +65,28 @@ constexpr int64_t panels_of(int64_t rows) {
 template <class T>
 constexpr int64_t kTileSize = kTileRows * kPanel<T>;
 
-// Rows of a tile where `rows` are cut as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4.
-PK_INLINE int64_t tile_rows(int64_t rows) {
-  return rows > 0 ? ceil_div(rows, ceil_div(rows, kTileRows)) : 1;
+// `rows` cut into tiles as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4. Runs body(row, count).
+template <class Body>
+PK_INLINE void for_each_tile_row(int64_t rows, const Body& body) {
+  if (rows == 0) return;
+  const int64_t tiles = ceil_div(rows, kTileRows), height = rows / tiles;
+  const int64_t taller = (rows - tiles * height) * (height + 1);  // rows in tiles of one row more
+  for (int64_t row = 0; row < taller; row += height + 1) body(row, height + 1);
+  for (int64_t row = taller; row < rows; row += height) body(row, height);
 }
 
 // Runs body(row, rows, panel, panels) over tiles that cover rows x panels. Panels are outside:
 // a panel of B stays in the first-level cache while the rows of A go by.
 template <class Body>
 PK_INLINE void for_each_tile(Range rows, Range panels, const Body& body) {
-  const int64_t step = tile_rows(rows.size());
-  const int64_t group = step < rows.size() ? 1 : panels_of(step);
+  if (rows.size() == 0) return;
+  const int64_t group = rows.size() > kTileRows ? 1 : panels_of(rows.size());
   for (int64_t panel = panels.begin; panel < panels.end;) {
     int64_t count = group;
     while (panel + count > panels.end) count /= 2;
-    for (int64_t row = rows.begin; row < rows.end; row += step)
-      body(row, std::min(step, rows.end - row), panel, count);
+    for_each_tile_row(rows.size(), [&](int64_t row, int64_t height) {
+      body(rows.begin + row, height, panel, count);
+    });
     panel += count;
   }
 }
@@ -176,57 +182,63 @@ void pack_panels(const Team& team, View<S> from, int64_t depth, int64_t columns,
 template <class T, class S>
 void pack_rows(View<S> from, int64_t rows, int64_t depth, T* to) {
   constexpr int groups = (kTileRows + lanes<T> - 1) / lanes<T>;
-  const int64_t step = tile_rows(rows);
-  for (int64_t i = 0; i < rows; i += step, from.data += step * from.row, to += step * depth) {
-    const int64_t height = std::min(step, rows - i);
-    if (from.column == 1) {
-      transpose_copy<T, groups>(from.data, from.row, height, depth, to, height);
-    } else if (from.row == 1 && height == kTileRows) {
+  for_each_tile_row(rows, [&](int64_t row, int64_t height) {
+    const View<S> tile = from.at(row, 0);
+    T* const packed = to + row * depth;
+    if (tile.column == 1) {
+      transpose_copy<T, groups>(tile.data, tile.row, height, depth, packed, height);
+    } else if (tile.row == 1 && height == kTileRows) {
       for (int64_t k = 0; k < depth; ++k)
 #pragma GCC unroll 16
         for (int r = 0; r < kTileRows; ++r)
-          to[k * kTileRows + r] = widen(from.data[k * from.column + r]);
+          packed[k * kTileRows + r] = widen(tile.data[k * tile.column + r]);
     } else {
       for (int64_t k = 0; k < depth; ++k)
         for (int64_t r = 0; r < height; ++r)
-          to[k * height + r] = widen(from.data[r * from.row + k * from.column]);
+          packed[k * height + r] = widen(tile.data[r * tile.row + k * tile.column]);
     }
-  }
+  });
 }
 
 // ---- the blocked product ------------------------------------------------------------------------
 
-// C [m, n] = A [m, k] B [k, n] + bias, where `bias` [n] is optional; C is row-major with row stride
-// c_row. With `accumulate`, C is added to. The team splits C, so no thread waits for another, and
-// each element is summed in one order whatever the number of threads.
-template <class T, class SA, class SB>
+// C [m, n] = A [m, k] B [k, n].
+struct ProductSize {
+  int64_t m, n, k;
+};
+
+// C = A B + bias, where `bias` [n] is optional; C is row-major with row stride c_row. With
+// `accumulate`, C is added to. The team splits C, so no thread waits for another, and each element
+// is summed in one order whatever the number of threads.
+template <class T>
 class Gemm {
  public:
-  // Scratch is taken here, as the team must not allocate.
-  Gemm(int threads, int64_t m, int64_t n, int64_t k)
-      : m_(m), n_(n), k_(k), columns_(std::min(round_up(n, kPanel<T>), kBlockColumns)),
-        depth_(std::min(k, kDepth<T>)),
+  // For products with at most so many columns and so long sums: scratch is taken here, as the team
+  // must not allocate.
+  Gemm(int threads, int64_t n, int64_t k)
+      : columns_(std::min(round_up(n, kPanel<T>), kBlockColumns)), depth_(std::min(k, kDepth<T>)),
         per_thread_(columns_ * depth_ + kBlockRows * depth_ + lanes<T>),
         scratch_(threads * per_thread_) {}
 
-  void run(const Team& team, View<SA> a, View<SB> b, const T* bias, bool accumulate, T* c,
-           int64_t c_row) const {
-    const Grid grid = choose_grid(team.size);
+  template <class SA, class SB>
+  void run(const Team& team, ProductSize size, View<SA> a, View<SB> b, const T* bias,
+           bool accumulate, T* c, int64_t c_row) const {
+    const Grid grid = choose_grid(team.size, size);
     if (team.rank >= grid.rows * grid.columns) return;
-    const Range rows = split(m_, kTileRows, grid.rows, team.rank / grid.columns);
-    const Range columns = split(n_, kPanel<T>, grid.columns, team.rank % grid.columns);
+    const Range rows = split(size.m, kTileRows, grid.rows, team.rank / grid.columns);
+    const Range columns = split(size.n, kPanel<T>, grid.columns, team.rank % grid.columns);
     if (rows.size() == 0 || columns.size() == 0) return;  // `a` and `b` may then be null
     T* const packed_b = scratch_.get() + team.rank * per_thread_;
     T* const packed_a = packed_b + columns_ * depth_;
     for (int64_t j = columns.begin; j < columns.end; j += columns_) {
       const int64_t width = std::min(columns_, columns.end - j);
-      if (k_ == 0) {
+      if (size.k == 0) {
         for (int64_t i = rows.begin; i < rows.end; ++i)
           for (int64_t x = j; x < j + width; ++x)
             c[i * c_row + x] = (accumulate ? c[i * c_row + x] : 0) + (bias ? bias[x] : 0);
       }
-      for (int64_t k = 0; k < k_; k += depth_) {
-        const int64_t depth = std::min(depth_, k_ - k);
+      for (int64_t k = 0; k < size.k; k += depth_) {
+        const int64_t depth = std::min(depth_, size.k - k);
         pack_panels<T>(Team{0, 1, nullptr}, b.at(k, j), depth, width, packed_b);
         for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
           const int64_t height = std::min(kBlockRows, rows.end - i);
@@ -244,15 +256,15 @@ class Gemm {
   };
 
   // The split of the team that packs least: a thread packs its rows of A and its columns of B.
-  Grid choose_grid(int threads) const {
+  static Grid choose_grid(int threads, ProductSize size) {
     Grid best{1, 1};
     double least = -1;
     for (int rows = 1; rows <= threads; ++rows) {
       const int columns = threads / rows;
-      const double tiles = double(ceil_div(ceil_div(m_, kTileRows), rows)) *
-                           double(ceil_div(ceil_div(n_, kPanel<T>), columns));
+      const double tiles = double(ceil_div(ceil_div(size.m, kTileRows), rows)) *
+                           double(ceil_div(ceil_div(size.n, kPanel<T>), columns));
       const double work =
-          tiles * kTileRows * kPanel<T> + 32. * (double(m_) / rows + double(n_) / columns);
+          tiles * kTileRows * kPanel<T> + 32. * (double(size.m) / rows + double(size.n) / columns);
       if (least < 0 || work < least) {
         least = work;
         best = {rows, columns};
@@ -286,7 +298,7 @@ class Gemm {
     });
   }
 
-  const int64_t m_, n_, k_, columns_, depth_, per_thread_;
+  const int64_t columns_, depth_, per_thread_;
   const Scratch<T> scratch_;
 };
 

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -36,6 +37,8 @@ PK_INLINE Range split(int64_t n, int64_t block, int64_t parts, int64_t index) {
 // Meets in about 0.1 us when every thread has a core. It spins: recurrences wait here once a step.
 class Barrier {
  public:
+  // Returns once all threads are here. A thread that waits long, time and again, has no core for
+  // some other thread: from the next meeting on the team is crowded.
   void wait(int threads) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
@@ -49,13 +52,23 @@ class Barrier {
       } else {
         std::this_thread::yield();  // more threads than cores: let the late one run
       }
+      if (spins == kSpins && late_.fetch_add(1, std::memory_order_relaxed) + 1 == kLate)
+        crowded_from_.store(phase + 2, std::memory_order_relaxed);
     }
+  }
+
+  // Whether threads lack cores: the same answer in every thread between two meetings.
+  bool crowded() const {
+    return phase_.load(std::memory_order_relaxed) >= crowded_from_.load(std::memory_order_relaxed);
   }
 
  private:
   static constexpr int kSpins = 512;
+  static constexpr int kLate = 4;  // a thread loses its core now and then on an idle machine too
   alignas(kCacheLine) std::atomic<int> arrived_{0};
   alignas(kCacheLine) std::atomic<uint32_t> phase_{0};
+  alignas(kCacheLine) std::atomic<int> late_{0};
+  std::atomic<uint32_t> crowded_from_{~uint32_t{0}};
 };
 
 // One thread's view of its team.
@@ -89,20 +102,66 @@ void parallel(int threads, const Work& work) {
   work(Team{0, 1, nullptr});
 }
 
+// Memory that calls have given back, kept for the next calls of the same thread: fresh memory costs
+// a page fault every 4 KB, which for a small op is most of its time.
+class FreeBlocks {
+ public:
+  struct Block {
+    void* data;
+    size_t size;
+  };
+
+  Block take(size_t size) {
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i)
+      if (blocks_[i].size >= size && blocks_[i].size <= 2 * size &&
+          (best == blocks_.size() || blocks_[i].size < blocks_[best].size))
+        best = i;
+    if (best == blocks_.size()) return {::operator new(size, kAlign), size};
+    const Block found = blocks_[best];
+    blocks_[best] = blocks_.back();
+    blocks_.pop_back();
+    held_ -= found.size;
+    return found;
+  }
+
+  void give(Block block) {
+    if (!block.data) return;
+    if (held_ + block.size > kMost) return ::operator delete(block.data, kAlign);
+    held_ += block.size;
+    blocks_.push_back(block);
+  }
+
+  ~FreeBlocks() {
+    for (const Block& block : blocks_) ::operator delete(block.data, kAlign);
+  }
+
+  static FreeBlocks& of_this_thread() {
+    static thread_local FreeBlocks blocks;
+    return blocks;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{kCacheLine};
+  static constexpr size_t kMost = size_t{32} << 20;  // bytes kept by one thread
+  std::vector<Block> blocks_;
+  size_t held_ = 0;
+};
+
 // An aligned buffer for one call, not initialised.
 template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(count > 0 ? static_cast<T*>(::operator new(count * sizeof(T), kAlign)) : nullptr) {}
-  ~Scratch() { ::operator delete(data_, kAlign); }
+      : block_(count > 0 ? FreeBlocks::of_this_thread().take(count * sizeof(T))
+                         : FreeBlocks::Block{nullptr, 0}) {}
+  ~Scratch() { FreeBlocks::of_this_thread().give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+  T* get() const { return static_cast<T*>(block_.data); }
 
  private:
-  static constexpr std::align_val_t kAlign{kCacheLine};
-  T* data_;
+  const FreeBlocks::Block block_;
 };
 
 }  // namespace pykernels

@@ -1,11 +1,13 @@
 // The time loop of every recurrent layer, forward and backward through time.
 //
-// Either way a step is one small product, then the cell on its result, tile by tile:
+// Either way a step is one small product, then the cell on its result, a few rows and units at a
+// time, while it is in the first level of cache:
 //
-//   forward    h_{t-1} [B, H]        x  W_hh^T [H, G H]   then  h_t     = cell(...)
-//   backward   delta_{t+1} [B, G H]  x  W_hh   [G H, H]   then  delta_t = cell'(dh_t)
+//   forward    h_{t-1} [B, R]         x  W_hh^T [R, G H]   then  h_t     = cell(...)
+//   backward   delta_{t+1} [B, G H]   x  W_hh   [G H, R]   then  delta_t = cell'(dh_t)
 //
-// so one loop serves both: Cell says where a step's left-hand side is and what becomes of a tile.
+// W is packed once for all steps, so that the G gates of a unit lie beside each other: block b of
+// kPanel units is G panels, one a gate.
 #pragma once
 
 #include "gemm.h"
@@ -13,42 +15,133 @@
 namespace pykernels {
 
 // Multiply-adds in a step from which two threads beat one: half of them take as long as a meeting.
-constexpr int64_t kShareableStep = 32768;
+constexpr int64_t kShareableStep = 8192;
 
-// Runs `steps` steps. The right-hand side [depth, columns] is packed in panels, once for all steps.
+// Rows of a step whose products are computed before the cell runs on them.
+constexpr int64_t kStepRows = 8 * kTileRows;
+
+// The order of a walk through the steps of a batch of sequences, and where their rows are. Rows lie
+// as in a PackedSequence: those of one time step side by side, longest sequence first, so that the
+// sequences that reach a step are its first rows. In a dense batch all of them do.
+struct Walk {
+  int64_t T, B;
+  const int64_t* offsets;  // [T + 1]: the first row of each time step; nullptr in a dense batch
+  bool reverse;            // from time T - 1 to 0
+
+  int64_t time(int64_t step) const { return reverse ? T - 1 - step : step; }
+  int64_t start(int64_t time) const { return offsets ? offsets[time] : time * B; }
+  int64_t first(int64_t step) const { return start(time(step)); }
+  int64_t rows(int64_t step) const { return start(time(step) + 1) - first(step); }
+  // Rows of a step whose sequences were in the step before. The others begin with this step.
+  int64_t carried(int64_t step) const {
+    return step == 0 ? 0 : std::min(rows(step), rows(step - 1));
+  }
+  int64_t total() const { return start(T); }
+  // All rows of steps [begin, end).
+  Range span(int64_t begin, int64_t end) const {
+    if (begin == end) return {0, 0};
+    return reverse ? Range{start(T - end), start(T - begin)} : Range{start(begin), start(end)};
+  }
+  Walk back() const { return {T, B, offsets, !reverse}; }
+};
+
+// How a team shares the steps of a walk. With rows for every thread in a dense batch the team
+// splits the rows and no thread waits for another; else it splits the units, and meets after every
+// product. Steps too small to pay for the meeting run on one thread, and so do the rest of the
+// steps once threads turn out to lack cores: a meeting may then take as long as a time slice.
+class StepShare {
+ public:
+  // Of steps that each take a product [rows, depth] x [depth, columns]. The team has just met.
+  StepShare(const Team& team, const Walk& walk, int64_t depth, int64_t columns)
+      : team_(team), walk_(walk),
+        small_(team.size == 1 || walk.B * depth * columns < kShareableStep),
+        by_rows_(!small_ && !walk.offsets && walk.B >= team.size * (kTileRows / 2)),
+        alone_(small_ || (!by_rows_ && team.barrier->crowded())) {}
+
+  // Whether this thread has nothing to do, now and in the steps to come.
+  bool idle() const { return alone_ && team_.rank > 0; }
+  Range rows(int64_t step) const {
+    return by_rows_ ? team_.share(walk_.B) : Range{0, walk_.rows(step)};
+  }
+  Range all_rows() const { return by_rows_ ? team_.share(walk_.B) : Range{0, walk_.B}; }
+  Range blocks(int64_t count) const {
+    return alone_ || by_rows_ ? Range{0, count} : team_.share(count);
+  }
+  // After a product that other threads' next product reads.
+  void meet() {
+    if (alone_ || by_rows_) return;
+    team_.wait();
+    alone_ = team_.barrier->crowded();
+  }
+
+ private:
+  const Team& team_;
+  const Walk& walk_;
+  const bool small_, by_rows_;
+  bool alone_;
+};
+
+// Floats that pack_gates writes for `gates` gates of `units` units.
+template <class T>
+PK_INLINE int64_t gates_size(int64_t gates, int64_t units, int64_t depth) {
+  return ceil_div(units, kPanel<T>) * gates * depth * kPanel<T>;
+}
+
+// W^T for w [gates * units, depth] of any strides, in blocks of units; this thread's share.
+template <class T, class S>
+void pack_gates(const Team& team, View<S> w, int64_t gates, int64_t units, int64_t depth, T* to) {
+  constexpr int64_t width = kPanel<T>;
+  const Range blocks = team.share(ceil_div(units, width));
+  for (int64_t block = blocks.begin; block < blocks.end; ++block)
+    for (int64_t gate = 0; gate < gates; ++gate)
+      pack_panel<T>(w.at(gate * units + block * width, 0).transposed(), depth,
+                    std::min(width, units - block * width),
+                    to + (block * gates + gate) * depth * width);
+}
+
+// left [rows, depth] times the packed gates of some blocks, then
 //
-//   const T* cell.left(step)     the left-hand side [rows, depth], row-major; nullptr for zeros
-//   cell.finish(step, row, column, count, register)
-//                                one register of the product, of which `count` lanes are valid
+//   finish(row, unit, count, product)    on one register of units, of which `count` are valid;
+//                                        that of gate g is at product + g * kPanel
 //
-// With rows for every thread the team splits the rows and no thread waits for another; with few
-// rows it splits the columns, and meets after every step. A step too small to pay for the meeting
-// runs on one thread.
-template <class T, class Cell>
-void run_recurrence(const Team& team, int64_t steps, int64_t rows, int64_t depth, int64_t columns,
-                    const T* packed, const Cell& cell) {
-  constexpr int width = kPanel<T>;
-  const int64_t panels = ceil_div(columns, width);
-  const bool alone = rows * depth * columns < kShareableStep;
-  const bool split_rows = !alone && (rows >= team.size * (kTileRows / 2) || panels < team.size);
-  if (alone && team.rank > 0) return;
-  const Range my_rows = split_rows ? team.share(rows) : Range{0, rows};
-  const Range my_panels = split_rows || alone ? Range{0, panels} : team.share(panels);
-  alignas(kCacheLine) T tile[kTileSize<T>];
-  for (int64_t step = 0; step < steps; ++step) {
-    const T* const left = cell.left(step);
-    for_each_tile(my_rows, my_panels, [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-      const int64_t first = panel * width;
-      const int64_t tile_row = wide * width;
-      multiply_tile(count, wide, left ? depth : 0, left ? left + row * depth : nullptr, depth, 1,
-                    packed + first * depth, depth * width, width, false, tile, tile_row);
-      const int64_t valid = std::min(tile_row, columns - first);
+// and before the products of some units, fetch(row, unit) for each panel of them: what finish will
+// read lies a page apart from row to row, where the processor does not fetch ahead by itself.
+//
+// `left` is nullptr for zeros; its rows are `left_row` apart.
+template <class T, int kGates, class Fetch, class Finish>
+PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t depth, const T* left,
+                              int64_t left_row, const T* packed, const Fetch& fetch,
+                              const Finish& finish) {
+  constexpr int64_t width = kPanel<T>;
+  alignas(kCacheLine) T tile[std::max(kStepRows, kTileRows * int64_t{4}) * kGates * width];
+  if (!left) depth = 0;
+  const int64_t panel_size = depth * width;
+  for (int64_t row = rows.begin; row < rows.end; row += kStepRows) {
+    const int64_t count = std::min(kStepRows, rows.end - row);
+    // Few rows take several blocks at a time, for as many panels as their tile may have.
+    const int64_t group = count <= kTileRows ? panels_of(count) : 1;
+    for (int64_t block = blocks.begin; block < blocks.end; block += group) {
+      const int64_t wide = std::min(group, blocks.end - block);
+      const int64_t tile_row = wide * kGates * width;
+      const T* const right = packed + block * kGates * panel_size;
       for (int64_t r = 0; r < count; ++r)
-        for (int64_t x = 0; x < valid; x += lanes<T>)
-          cell.finish(step, row + r, first + x, std::min<int64_t>(lanes<T>, valid - x),
-                      load(tile + r * tile_row + x));
-    });
-    if (!split_rows && !alone) team.wait();
+        for (int64_t b = 0; b < wide; ++b) fetch(row + r, (block + b) * width);
+      for (int64_t k = 0; k == 0 || k < depth; k += kDepth<T>)
+        for_each_tile({0, count}, {0, wide * kGates},
+                      [&](int64_t r, int64_t height, int64_t panel, int64_t panels) {
+                        multiply_tile(height, panels, std::min(kDepth<T>, depth - k),
+                                      left ? left + (row + r) * left_row + k : nullptr, left_row, 1,
+                                      right + panel * panel_size + k * width, panel_size, width,
+                                      k > 0, tile + r * tile_row + panel * width, tile_row);
+                      });
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t b = 0; b < wide; ++b) {
+          const int64_t unit = (block + b) * width;
+          const T* const product = tile + r * tile_row + b * kGates * width;
+          for (int64_t x = 0; x < width && unit + x < units; x += lanes<T>)
+            finish(row + r, unit + x, std::min<int64_t>(lanes<T>, units - unit - x), product + x);
+        }
+    }
   }
 }
 

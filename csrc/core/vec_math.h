@@ -28,6 +28,7 @@ struct math_constants<float> {
   static constexpr float kExp2Low = -151, kExp2High = 129;  // and so exp2
   static constexpr float kExp2Normal = -126;                // exp2 is normal from here on
   static constexpr float kTanhOne = 10;                     // tanh rounds to 1 from here on
+  static constexpr float kSigmoidOne = 64;                  // and sigmoid
   // (exp(r) - 1 - r) / r^2, highest power first: relative error of exp 3.1e-9.
   static constexpr float kExp[] = {0.00138145401768f, 0.00836874510894f, 0.0416683907835f,
                                    0.16666520399f, 0.499999934321f};
@@ -48,6 +49,7 @@ struct math_constants<double> {
   static constexpr double kExp2Low = -1076, kExp2High = 1025;
   static constexpr double kExp2Normal = -1022;
   static constexpr double kTanhOne = 20;
+  static constexpr double kSigmoidOne = 64;
   // Relative error of exp 5.3e-20.
   static constexpr double kExp[] = {
       2.0826583785305146841e-9, 2.5112084606524842324e-8,  2.7557582278659935356e-7,
@@ -178,11 +180,12 @@ PK_INLINE vec<T> tanh(vec<T> x) {
                           (bit_cast<vec<int_of<T>>>(x) & sign));
 }
 
-// With z = exp(-|x|): 1 / (1 + z) for x >= 0, z / (1 + z) below, which keeps small results exact.
+// 1 / (1 + exp(-x)); 0 from where exp(-x) is infinite, as the result is no normal number there.
 template <class T>
 PK_INLINE vec<T> sigmoid(vec<T> x) {
-  const vec<T> z = exp<T>(negative_magnitude<T>(x));
-  return select<vec<T>>(x < 0, z, 1 + vec<T>{}) / (1 + z);
+  using C = math_constants<T>;
+  const auto r = reduce_exp<T>(min(broadcast(C::kExpHigh), max(broadcast(-C::kSigmoidOne), -x)));
+  return 1 / (1 + (1 + r.tail) * power_of_two<T>(r.n));
 }
 
 }  // namespace pykernels

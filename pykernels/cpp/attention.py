@@ -20,6 +20,7 @@ def attention_fwd(
     *,
     is_causal: bool,
     scale: float,
+    keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])

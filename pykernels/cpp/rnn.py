@@ -2,72 +2,54 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous
+from pykernels.cpp import _recurrent, address
+from pykernels.cpp._recurrent import Maybe
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ragged"})
 
 
 def rnn_fwd(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    h0: Tensor | None,
+    b_ih: Maybe,
+    b_hh: Maybe,
+    h0: Maybe,
     *,
     nonlinearity: str,
     reverse: bool,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    batch_sizes: tuple[int, ...] | None,
+    keep: bool = True,
+) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
-    T, B, I = x.shape
-    H = w_hh.shape[0]
-    y, h_n = x.new_empty(T, B, H), x.new_empty(B, H)
-    # The contiguous copies must outlive the call: their addresses alone reach it.
-    inputs = [contiguous(t) for t in (x, w_ih, w_hh, b_ih, b_hh, h0)]
-    _backends.load_extension().rnn_forward(
-        cpp.DTYPES[x.dtype],
-        torch.get_num_threads(),
-        (T, B, I, H),
-        nonlinearity == "relu",
-        reverse,
-        [address(t) for t in inputs],
-        address(y),
-        address(h_n),
-    )
-    return (y, h_n), (x, w_ih, w_hh, h0, y)
+    call = _recurrent.describe(x, w_hh, 1, batch_sizes, reverse)
+    _, B, _, H, _ = call[2]
+    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None))
+    outputs = (address(y), address(h_n))
+    _backends.load_extension().rnn_forward(*call, nonlinearity == "relu", inputs, outputs)
+    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
 
 
 def rnn_bwd(
-    saved: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Maybe, ...],
+    grads: tuple[Maybe, Maybe],
     *,
     nonlinearity: str,
     reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    x, w_ih, w_hh, h0, y = saved
-    T, B, I = x.shape
-    H = w_hh.shape[0]
-    need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_h0 = needs
-    dx = x.new_empty(T, B, I) if need_x else None
-    dw_ih = x.new_empty(H, I) if need_w_ih else None
-    dw_hh = x.new_empty(H, H) if need_w_hh else None
-    db = x.new_empty(H) if need_b_ih or need_b_hh else None
-    dh0 = x.new_empty(B, H) if need_h0 else None
-    inputs = [contiguous(t) for t in (x, w_ih, w_hh, h0, y, *grads)]
-    _backends.load_extension().rnn_backward(
-        cpp.DTYPES[x.dtype],
-        torch.get_num_threads(),
-        (T, B, I, H),
-        nonlinearity == "relu",
-        reverse,
-        [address(t) for t in inputs],
-        [address(t) for t in (dx, dw_ih, dw_hh, db, dh0)],
-    )
-    return dx, dw_ih, dw_hh, db, db.clone() if need_b_ih and need_b_hh else db, dh0
+    x, w_ih, w_hh, _, _, h0, y = saved
+    call = _recurrent.describe(x, w_hh, 1, batch_sizes, reverse)
+    found = _recurrent.gradients(x, w_ih, w_hh, call[2], needs, one_bias=True)
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, None, y, *grads))
+    outputs = [*map(address, found), 0]
+    _backends.load_extension().rnn_backward(*call, nonlinearity == "relu", inputs, outputs)
+    _recurrent.share_bias(found, needs)
+    return tuple(found)

@@ -12,15 +12,28 @@ from torch.autograd import forward_ad
 from pykernels import _autocast, _backends
 
 
+def apply(
+    function: type[torch.autograd.Function],
+    op: str,
+    backend: ModuleType,
+    options: dict[str, Any],
+    tensors: tuple[Any, ...],
+) -> Any:
+    """The outputs of `op` on `backend`, through its Function where autograd must see the call."""
+    if wanted(tensors):
+        return function.apply(backend, options, *tensors)
+    return run(backend, op, options, tensors, keep=False)[0]
+
+
 def forward(
     ctx: Any,
     op: str,
     backend: ModuleType,
     options: dict[str, Any],
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
 ) -> Any:
     """Runs the backend's ``<op>_fwd`` and keeps on `ctx` what `backward` needs."""
-    outputs, saved = run(backend, op, options, tensors)
+    outputs, saved = run(backend, op, options, tensors, keep=True)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
     ctx.backend, ctx.options = backend, options
@@ -28,12 +41,19 @@ def forward(
 
 
 def run(
-    backend: ModuleType, op: str, options: dict[str, Any], tensors: tuple[Tensor | None, ...]
+    backend: ModuleType,
+    op: str,
+    options: dict[str, Any],
+    tensors: tuple[Any, ...],
+    *,
+    keep: bool,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
-    """The backend's ``<op>_fwd``: outputs, and what it saves for backward."""
-    first, *_ = (t for t in tensors if t is not None)
-    with _autocast.disabled(first.device):
-        return getattr(backend, f"{op}_fwd")(*tensors, **options)
+    """The backend's ``<op>_fwd``: outputs, and what it saves for backward, if that is to `keep`."""
+    compute, device = getattr(backend, f"{op}_fwd"), tensors[0].device
+    if not torch.is_autocast_enabled(device.type):  # a context costs as much as a small step
+        return compute(*tensors, keep=keep, **options)
+    with _autocast.disabled(device):
+        return compute(*tensors, keep=keep, **options)
 
 
 def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -251,7 +251,4 @@ def _run(
         "is_causal": bool(is_causal),
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
     }
-    tensors = (q, k, v, mask)
-    if _autograd.wanted(tensors):
-        return AttentionFunction.apply(chosen, options, *tensors)
-    return _autograd.run(chosen, "attention", options, tensors)[0]
+    return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykernels import _backends, _checks
-from pykernels.ops import _autograd
+from pykernels import _checks
+from pykernels.ops import _autograd, _recurrent
 
 NONLINEARITIES = ("tanh", "relu")
 
@@ -37,6 +38,8 @@ def rnn(
     h0: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    lengths: Tensor | Sequence[int] | None = None,
+    batch_sizes: Tensor | Sequence[int] | None = None,
     reverse: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -48,33 +51,41 @@ def rnn(
     structure in time", 1990). Only the states are kept for the backward pass.
 
     Args:
-        x: the input, [T, B, I], any floating dtype.
+        x: the input, [T, B, I], any floating dtype; with `batch_sizes` the rows [N, I] of a
+            PackedSequence.
         w_ih: [H, I].
         w_hh: [H, H].
         b_ih, b_hh: [H] each, or None.
         h0: the first state, [B, H]; zeros if None.
         nonlinearity: "tanh" or "relu".
-        reverse: walk from the last step to the first; y stays in the order of x.
+        lengths: how many steps of each sequence count, [B] integers from 1 to T in any order (a
+            list, or an int64 tensor on the CPU); all if None. The steps after them may hold
+            anything: y is zero there and x gets zero gradient.
+        batch_sizes: how many of the rows x each step has, T integers that sum to N and never
+            grow; row b of every step is of sequence b, and B is the first of them.
+        reverse: walk from the last step of each sequence to the first; y stays in the order of x.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
 
     Returns:
-        ``(y, h_n)``: all states, [T, B, H], and the last one computed, [B, H], in the dtype of x.
+        ``(y, h_n)``: all states, [T, B, H] or [N, H] as x, and the last one computed of each
+        sequence, [B, H], in the dtype of x.
 
     Raises:
-        TypeError: something is no tensor, or the dtypes differ or are not floating.
-        ValueError: a rank, size, device, nonlinearity or backend is wrong; I or H is zero.
+        TypeError: something is no tensor, or the dtypes differ or are not floating, or lengths or
+            batch sizes are not integers.
+        ValueError: a rank, size, length, device, nonlinearity or backend is wrong; I or H is zero;
+            both `lengths` and `batch_sizes` are given.
     """
-    _checks.tensor("rnn", "x", x)
-    _checks.floating("rnn", "x", x)
-    _checks.rank("rnn", "x", x, "T, B, I")
+    B, lengths, batch_sizes = _recurrent.check_input("rnn", x, lengths, batch_sizes)
     _checks.choice("rnn", "nonlinearity", nonlinearity, NONLINEARITIES)
-    _check_weights("rnn", x, x.shape[2], w_ih, w_hh, b_ih, b_hh)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    H, _ = _recurrent.check_tensors("rnn", 1, x, weights, (h0,), ("h0",))
     if h0 is not None:
-        _checks.tensor("rnn", "h0", h0, x)
-        _checks.shape("rnn", "h0", h0, "B, H", (x.shape[1], w_hh.shape[0]))
-    chosen = _backends.select("rnn", backend, x.device, x.dtype)
+        _checks.shape("rnn", "h0", h0, "B, H", (B, H))
     options = {"nonlinearity": nonlinearity, "reverse": bool(reverse)}
-    return _run(chosen, options, x, w_ih, w_hh, b_ih, b_hh, h0)
+    tensors = (x, *weights, h0)
+    y, h_n = _recurrent.run("rnn", RNNFunction, tensors, options, lengths, batch_sizes, backend)
+    return y, h_n
 
 
 def rnn_cell(
@@ -103,50 +114,8 @@ def rnn_cell(
     Raises:
         TypeError, ValueError: as `rnn`.
     """
-    _checks.tensor("rnn_cell", "input", input)
-    _checks.floating("rnn_cell", "input", input)
-    _checks.rank("rnn_cell", "input", input, "B, I", "I")
     _checks.choice("rnn_cell", "nonlinearity", nonlinearity, NONLINEARITIES)
-    _check_weights("rnn_cell", input, input.shape[-1], w_ih, w_hh, b_ih, b_hh)
-    batched = input.dim() == 2
-    if hx is not None:
-        _checks.tensor("rnn_cell", "hx", hx, input)
-        axes, sizes = ("B, H", (len(input), len(w_hh))) if batched else ("H", (len(w_hh),))
-        _checks.shape("rnn_cell", "hx", hx, axes, sizes)
-        hx = hx if batched else hx[None]
-    x = input[None] if batched else input[None, None]
-    chosen = _backends.select("rnn", backend, x.device, x.dtype)
-    options = {"nonlinearity": nonlinearity, "reverse": False}
-    y, _ = _run(chosen, options, x, w_ih, w_hh, b_ih, b_hh, hx)
-    return y[0] if batched else y[0, 0]
-
-
-def _check_weights(
-    op: str,
-    x: Tensor,
-    I: int,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> None:
-    _checks.tensor(op, "w_hh", w_hh, x)
-    _checks.rank(op, "w_hh", w_hh, "H, H")
-    H = w_hh.shape[0]
-    _checks.positive(op, "input size", I)
-    _checks.positive(op, "hidden size", H)
-    _checks.shape(op, "w_hh", w_hh, "H, H", (H, H))
-    _checks.tensor(op, "w_ih", w_ih, x)
-    _checks.shape(op, "w_ih", w_ih, "H, I", (H, I))
-    for name, bias in (("b_ih", b_ih), ("b_hh", b_hh)):
-        if bias is not None:
-            _checks.tensor(op, name, bias, x)
-            _checks.shape(op, name, bias, "H", (H,))
-
-
-def _run(
-    backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if _autograd.wanted(tensors):
-        return RNNFunction.apply(backend, options, *tensors)
-    return _autograd.run(backend, "rnn", options, tensors)[0]
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    options = {"nonlinearity": nonlinearity, "reverse": False, "batch_sizes": None}
+    (h,) = _recurrent.step("rnn", RNNFunction, 1, input, weights, (hx,), ("hx",), options, backend)
+    return h

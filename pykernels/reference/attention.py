@@ -56,7 +56,7 @@ def repeat_heads(kv, q):
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) if kv.shape[1] else kv
 
 
-def attention_fwd(q, k, v, attn_mask, *, is_causal, scale):
+def attention_fwd(q, k, v, attn_mask, *, is_causal, scale, keep=True):
     """See `pykernels._backends` for the contract."""
     with torch.no_grad():
         out, lse = attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale, return_lse=True)

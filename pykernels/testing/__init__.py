@@ -2,13 +2,26 @@
 
 from pykernels.testing import evaluate, specs, stock
 from pykernels.testing.evaluate import check
-from pykernels.testing.specs import ATTENTION_SPECS, RNN_SPECS, AttentionSpec, RNNSpec
+from pykernels.testing.specs import (
+    ATTENTION_SPECS,
+    GRU_SPECS,
+    LSTM_SPECS,
+    RNN_SPECS,
+    AttentionSpec,
+    GRUSpec,
+    LSTMSpec,
+    RNNSpec,
+)
 from pykernels.testing.tolerance import Measured, assert_close, measure
 
 __all__ = [
     "ATTENTION_SPECS",
+    "GRU_SPECS",
+    "LSTM_SPECS",
     "RNN_SPECS",
     "AttentionSpec",
+    "GRUSpec",
+    "LSTMSpec",
     "Measured",
     "RNNSpec",
     "assert_close",

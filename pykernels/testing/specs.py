@@ -15,13 +15,14 @@ numerical derivatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pykernels.ops import _recurrent
 from pykernels.ops.attention import features
 
 LAYOUTS = ("contiguous", "transposed", "expanded", "offset", "strided", "huge")
@@ -88,8 +89,11 @@ class _Draw:
 
 
 @dataclass(frozen=True)
-class RNNSpec:
-    """Inputs of `functional.rnn`: x [T, B, I], w_ih [H, I], w_hh [H, H], biases [H], h0 [B, H]."""
+class RecurrentSpec:
+    """Inputs of a recurrent op of G gates, as `functional.rnn` names them.
+
+    x is [T, B, I], w_ih [G H, I], w_hh [G H, H], the biases [G H], h0 [B, H].
+    """
 
     name: str
     why: str
@@ -97,15 +101,17 @@ class RNNSpec:
     b: int
     i: int
     h: int
+    _: KW_ONLY
     bias: bool = True
     h0: bool = True
-    nonlinearity: str = "tanh"
     reverse: bool = False
+    lengths: tuple[int, ...] | None = None
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
 
-    op = "rnn"
-    outputs = ("y", "h_n")
+    op = ""
+    gates = 1
+    outputs: ClassVar[tuple[str, ...]] = ("y", "h_n")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -113,34 +119,104 @@ class RNNSpec:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"nonlinearity": self.nonlinearity, "reverse": self.reverse}
+        return {"reverse": self.reverse, "lengths": self.lengths}
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a step of a sequence is left out."""
+        return self.lengths is not None and any(length < self.t for length in self.lengths)
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        return frozenset()
+        return _recurrent.features(self.ragged, False)
+
+    def draw(self, draw: _Draw) -> dict[str, Tensor]:
+        """Tensors by argument name; weights as torch.nn draws them, uniform in +-1/sqrt(H)."""
+        k, rows = 1 / math.sqrt(self.h), self.gates * self.h
+        made = {
+            "x": draw.normal(self.t, self.b, self.i),
+            "w_ih": draw.uniform(k, rows, self.i),
+            "w_hh": draw.uniform(k, rows, self.h),
+        }
+        if self.bias:
+            made |= {"b_ih": draw.uniform(k, rows), "b_hh": draw.uniform(k, rows)}
+        if self.h0:
+            made["h0"] = draw.normal(self.b, self.h)
+        return made
 
     def inputs(
         self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
-        """Tensors by argument name; weights as torch.nn.RNN draws them, uniform in +-1/sqrt(H)."""
-        draw, k = _Draw(seed), 1 / math.sqrt(self.h)
-        made = {
-            "x": draw.normal(self.t, self.b, self.i),
-            "w_ih": draw.uniform(k, self.h, self.i),
-            "w_hh": draw.uniform(k, self.h, self.h),
-        }
-        if self.bias:
-            made |= {"b_ih": draw.uniform(k, self.h), "b_hh": draw.uniform(k, self.h)}
-        if self.h0:
-            made["h0"] = draw.normal(self.b, self.h)
+        """What `draw` makes, in the layout of the spec."""
         # the huge layout is for x alone: it reserves gigabytes of address space for each tensor
         return {
             name: with_layout(
                 tensor.to(device=device, dtype=dtype),
                 "contiguous" if self.layout == "huge" and name != "x" else self.layout,
             )
-            for name, tensor in made.items()
+            for name, tensor in self.draw(_Draw(seed)).items()
         }
+
+
+@dataclass(frozen=True)
+class RNNSpec(RecurrentSpec):
+    """Inputs of `functional.rnn`."""
+
+    _: KW_ONLY
+    nonlinearity: str = "tanh"
+
+    op = "rnn"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"nonlinearity": self.nonlinearity}
+
+
+@dataclass(frozen=True)
+class GRUSpec(RecurrentSpec):
+    """Inputs of `functional.gru`."""
+
+    op = "gru"
+    gates = 3
+
+
+@dataclass(frozen=True)
+class LSTMSpec(RecurrentSpec):
+    """Inputs of `functional.lstm`: with h0 there is c0 [B, H].
+
+    With `proj_size` = R > 0 there is w_hr [R, H], and w_hh is [4H, R], h0 [B, R].
+    """
+
+    _: KW_ONLY
+    proj_size: int = 0
+    return_cell_states: bool = False
+
+    op = "lstm"
+    gates = 4
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("y", "h_n", "c_n", "c")[: 4 if self.return_cell_states else 3]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {"return_cell_states": self.return_cell_states}
+
+    def features(self, dtype: torch.dtype) -> frozenset[str]:
+        """What a backend must list in FEATURES to serve this spec."""
+        return _recurrent.features(self.ragged, self.proj_size > 0)
+
+    def draw(self, draw: _Draw) -> dict[str, Tensor]:
+        """Tensors by argument name."""
+        made = super().draw(draw)
+        if self.proj_size:
+            k = 1 / math.sqrt(self.h)
+            made["w_hh"] = draw.uniform(k, 4 * self.h, self.proj_size)
+            made["w_hr"] = draw.uniform(k, self.proj_size, self.h)
+        if self.h0:
+            made["h0"] = draw.normal(self.b, self.proj_size or self.h)
+            made["c0"] = draw.normal(self.b, self.h)
+        return made
 
 
 @dataclass(frozen=True)
@@ -243,7 +319,7 @@ class AttentionSpec:
         return draw.normal(*shape).masked_fill(~keep, -math.inf)
 
 
-Spec = RNNSpec | AttentionSpec
+Spec = RecurrentSpec | AttentionSpec
 
 
 def _tags(*tags: str) -> frozenset[str]:
@@ -260,25 +336,154 @@ SMALL = _tags("hostile", "interpreter")
 TINY = _tags("hostile", "interpreter", "gradcheck")
 
 
-def _rnn_bench(t: int, b: int, i: int, h: int, why: str, tags: frozenset[str]) -> RNNSpec:
-    return RNNSpec(f"rnn-{t}x{b}x{i}x{h}", why, t, b, i, h, tags=tags)
+def _recurrent_specs(kind: type[RecurrentSpec], quick: Collection[str]) -> list[RecurrentSpec]:
+    """The specs that every recurrent op has; of the benchmark's, those in `quick` are quick."""
+
+    def spec(name: str, why: str, tags: frozenset[str], *sizes: int, **rest: Any) -> RecurrentSpec:
+        return kind(f"{kind.op}-{name}", why, *sizes, tags=tags, **rest)
+
+    def bench(sizes: str, why: str) -> RecurrentSpec:
+        return spec(sizes, why, QUICK if sizes in quick else BENCH, *map(int, sizes.split("x")))
+
+    return [
+        # --- what benchmarks time
+        bench("50x1x300x512", "a sentence at a time: the weights bind, not the arithmetic"),
+        bench("50x32x300x512", "a language model's batch"),
+        bench("50x64x300x512", "the same, twice as wide a batch"),
+        bench("512x16x128x128", "a long sequence whose weights fit the first cache"),
+        bench("1024x1x64x64", "longest and smallest: the cost of one step"),
+        # --- plain
+        spec("plain", "the ordinary case, small", TINY, 5, 3, 6, 8),
+        spec("reverse", "time runs backwards", TINY, 5, 3, 6, 8, reverse=True),
+        spec("no-bias", "both biases absent", TINY, 5, 3, 6, 8, bias=False),
+        spec("no-h0", "the state starts at zero", TINY, 5, 3, 6, 8, h0=False),
+        # --- least sizes
+        spec("t1", "one step: y and h_n are the same numbers", TINY, 1, 3, 6, 8),
+        spec("t1-reverse", "one step backwards", SMALL, 1, 3, 6, 8, reverse=True),
+        spec("t2", "one step with a predecessor", TINY, 2, 1, 2, 3),
+        spec("t0", "no step: h_n is h0, the weights get zero gradient", SMALL, 0, 3, 6, 8),
+        spec("t0-no-h0", "no step and no state: h_n is zero", SMALL, 0, 3, 6, 8, h0=False),
+        spec("b0", "an empty batch", SMALL, 5, 0, 6, 8),
+        spec("b1", "one sequence: a matrix-vector product per step", SMALL, 6, 1, 7, 12),
+        spec("h1", "one hidden unit", TINY, 5, 8, 6, 1),
+        spec("i1", "one input feature", TINY, 5, 3, 1, 8),
+        spec("all1", "every size is one", TINY, 1, 1, 1, 1),
+        # --- around the vector width (4, 8, 16 lanes)
+        *(
+            spec(f"h{h}", "vector width +-1 in H", HOSTILE, 4, 5, 6, h)
+            for h in (7, 9, 15, 16, 31, 32)
+        ),
+        spec("h17", "one past two vectors in H", SMALL, 4, 5, 6, 17),
+        spec("h33", "one past a block of 32 in H", SMALL, 3, 5, 6, 33),
+        *(
+            spec(f"i{i}", "vector width +-1 in I", HOSTILE, 4, 5, i, 10)
+            for i in (7, 8, 9, 15, 16, 31, 32, 33)
+        ),
+        spec("i17", "one past two vectors in I", SMALL, 4, 5, 17, 10),
+        *(
+            spec(f"b{b}", "register tile +-1 in B", HOSTILE, 3, b, 5, 11)
+            for b in (2, 4, 6, 7, 8, 9, 13, 16, 33)
+        ),
+        spec("b17", "one past a tensor-core tile in B", SMALL, 3, 17, 5, 11),
+        # --- across the blocks of the matrix product
+        spec("h300", "H crosses blocks and is no multiple of one", HOSTILE, 4, 3, 40, 300),
+        spec("h257", "one past 256 in H", HOSTILE, 3, 7, 20, 257),
+        spec("i600", "I longer than a depth block of the product", HOSTILE, 3, 4, 600, 20),
+        spec("rows", "T*B crosses row blocks of the input product", HOSTILE, 70, 9, 12, 24),
+        spec("long", "error and gradient through many steps", HOSTILE, 200, 2, 8, 16),
+        # --- sequences of different lengths
+        spec("ragged", "lengths in no order", TINY, 5, 4, 3, 4, lengths=(3, 5, 1, 4)),
+        spec(
+            "ragged-reverse",
+            "each starts at its own last step",
+            TINY,
+            5,
+            4,
+            3,
+            4,
+            lengths=(3, 5, 1, 4),
+            reverse=True,
+        ),
+        spec("ragged-full", "no step is left out", SMALL, 5, 3, 6, 8, lengths=(5, 5, 5)),
+        spec(
+            "ragged-equal",
+            "the same steps of each are left out",
+            SMALL,
+            5,
+            3,
+            6,
+            8,
+            lengths=(3,) * 3,
+        ),
+        spec("ragged-ones", "one step each", SMALL, 4, 3, 6, 8, lengths=(1,) * 3),
+        spec("ragged-b1", "one sequence that ends early", SMALL, 6, 1, 7, 12, lengths=(4,)),
+        spec(
+            "ragged-bare",
+            "neither bias nor state, backwards",
+            TINY,
+            4,
+            3,
+            2,
+            3,
+            lengths=(2, 4, 2),
+            bias=False,
+            h0=False,
+            reverse=True,
+        ),
+        spec(
+            "ragged-one-long",
+            "most steps have one row alone",
+            HOSTILE,
+            40,
+            19,
+            9,
+            33,
+            lengths=(*(1 + n % 3 for n in range(18)), 40),
+        ),
+        spec(
+            "ragged-one-long-reverse",
+            "most steps have one row alone, and the many join last",
+            HOSTILE,
+            40,
+            19,
+            9,
+            33,
+            lengths=(40, *(1 + n % 3 for n in range(18))),
+            reverse=True,
+        ),
+        spec(
+            "ragged-wide",
+            "row and column blocks with steps of every size",
+            HOSTILE,
+            21,
+            17,
+            20,
+            257,
+            lengths=tuple(1 + (7 * n) % 20 for n in range(17)),
+        ),
+        spec(
+            "ragged-transposed",
+            "x comes batch first",
+            SMALL,
+            5,
+            4,
+            6,
+            9,
+            lengths=(2, 2, 5, 3),
+            layout="transposed",
+        ),
+        # --- memory layouts
+        spec("transposed", "x comes batch first", SMALL, 5, 4, 6, 9, layout="transposed"),
+        spec("expanded", "stride 0: one row for the batch", SMALL, 5, 4, 6, 9, layout="expanded"),
+        spec("offset", "no pointer is aligned", SMALL, 5, 4, 8, 16, layout="offset"),
+        spec("strided", "the last axis is not dense", SMALL, 5, 4, 6, 9, layout="strided"),
+        spec("huge-stride", "offsets past 32 bits", HOSTILE, 2, 3, 6, 9, layout="huge"),
+    ]
 
 
-RNN_SPECS: list[RNNSpec] = [
-    # --- what benchmarks time
-    _rnn_bench(
-        50, 1, 300, 512, "a sentence at a time: the weights bind, not the arithmetic", BENCH
-    ),
-    _rnn_bench(50, 32, 300, 512, "a language model's batch", QUICK),
-    _rnn_bench(50, 64, 300, 512, "the same, twice as wide a batch", BENCH),
-    _rnn_bench(512, 16, 128, 128, "a long sequence whose weights fit the first cache", QUICK),
-    _rnn_bench(1024, 1, 64, 64, "longest and smallest: the cost of one step", QUICK),
-    # --- plain
-    RNNSpec("rnn-plain", "the ordinary case, small", 5, 3, 6, 8, tags=TINY),
+RNN_SPECS: list[RecurrentSpec] = [
+    *_recurrent_specs(RNNSpec, {"50x32x300x512", "512x16x128x128", "1024x1x64x64"}),
     RNNSpec("rnn-relu", "the other nonlinearity", 5, 3, 6, 8, nonlinearity="relu", tags=TINY),
-    RNNSpec("rnn-reverse", "time runs backwards", 5, 3, 6, 8, reverse=True, tags=TINY),
-    RNNSpec("rnn-no-bias", "both biases absent", 5, 3, 6, 8, bias=False, tags=TINY),
-    RNNSpec("rnn-no-h0", "the state starts at zero", 5, 3, 6, 8, h0=False, tags=TINY),
     RNNSpec(
         "rnn-bare",
         "no bias, no h0, relu and reverse at once",
@@ -292,43 +497,9 @@ RNN_SPECS: list[RNNSpec] = [
         reverse=True,
         tags=TINY,
     ),
-    # --- least sizes
-    RNNSpec("rnn-t1", "one step: y and h_n are the same numbers", 1, 3, 6, 8, tags=TINY),
-    RNNSpec("rnn-t1-reverse", "one step backwards", 1, 3, 6, 8, reverse=True, tags=SMALL),
-    RNNSpec("rnn-t2", "one step with a predecessor", 2, 1, 2, 3, tags=TINY),
-    RNNSpec("rnn-t0", "no step: h_n is h0, the weights get zero gradient", 0, 3, 6, 8, tags=SMALL),
-    RNNSpec("rnn-t0-no-h0", "no step and no state: h_n is zero", 0, 3, 6, 8, h0=False, tags=SMALL),
-    RNNSpec("rnn-b0", "an empty batch", 5, 0, 6, 8, tags=SMALL),
-    RNNSpec("rnn-b1", "one sequence: a matrix-vector product per step", 6, 1, 7, 12, tags=SMALL),
-    RNNSpec("rnn-h1", "one hidden unit", 5, 8, 6, 1, tags=TINY),
-    RNNSpec("rnn-i1", "one input feature", 5, 3, 1, 8, tags=TINY),
-    RNNSpec("rnn-all1", "every size is one", 1, 1, 1, 1, tags=TINY),
-    # --- around the vector width (4, 8, 16 lanes)
-    *(
-        RNNSpec(f"rnn-h{h}", "vector width +-1 in H", 4, 5, 6, h, tags=HOSTILE)
-        for h in (7, 9, 15, 16, 31, 32)
-    ),
-    RNNSpec("rnn-h17", "one past two vectors in H", 4, 5, 6, 17, tags=SMALL),
-    RNNSpec("rnn-h33", "one past a block of 32 in H", 3, 5, 6, 33, tags=SMALL),
-    *(
-        RNNSpec(f"rnn-i{i}", "vector width +-1 in I", 4, 5, i, 10, tags=HOSTILE)
-        for i in (7, 8, 9, 15, 16, 31, 32, 33)
-    ),
-    RNNSpec("rnn-i17", "one past two vectors in I", 4, 5, 17, 10, tags=SMALL),
-    *(
-        RNNSpec(f"rnn-b{b}", "register tile +-1 in B", 3, b, 5, 11, tags=HOSTILE)
-        for b in (2, 4, 6, 7, 8, 9, 13, 16, 33)
-    ),
-    RNNSpec("rnn-b17", "one past a tensor-core tile in B", 3, 17, 5, 11, tags=SMALL),
-    # --- across the blocks of the matrix product
-    RNNSpec("rnn-h300", "H crosses blocks and is no multiple of one", 4, 3, 40, 300, tags=HOSTILE),
-    RNNSpec("rnn-h257", "one past 256 in H", 3, 7, 20, 257, tags=HOSTILE),
-    RNNSpec("rnn-i600", "I longer than a depth block of the product", 3, 4, 600, 20, tags=HOSTILE),
-    RNNSpec("rnn-rows", "T*B crosses row blocks of the input product", 70, 9, 12, 24, tags=HOSTILE),
-    RNNSpec("rnn-long", "error and gradient through many steps", 200, 2, 8, 16, tags=HOSTILE),
     RNNSpec(
         "rnn-long-relu",
-        "the same where nothing saturates",
+        "many steps where nothing saturates",
         100,
         3,
         8,
@@ -337,14 +508,144 @@ RNN_SPECS: list[RNNSpec] = [
         reverse=True,
         tags=HOSTILE,
     ),
-    # --- memory layouts
-    RNNSpec("rnn-transposed", "x comes batch first", 5, 4, 6, 9, layout="transposed", tags=SMALL),
     RNNSpec(
-        "rnn-expanded", "stride 0: one row for the batch", 5, 4, 6, 9, layout="expanded", tags=SMALL
+        "rnn-ragged-relu",
+        "the other nonlinearity",
+        5,
+        4,
+        3,
+        4,
+        lengths=(3, 5, 1, 4),
+        nonlinearity="relu",
+        tags=SMALL,
     ),
-    RNNSpec("rnn-offset", "no pointer is aligned", 5, 4, 8, 16, layout="offset", tags=SMALL),
-    RNNSpec("rnn-strided", "the last axis is not dense", 5, 4, 6, 9, layout="strided", tags=SMALL),
-    RNNSpec("rnn-huge-stride", "offsets past 32 bits", 2, 3, 6, 9, layout="huge", tags=HOSTILE),
+]
+
+GRU_SPECS: list[RecurrentSpec] = [
+    *_recurrent_specs(GRUSpec, {"50x32x300x512"}),
+    GRUSpec(
+        "gru-bare",
+        "no bias, no h0 and reverse at once",
+        4,
+        2,
+        3,
+        5,
+        bias=False,
+        h0=False,
+        reverse=True,
+        tags=TINY,
+    ),
+]
+
+
+def _lstm(name: str, why: str, tags: frozenset[str], sizes: Iterable[int], **rest: Any) -> LSTMSpec:
+    return LSTMSpec(f"lstm-{name}", why, *sizes, tags=tags, **rest)
+
+
+LSTM_SPECS: list[RecurrentSpec] = [
+    *_recurrent_specs(LSTMSpec, {"50x32x300x512", "1024x1x64x64"}),
+    _lstm(
+        "bare",
+        "no bias, no states and reverse at once",
+        TINY,
+        (4, 2, 3, 5),
+        bias=False,
+        h0=False,
+        reverse=True,
+    ),
+    # --- projections
+    _lstm("proj", "the state is narrower than the cells", TINY, (4, 3, 3, 5), proj_size=2),
+    _lstm(
+        "proj-bare",
+        "the same without bias and states, backwards",
+        TINY,
+        (4, 3, 3, 5),
+        proj_size=2,
+        bias=False,
+        h0=False,
+        reverse=True,
+    ),
+    _lstm("proj-r1", "a state of one number", SMALL, (4, 3, 6, 8), proj_size=1),
+    _lstm("proj-square", "the state is as wide as the cells", SMALL, (4, 3, 6, 8), proj_size=8),
+    _lstm("proj-wider", "the state is wider than the cells", SMALL, (4, 3, 6, 8), proj_size=11),
+    _lstm("proj-t0", "no step", SMALL, (0, 3, 6, 8), proj_size=5),
+    _lstm("proj-b0", "an empty batch", SMALL, (4, 0, 6, 8), proj_size=5),
+    _lstm("proj-b1", "one sequence", HOSTILE, (6, 1, 7, 20), proj_size=9),
+    *(
+        _lstm(f"proj-r{r}", "vector width +-1 in R", HOSTILE, (4, 5, 6, 40), proj_size=r)
+        for r in (7, 8, 9, 15, 16, 17, 31, 33)
+    ),
+    _lstm("proj-wide", "H and R cross blocks", HOSTILE, (4, 7, 20, 300), proj_size=257),
+    _lstm("proj-long", "through many steps", HOSTILE, (100, 2, 8, 16), proj_size=5, reverse=True),
+    _lstm(
+        "proj-transposed",
+        "no tensor is dense",
+        SMALL,
+        (5, 4, 6, 9),
+        proj_size=5,
+        layout="transposed",
+    ),
+    _lstm("proj-strided", "no tensor is dense", SMALL, (5, 4, 6, 9), proj_size=5, layout="strided"),
+    _lstm(
+        "proj-ragged",
+        "with lengths in no order",
+        TINY,
+        (4, 3, 2, 4),
+        proj_size=2,
+        lengths=(2, 4, 1),
+    ),
+    _lstm(
+        "proj-ragged-reverse",
+        "and backwards, in blocks",
+        HOSTILE,
+        (12, 9, 20, 33),
+        proj_size=17,
+        lengths=(2, 12, 1, 5, 5, 9, 3, 3, 11),
+        reverse=True,
+    ),
+    # --- all cell states
+    _lstm("cells", "c is an output with a gradient", TINY, (4, 3, 3, 5), return_cell_states=True),
+    _lstm(
+        "cells-reverse",
+        "the same backwards, from zero states",
+        SMALL,
+        (4, 3, 6, 8),
+        return_cell_states=True,
+        h0=False,
+        reverse=True,
+    ),
+    _lstm("cells-t0", "no step", SMALL, (0, 3, 6, 8), return_cell_states=True),
+    _lstm("cells-b1", "one sequence", SMALL, (6, 1, 7, 20), return_cell_states=True),
+    _lstm(
+        "cells-h33", "one past a block of 32 in H", HOSTILE, (4, 5, 6, 33), return_cell_states=True
+    ),
+    _lstm("cells-h300", "H crosses blocks", HOSTILE, (4, 3, 40, 300), return_cell_states=True),
+    _lstm(
+        "cells-proj",
+        "of H numbers, not R",
+        SMALL,
+        (4, 3, 6, 8),
+        return_cell_states=True,
+        proj_size=3,
+    ),
+    _lstm(
+        "cells-ragged",
+        "c is zero after the end",
+        TINY,
+        (4, 3, 2, 3),
+        return_cell_states=True,
+        lengths=(2, 4, 1),
+    ),
+    _lstm(
+        "cells-ragged-proj",
+        "all at once",
+        SMALL,
+        (4, 3, 6, 8),
+        return_cell_states=True,
+        lengths=(2, 4, 1),
+        proj_size=3,
+        reverse=True,
+    ),
 ]
 
 
@@ -619,10 +920,11 @@ ATTENTION_SPECS: list[AttentionSpec] = [
 
 def find(name: str) -> Spec:
     """The spec called `name`; a KeyError that lists the known names otherwise."""
-    for spec in (*RNN_SPECS, *ATTENTION_SPECS):
+    specs = (*RNN_SPECS, *GRU_SPECS, *LSTM_SPECS, *ATTENTION_SPECS)
+    for spec in specs:
         if spec.name == name:
             return spec
-    known = ", ".join(spec.name for spec in (*RNN_SPECS, *ATTENTION_SPECS))
+    known = ", ".join(spec.name for spec in specs)
     raise KeyError(f"no spec is called {name!r}; known: {known}")
 
 

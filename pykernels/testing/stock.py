@@ -6,10 +6,13 @@ They are what the README names as the equivalent lines, tests measure against an
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 def rnn(
@@ -21,24 +24,136 @@ def rnn(
     h0: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    lengths: Sequence[int] | None = None,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One layer of torch.nn.RNN on x [T, B, I] with the given weights -> y [T, B, H], h_n [B, H].
-
-    torch.nn.RNN refuses T = 0 and has no reversed direction alone: the first returns h0, as no
-    step was made, the second flips time before and after.
-    """
-    if h0 is None:
-        h0 = x.new_zeros(x.shape[1], w_hh.shape[0])
-    if x.shape[0] == 0:
-        return x.new_zeros(0, *h0.shape), h0.clone()
-    weights = [w_ih, w_hh] if b_ih is None else [w_ih, w_hh, b_ih, b_hh]
+    """One layer of torch.nn.RNN on x [T, B, I] with these weights -> y [T, B, H], h_n [B, H]."""
     layer = {"tanh": torch.rnn_tanh, "relu": torch.rnn_relu}[nonlinearity]
-    # arguments: has_biases, num_layers, dropout, train, bidirectional, batch_first
-    y, h_n = layer(
-        x.flip(0) if reverse else x, h0[None], weights, b_ih is not None, 1, 0.0, True, False, False
-    )
-    return (y.flip(0) if reverse else y), h_n[0]
+    h0 = x.new_zeros(x.shape[1], w_hh.shape[1]) if h0 is None else h0
+    y, (h_n,) = _layer(layer, x, [w_ih, w_hh, b_ih, b_hh], [h0], lengths, reverse)
+    return y, h_n
+
+
+def gru(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One layer of torch.nn.GRU, as `rnn`."""
+    h0 = x.new_zeros(x.shape[1], w_hh.shape[1]) if h0 is None else h0
+    y, (h_n,) = _layer(torch.gru, x, [w_ih, w_hh, b_ih, b_hh], [h0], lengths, reverse)
+    return y, h_n
+
+
+def lstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    reverse: bool = False,
+    return_cell_states: bool = False,
+) -> Any:
+    """One layer of torch.nn.LSTM, as `rnn`.
+
+    It returns no cell states but the last, and takes no projection that is as wide as the cells:
+    these calls are a loop over torch.lstm_cell.
+    """
+    H, R = w_hh.shape[0] // 4, w_hh.shape[1]
+    h0 = x.new_zeros(x.shape[1], R) if h0 is None else h0
+    c0 = x.new_zeros(x.shape[1], H) if c0 is None else c0
+    weights = [w_ih, w_hh, b_ih, b_hh, w_hr]
+    if return_cell_states or (w_hr is not None and R == H):
+        y, last, c = _lstm_loop(x, weights, h0, c0, lengths, reverse)
+        return (y, last, c) if return_cell_states else (y, last)
+    y, last = _layer(torch.lstm, x, weights, [h0, c0], lengths, reverse)
+    return y, tuple(last)
+
+
+def _layer(
+    layer: Callable[..., Any],
+    x: Tensor,
+    weights: list[Tensor | None],
+    states: list[Tensor],
+    lengths: Sequence[int] | None,
+    reverse: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """One of torch's recurrent functions on x [T, B, I] and states [B, .] -> y, the last states.
+
+    torch's layers refuse T = 0 and have no reversed direction alone: the first returns the states,
+    as no step was made, the second flips time before and after.
+    """
+    T, B, _ = x.shape
+    if T == 0:
+        return x.new_zeros(0, *states[0].shape), [t.clone() for t in states]
+    flip = _flip(T, B, lengths, x.device) if reverse else None
+    given = [w for w in weights if w is not None]
+    x = x if flip is None else x[flip]
+    # arguments: has_biases, num_layers, dropout, train, bidirectional
+    rest = (given, weights[2] is not None, 1, 0.0, True, False)
+    if lengths is None:
+        hx = [t[None] for t in states]
+        y, *last = layer(x, hx if len(hx) > 1 else hx[0], *rest, False)  # not batch first
+    else:
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+        data, batch_sizes, order, place = packed
+        hx = [t[None, order] for t in states]
+        y, *last = layer(data, batch_sizes, hx if len(hx) > 1 else hx[0], *rest)
+        y, _ = pad_packed_sequence(PackedSequence(y, batch_sizes, order, place), total_length=T)
+        last = [t[:, place] for t in last]
+    return (y if flip is None else y[flip]), [t[0] for t in last]
+
+
+def _flip(T: int, B: int, lengths: Sequence[int] | None, device: torch.device) -> Any:
+    """What indexes [T, B, .] so that each sequence runs from its own last step to its first."""
+    t = torch.arange(T, device=device)
+    if lengths is None:
+        return T - 1 - t
+    ends, t = torch.tensor(lengths, device=device), t[:, None]
+    return torch.where(t < ends, ends - 1 - t, t), torch.arange(B, device=device)
+
+
+def _lstm_loop(
+    x: Tensor,
+    weights: list[Any],
+    h: Tensor,
+    c: Tensor,
+    lengths: Sequence[int] | None,
+    reverse: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """torch.lstm_cell step by step -> y, (h_n, c_n), c.
+
+    A projected state enters the cell as part of its input.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
+    T, B, _ = x.shape
+    ends = torch.tensor([T] * B if lengths is None else lengths, device=x.device)
+    y, cells = [h.new_zeros(h.shape)] * T, [c.new_zeros(c.shape)] * T
+    for t in reversed(range(T)) if reverse else range(T):
+        if w_hr is None:
+            h_t, c_t = torch.lstm_cell(x[t], (h, c), w_ih, w_hh, b_ih, b_hh)
+        else:
+            both, w_both = torch.cat([x[t], h], 1), torch.cat([w_ih, w_hh], 1)
+            none, w_none = torch.zeros_like(c), w_hh.new_zeros(len(w_hh), c.shape[1])
+            m_t, c_t = torch.lstm_cell(both, (none, c), w_both, w_none, b_ih, b_hh)
+            h_t = m_t @ w_hr.T
+        counts = (t < ends)[:, None]
+        h, c = torch.where(counts, h_t, h), torch.where(counts, c_t, c)
+        y[t], cells[t] = torch.where(counts, h_t, 0.0), torch.where(counts, c_t, 0.0)
+    if T == 0:
+        return x.new_zeros(0, *h.shape), (h.clone(), c.clone()), x.new_zeros(0, *c.shape)
+    return torch.stack(y), (h, c), torch.stack(cells)
 
 
 def attention(

@@ -1,0 +1,173 @@
+// i, f, o = sigmoid(W_i x_t + b_i + W_h h_{t-1} + b_h)      g = tanh(...)
+// c_t = f c_{t-1} + i g                                    h_t = o tanh(c_t), or W_hr of that
+//
+// over a whole sequence. S. Hochreiter and J. Schmidhuber, "Long short-term memory" (1997), with
+// the forget gate of F. Gers et al. (2000) and the projection of H. Sak et al. (2014).
+#include "../core/vec_math.h"
+#include "recurrent_bind.h"
+
+namespace pykernels {
+namespace {
+
+// What an lstm keeps of a forward pass for the backward pass, each nullptr where it is not wanted.
+template <class T>
+struct LstmKept {
+  T* gates;        // [N, 4 H]: i, f, g, o
+  T* cells;        // [N, H]: c_t
+  T* unprojected;  // [N, H]: o tanh(c_t), where there is a projection
+};
+
+template <class T>
+struct LstmForwardCell {
+  static constexpr int kGates = 4;
+  int64_t H, gate_row;
+  T* gates;
+  const T* bias;
+  T* unprojected;
+  T* cells;  // or nullptr
+  T* c;      // [B, H]: the cell of each sequence, c0 at first and c_n in the end
+
+  PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
+    for (int g = 0; g < 4; ++g) prefetch(step.gates + row * gate_row + g * H + unit);
+    prefetch(c + row * H + unit);
+  }
+
+  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
+                         const T* product) const {
+    T* const gate = step.gates + row * gate_row + unit;
+    const auto sum = [&](int g) {
+      return load_n(gate + g * H, count) + load(product + g * kPanel<T>);
+    };
+    const vec<T> i = sigmoid<T>(sum(0)), f = sigmoid<T>(sum(1));
+    const vec<T> g = tanh<T>(sum(2)), o = sigmoid<T>(sum(3));
+    T* const cell = c + row * H + unit;
+    const vec<T> now = f * load_n(cell, count) + i * g;
+    store_n(cell, now, count);
+    if (gates) {
+      store_n(gate, i, count);
+      store_n(gate + H, f, count);
+      store_n(gate + 2 * H, g, count);
+      store_n(gate + 3 * H, o, count);
+    }
+    if (cells) store_n(cells + (step.first + row) * H + unit, now, count);
+    return o * tanh<T>(now);
+  }
+};
+
+template <class T, class S>
+struct LstmBackwardCell {
+  static constexpr int kGates = 4;
+  int64_t H, delta_row;
+  const T *gates, *cells, *unprojected;  // of the forward pass
+  const T* c0;                           // [B, H] or nullptr
+  const S* dcells;                       // [N, H] or nullptr for zeros
+  T* dc;  // [B, H]: of the cell after a step; dc_n at first and dc0 in the end
+
+  PK_INLINE void fetch(const BackwardStep& step, int64_t row, int64_t unit) const {
+    const int64_t at = step.first + row;
+    for (int g = 0; g < 4; ++g) prefetch(gates + at * 4 * H + g * H + unit);
+    prefetch(cells + at * H + unit);
+    prefetch(cells + (step.before + row) * H + unit);
+    prefetch(dc + row * H + unit);
+  }
+
+  PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
+                       vec<T> dh, T* to) const {
+    const int64_t at = (step.first + row) * H + unit;
+    const T* const gate = gates + (step.first + row) * 4 * H + unit;
+    const vec<T> i = load_n(gate, count), f = load_n(gate + H, count);
+    const vec<T> g = load_n(gate + 2 * H, count), o = load_n(gate + 3 * H, count);
+    const T* const before = row < step.n_before ? cells + (step.before + row) * H
+                            : c0                ? c0 + row * H
+                                                : nullptr;
+    const vec<T> c = before ? load_n(before + unit, count) : vec<T>{};
+    const vec<T> th = tanh<T>(load_n(cells + at, count));
+    T* const cell = dc + row * H + unit;
+    vec<T> now = load_n(cell, count) + dh * o * (1 - th * th);
+    if (dcells) now += load_n(dcells + at, count);
+    store_n(cell, now * f, count);
+    store_n(to, now * g * i * (1 - i), count);
+    store_n(to + H, now * c * f * (1 - f), count);
+    store_n(to + 2 * H, now * i * (1 - g * g), count);
+    store_n(to + 3 * H, dh * th * o * (1 - o), count);
+  }
+  vec<T> rest(int64_t, int64_t, int64_t) const { return vec<T>{}; }
+  std::vector<DeltaPiece> pieces() const { return {{0, 4 * H, 0}}; }
+};
+
+// to = from, or zeros where that is nullptr.
+template <class T, class S>
+void fill_from(const S* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from ? widen(from[i]) : T(0);
+}
+
+template <class S>
+void forward(int threads, const RecurrentForward<S>& p, const S* c0, S* c_n,
+             const LstmKept<compute_t<S>>& kept) {
+  using T = compute_t<S>;
+  const int64_t H = p.sizes.H, states = p.sizes.B * H;
+  const Scratch<T> bias(4 * H);
+  add_biases(p, 4 * H, 4 * H, bias.get());
+  const Result<T, S> c(c_n, states);
+  fill_from(c0, states, c.get());
+  run_forward<S>(
+      threads, p,
+      LstmForwardCell<T>{H, 4 * H, kept.gates, bias.get(), kept.unprojected, kept.cells, c.get()});
+  c.narrow_share(Team{0, 1, nullptr});
+}
+
+// [B, H] each, and dcells [N, H]; nullptr for zeros, or for what is not wanted.
+template <class S>
+struct LstmCells {
+  const S *c0, *dcells, *dc_n;
+  S* dc0;
+};
+
+template <class S>
+void backward(int threads, const RecurrentBackward<S>& p, const LstmCells<S>& cell,
+              const LstmKept<const compute_t<S>>& kept) {
+  using T = compute_t<S>;
+  const int64_t H = p.sizes.H, states = p.sizes.B * H;
+  const Widened<T, S> c0(cell.c0, states);
+  const Result<T, S> dc0(cell.dc0, states);
+  const Scratch<T> alone(cell.dc0 ? 0 : states);
+  T* const dc = cell.dc0 ? dc0.get() : alone.get();
+  fill_from(cell.dc_n, states, dc);
+  run_backward<S>(threads, p,
+                  LstmBackwardCell<T, S>{H, 4 * H, kept.gates, kept.cells, kept.unprojected,
+                                         c0.get(), cell.dcells, dc});
+  dc0.narrow_share(Team{0, 1, nullptr});
+}
+
+}  // namespace
+
+void bind_lstm(py::module_& m) {
+  m.def("lstm_forward", [](int dtype, int threads, const RecurrentShape& n,
+                           const std::vector<int64_t>& batch_sizes, bool reverse,
+                           const std::array<Address, 7>& in, const std::array<Address, 2>& out,
+                           Address c0, Address c_n, const std::array<Address, 3>& kept) {
+    const Batch batch(n, batch_sizes, reverse);
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      forward<S>(threads, recurrent_forward<S>(n, batch, in, out), pointer<const S>(c0),
+                 pointer<S>(c_n), {pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
+    });
+  });
+  m.def("lstm_backward",
+        [](int dtype, int threads, const RecurrentShape& n, const std::vector<int64_t>& batch_sizes,
+           bool reverse, const std::array<Address, 8>& in, const std::array<Address, 7>& out,
+           const std::array<Address, 4>& cells, const std::array<Address, 3>& kept) {
+          const Batch batch(n, batch_sizes, reverse);
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = const compute_t<S>;
+            backward<S>(threads, recurrent_backward<S>(n, batch, in, out),
+                        {pointer<const S>(cells[0]), pointer<const S>(cells[1]),
+                         pointer<const S>(cells[2]), pointer<S>(cells[3])},
+                        {pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
+          });
+        });
+}
+
+}  // namespace pykernels

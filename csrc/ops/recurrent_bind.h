@@ -1,0 +1,67 @@
+// How Python's arguments become the parameters of a recurrent pass.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "../bind.h"
+#include "recurrent.h"
+
+namespace pykernels {
+
+using RecurrentShape = std::array<int64_t, 5>;  // T, B, I, H, R
+
+// The rows of a batch. `batch_sizes` [T] says how many sequences reach each step; empty in a dense
+// batch.
+class Batch {
+ public:
+  Batch(const RecurrentShape& n, const std::vector<int64_t>& batch_sizes, bool reverse)
+      : T_(n[0]), B_(n[1]), reverse_(reverse) {
+    if (batch_sizes.empty()) return;
+    offsets_.push_back(0);
+    for (const int64_t rows : batch_sizes) offsets_.push_back(offsets_.back() + rows);
+  }
+  Walk walk() const { return {T_, B_, offsets_.empty() ? nullptr : offsets_.data(), reverse_}; }
+
+ private:
+  const int64_t T_, B_;
+  const bool reverse_;
+  std::vector<int64_t> offsets_;
+};
+
+inline RecurrentSizes recurrent_sizes(const RecurrentShape& n) {
+  return {n[0], n[1], n[2], n[3], n[4]};
+}
+
+// x, w_ih, w_hh, b_ih, b_hh, h0, w_hr and y, h_n
+template <class S>
+RecurrentForward<S> recurrent_forward(const RecurrentShape& n, const Batch& batch,
+                                      const std::array<Address, 7>& in,
+                                      const std::array<Address, 2>& out) {
+  return {recurrent_sizes(n),      batch.walk(),
+          pointer<const S>(in[0]), pointer<const S>(in[1]),
+          pointer<const S>(in[2]), pointer<const S>(in[3]),
+          pointer<const S>(in[4]), pointer<const S>(in[5]),
+          pointer<const S>(in[6]), pointer<S>(out[0]),
+          pointer<S>(out[1])};
+}
+
+// x, w_ih, w_hh, h0, w_hr, y, dy, dh_n and dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dw_hr
+template <class S>
+RecurrentBackward<S> recurrent_backward(const RecurrentShape& n, const Batch& batch,
+                                        const std::array<Address, 8>& in,
+                                        const std::array<Address, 7>& out) {
+  return {recurrent_sizes(n),      batch.walk(),
+          pointer<const S>(in[0]), pointer<const S>(in[1]),
+          pointer<const S>(in[2]), pointer<const S>(in[3]),
+          pointer<const S>(in[4]), pointer<const S>(in[5]),
+          pointer<const S>(in[6]), pointer<const S>(in[7]),
+          pointer<S>(out[0]),      pointer<S>(out[1]),
+          pointer<S>(out[2]),      pointer<S>(out[3]),
+          pointer<S>(out[4]),      pointer<S>(out[5]),
+          pointer<S>(out[6])};
+}
+
+}  // namespace pykernels

@@ -1,0 +1,161 @@
+"""What the recurrent layers share: every form of call, and one loop over layers and directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from pykernels import _autocast, _checks
+
+#: The first or last states of all layers and directions: h, or h and c.
+States = tuple[Tensor, ...]
+
+
+class Layers(torch.nn.RNNBase):
+    """The forward pass of `RNN`, `GRU` and `LSTM`, which come after it in the order of bases."""
+
+    _name: str  # what errors call the layer
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run all layers.
+
+        Args:
+            input: x [T, B, I], or [B, T, I] with `batch_first`, or [T, I], or a PackedSequence.
+            hx: the first state of every layer and direction, [layers * directions, B, H], or
+                [layers * directions, H] for an unbatched input; zeros by default. Layer 0 forward
+                comes first, then layer 0 backward, then layer 1. An LSTM takes the pair
+                (h_0, c_0); with projections h_0 has `proj_size` columns.
+
+        Returns:
+            y [T, B, directions * H] in the layout of `input`, and h_n of the shape of `hx`; an
+            LSTM returns (h_n, c_n).
+        """
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx)
+        _checks.tensor(self._name, "input", input)
+        axes = "B, T, I" if self.batch_first else "T, B, I"
+        _checks.rank(self._name, "input", input, axes, "T, I")
+        batched = input.dim() == 3
+        sizes = (*input.shape[:-1], self.input_size)
+        _checks.shape(self._name, "input", input, axes if batched else "T, I", sizes)
+        (x,) = _autocast.cast(input)
+        if not batched:
+            x = x[:, None]
+        elif self.batch_first:
+            x = x.transpose(0, 1)
+        states = self._first_states(hx, x, x.shape[1], batched)
+        x, states = self._run(x, states, None)
+        if not batched:
+            return x[:, 0], self._returned([t[:, 0] for t in states])
+        return x.transpose(0, 1) if self.batch_first else x, self._returned(states)
+
+    def _packed(self, input: PackedSequence, hx: Any) -> Any:
+        """`forward` of a PackedSequence. Its rows may be sorted: then hx and h_n are not."""
+        data, batch_sizes, order, place = input
+        _checks.tensor(self._name, "input.data", data)
+        _checks.rank(self._name, "input.data", data, "N, I")
+        _checks.shape(self._name, "input.data", data, "N, I", (data.shape[0], self.input_size))
+        sizes = _checks.batch_sizes(self._name, batch_sizes, data.shape[0])
+        (data,) = _autocast.cast(data)
+        states = self._first_states(hx, data, sizes[0], True)
+        if states is not None and order is not None:
+            states = [t.index_select(1, order) for t in states]
+        y, states = self._run(data, states, sizes)
+        if place is not None:
+            states = [t.index_select(1, place) for t in states]
+        return PackedSequence(y, batch_sizes, order, place), self._returned(states)
+
+    def _first_states(self, hx: Any, x: Tensor, B: int, batched: bool) -> list[Tensor] | None:
+        """`hx` checked, each of its tensors [layers * directions, B, .]."""
+        if hx is None:
+            return None
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        found = []
+        for name, letter, width, state in self._named(hx):
+            _checks.tensor(self._name, name, state)
+            (state,) = _autocast.cast(state)
+            _checks.tensor(self._name, name, state, x)
+            axes, sizes = f"layers * directions, {letter}", (count, width)
+            if batched:
+                axes, sizes = f"layers * directions, B, {letter}", (count, B, width)
+            _checks.shape(self._name, name, state, axes, sizes)
+            found.append(state if batched else state[:, None])
+        return found
+
+    def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
+        """The tensors of `hx`, each with its name, its last axis and the size of that."""
+        return [("hx", "H", self.hidden_size, hx)]
+
+    def _returned(self, states: list[Tensor]) -> Any:
+        """The last states as the layer returns them."""
+        return states[0]
+
+    def _run(
+        self, x: Tensor, first: list[Tensor] | None, batch_sizes: tuple[int, ...] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers on x [T, B, I], or on the rows [N, I] with `batch_sizes` -> y, last states."""
+        directions = 2 if self.bidirectional else 1
+        last: list[States] = []
+        for layer in range(self.num_layers):
+            if layer:
+                x = torch.nn.functional.dropout(x, self.dropout, self.training)
+            sides = []
+            for reverse in range(directions):
+                states = None if first is None else tuple(t[len(last)] for t in first)
+                weights = self._weights(layer, reverse)
+                y, states = self._layer(x, weights, states, bool(reverse), batch_sizes)
+                sides.append(y)
+                last.append(states)
+            x = sides[0] if directions == 1 else torch.cat(sides, -1)
+        return x, [torch.stack(parts) for parts in zip(*last, strict=True)]
+
+    def _layer(
+        self,
+        x: Tensor,
+        weights: list[Tensor | None],
+        states: States | None,
+        reverse: bool,
+        batch_sizes: tuple[int, ...] | None,
+    ) -> tuple[Tensor, States]:
+        """One layer and direction -> y and the states after its last step."""
+        raise NotImplementedError
+
+    def _weights(self, layer: int, reverse: int) -> list[Tensor | None]:
+        """w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction, by their names.
+
+        Not from torch's flat list: a parametrised weight is computed when its name is read.
+        """
+        suffix = f"_l{layer}_reverse" if reverse else f"_l{layer}"
+        names = (
+            ("weight_ih", True),
+            ("weight_hh", True),
+            ("bias_ih", self.bias),
+            ("bias_hh", self.bias),
+            ("weight_hr", self.proj_size > 0),
+        )
+        found = (getattr(self, name + suffix) if there else None for name, there in names)
+        return _autocast.cast(*found)
+
+
+def cell_arguments(cell: torch.nn.RNNCellBase, name: str, input: Any, *states: Any) -> list[Any]:
+    """The input, checked, the states and the weights of a cell, cast where autocast is on.
+
+    A step is so short that each microsecond before it counts.
+    """
+    if not isinstance(input, Tensor) or input.dim() not in (1, 2):
+        _checks.tensor(name, "input", input)
+        _checks.rank(name, "input", input, "B, I", "I")
+    if input.shape[-1] != cell.input_size:
+        axes = "B, I" if input.dim() == 2 else "I"
+        _checks.shape(name, "input", input, axes, (*input.shape[:-1], cell.input_size))
+    # A parametrised weight is no entry of the dictionary: it is computed when its name is read.
+    plain = cell._parameters
+    weights = (
+        plain[weight] if weight in plain else getattr(cell, weight)
+        for weight in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    arguments = [input, *states, *weights]
+    return _autocast.cast(*arguments) if torch.is_autocast_enabled(input.device.type) else arguments

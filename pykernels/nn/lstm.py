@@ -1,0 +1,67 @@
+"""`LSTM` and `LSTMCell` with the interface of torch.nn, over `functional.lstm` and `lstm_cell`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import _checks, functional
+from pykernels.nn._recurrent import Layers, States, cell_arguments
+
+
+class LSTM(Layers, torch.nn.LSTM):
+    r"""`torch.nn.LSTM` on fused kernels; the equations stand at `functional.lstm`.
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTM`: layers,
+    directions, dropout between layers, `batch_first`, projections (`proj_size`), unbatched input,
+    PackedSequence. One thing differs: an empty sequence (T = 0), which torch refuses, returns `hx`
+    as `(h_n, c_n)`.
+    """
+
+    _name = "LSTM"
+
+    def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
+        _checks.pair("LSTM", "hx", hx, "(h_0, c_0)")
+        letter, width = ("R", self.proj_size) if self.proj_size else ("H", self.hidden_size)
+        return [("hx[0]", letter, width, hx[0]), ("hx[1]", "H", self.hidden_size, hx[1])]
+
+    def _returned(self, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        h_n, c_n = states
+        return h_n, c_n
+
+    def _layer(
+        self,
+        x: Tensor,
+        weights: list[Tensor | None],
+        states: States | None,
+        reverse: bool,
+        batch_sizes: tuple[int, ...] | None,
+    ) -> tuple[Tensor, States]:
+        *weights, w_hr = weights
+        h0, c0 = (None, None) if states is None else states
+        return functional.lstm(
+            x, *weights, h0, c0, w_hr=w_hr, batch_sizes=batch_sizes, reverse=reverse
+        )
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`."""
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run one step.
+
+        Args:
+            input: x [B, I] or [I].
+            hx: the state and the cell state before, (h, c), each [B, H] or [H]; zeros by default.
+
+        Returns:
+            ``(h, c)`` after the step, each [B, H] or [H].
+        """
+        if hx is not None:
+            _checks.pair("LSTMCell", "hx", hx, "(h, c)")
+        input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
+        return functional.lstm_cell(input, None if hx is None else (h, c), *weights)

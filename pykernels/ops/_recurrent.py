@@ -1,0 +1,208 @@
+"""What the recurrent ops share: the checks of their arguments, one step, and ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import _backends, _checks
+from pykernels.ops import _autograd
+
+#: Rows of the weights by the number of gates, as errors name them.
+_ROWS = {1: "H", 3: "3H", 4: "4H"}
+_WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
+_NONE: frozenset[str] = frozenset()
+
+Function = type[torch.autograd.Function]
+
+
+def features(ragged: bool, projection: bool) -> frozenset[str]:
+    """The optional features that a call asks of a backend."""
+    if not (ragged or projection):
+        return _NONE
+    asked = {"ragged": ragged, "projection": projection}
+    return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
+def check_input(
+    op: str, x: Any, lengths: Any, batch_sizes: Any
+) -> tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """`x` and how long its sequences are -> B, the lengths, the batch sizes.
+
+    Lengths that leave out no step come back as None.
+    """
+    _checks.tensor(op, "x", x)
+    _checks.floating(op, "x", x)
+    if batch_sizes is not None:
+        if lengths is not None:
+            _checks.fail(op, "lengths", "None where `batch_sizes` is given", lengths)
+        _checks.rank(op, "x", x, "N, I")
+        batch_sizes = _checks.batch_sizes(op, batch_sizes, x.shape[0])
+        return batch_sizes[0], None, batch_sizes
+    _checks.rank(op, "x", x, "T, B, I")
+    T, B, _ = x.shape
+    if lengths is not None:
+        lengths = _checks.lengths(op, lengths, T, B)
+        if all(length == T for length in lengths):
+            lengths = None
+    return B, lengths, None
+
+
+def check_tensors(
+    op: str,
+    gates: int,
+    x: Tensor,
+    weights: Sequence[Any],
+    states: Sequence[Any],
+    names: Sequence[str],
+) -> tuple[int, int]:
+    """All tensors but x, and the sizes of the weights -> H and R.
+
+    Written for speed, as a step is so short: a message is worded only where a check has failed.
+
+    Args:
+        op: what errors call the op.
+        gates: how many it has.
+        x: the input, [..., I].
+        weights: w_ih, w_hh, b_ih, b_hh and, if there is a projection, w_hr.
+        states: the first states, whose sizes are left to `_checks.shape`.
+        names: what errors call the states.
+    """
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights if len(weights) == 5 else (*weights, None)
+    if w_ih is None or w_hh is None:
+        _checks.tensor(op, "w_ih", w_ih)
+        _checks.tensor(op, "w_hh", w_hh)
+    _checks.alike(op, x, (*_WEIGHTS[: len(weights)], *names), (*weights, *states))
+    G, I = _ROWS[gates], x.shape[-1]
+    if w_hr is None:
+        _checks.rank(op, "w_hh", w_hh, "H, H" if gates == 1 else f"{G}, H")
+        H = R = max(w_hh.shape) // gates  # the longer side, should the matrix lie transposed
+    else:
+        _checks.rank(op, "w_hr", w_hr, "R, H")
+        R, H = w_hr.shape
+    if I < 1 or H < 1 or R < 1:
+        for name, size in (("input size", I), ("hidden size", H), ("projection size", R)):
+            _checks.positive(op, name, size)
+    rows = gates * H
+    if w_hh.shape != (rows, R):
+        _checks.shape(op, "w_hh", w_hh, f"{G}, {'H' if w_hr is None else 'R'}", (rows, R))
+    if w_ih.shape != (rows, I):
+        _checks.shape(op, "w_ih", w_ih, f"{G}, I", (rows, I))
+    if b_ih is not None and b_ih.shape != (rows,):
+        _checks.shape(op, "b_ih", b_ih, G, (rows,))
+    if b_hh is not None and b_hh.shape != (rows,):
+        _checks.shape(op, "b_hh", b_hh, G, (rows,))
+    return H, R
+
+
+def run(
+    op: str,
+    function: Function,
+    tensors: tuple[Any, ...],
+    options: dict[str, Any],
+    lengths: tuple[int, ...] | None,
+    batch_sizes: tuple[int, ...] | None,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """A whole sequence, of checked arguments.
+
+    Args:
+        op, function: the op and its Function.
+        tensors: x, w_ih, w_hh, b_ih, b_hh, h0; for an lstm c0 and w_hr too.
+        options: the op's own.
+        lengths, batch_sizes: as `check_input` returns them.
+        backend: as the caller asks.
+
+    Returns:
+        y, h_n; for an lstm c_n too, and all cell states if the options ask for them.
+    """
+    x, *weights = tensors[:5]
+    ragged = lengths is not None or batch_sizes is not None
+    projection = len(tensors) == 8 and tensors[7] is not None
+    chosen = _backends.select(op, backend, x.device, x.dtype, features(ragged, projection))
+    if lengths is None:
+        options["batch_sizes"] = batch_sizes
+        return _autograd.apply(function, op, chosen, options, tensors)
+    rows = _Rows(lengths, x.shape[0], x.device)
+    options["batch_sizes"] = rows.batch_sizes
+    states = (None if t is None else t.index_select(0, rows.order) for t in tensors[5:7])
+    packed = (rows.gather(x), *weights, *states, *tensors[7:])
+    y, h_n, *more = _autograd.apply(function, op, chosen, options, packed)
+    last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
+    return rows.scatter(y), *last, *map(rows.scatter, more[1:])
+
+
+def step(
+    op: str,
+    function: Function,
+    gates: int,
+    input: Any,
+    weights: tuple[Any, Any, Any, Any],
+    states: tuple[Any, ...],
+    names: tuple[str, ...],
+    options: dict[str, Any],
+    backend: str | None,
+) -> list[Tensor]:
+    """One step of `op`: what its cell does.
+
+    Args:
+        op, function: the op and its Function.
+        gates: how many the op has.
+        input: [B, I] or [I].
+        weights: w_ih, w_hh, b_ih, b_hh.
+        states: before the step, [B, H], or [H] as the input, or None.
+        names: what errors call the states.
+        options: all that the backend takes.
+        backend: as the caller asks.
+
+    Returns:
+        The states after the step.
+    """
+    cell = f"{op}_cell"
+    _checks.tensor(cell, "input", input)
+    _checks.floating(cell, "input", input)
+    _checks.rank(cell, "input", input, "B, I", "I")
+    H, _ = check_tensors(cell, gates, input, weights, states, names)
+    batched = input.dim() == 2
+    axes, sizes = ("B, H", (input.shape[0], H)) if batched else ("H", (H,))
+    for name, state in zip(names, states, strict=True):
+        if state is not None:
+            _checks.shape(cell, name, state, axes, sizes)
+    chosen = _backends.select(op, backend, input.device, input.dtype)
+    if not batched:
+        input = input[None]
+        states = tuple(None if state is None else state[None] for state in states)
+    projection = (None,) if op == "lstm" else ()
+    tensors = (input[None], *weights, *states, *projection)
+    _, *after = _autograd.apply(function, op, chosen, options, tensors)
+    return after if batched else [state[0] for state in after]
+
+
+class _Rows:
+    """The steps of a padded batch that count, as the rows of a PackedSequence.
+
+    The longest sequence comes first, so that those which reach a step are the first ones.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], T: int, device: torch.device) -> None:
+        """`lengths` are B numbers from 1 to T."""
+        self.T, self.B = T, len(lengths)
+        descending, order = torch.tensor(lengths).sort(descending=True, stable=True)
+        step = torch.arange(T)[:, None]
+        reached = step < descending  # [T, B]
+        self.batch_sizes = tuple(n for n in reached.sum(1).tolist() if n)
+        self.rows = (step * self.B + order)[reached].to(device)  # [N], out of T * B
+        self.order = order.to(device)  # [B]: which sequence is first, second, ...
+        self.place = order.argsort().to(device)  # [B]: and back
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[T, B, I] -> [N, I]; the gradient of a step that does not count is zero."""
+        return x.flatten(0, 1).index_select(0, self.rows)
+
+    def scatter(self, y: Tensor) -> Tensor:
+        """[N, H] -> [T, B, H], zeros where no step counts."""
+        padded = y.new_zeros(self.T * self.B, y.shape[1]).index_copy(0, self.rows, y)
+        return padded.unflatten(0, (self.T, self.B))
