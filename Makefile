@@ -40,6 +40,7 @@ test: setup ## Run the tests
 bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/product.py
 	@$(PY) benchmarks/run.py $(ARGS)
+	@$(PY) benchmarks/recurrent.py
 	@$(PY) benchmarks/errors.py
 	@$(PY) benchmarks/plot.py
 	@$(PY) benchmarks/readme.py

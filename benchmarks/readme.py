@@ -27,17 +27,22 @@ from pykernels.testing.specs import Spec
 README = Path(__file__).parent.parent / "README.md"
 NO_RESULTS = "No results are kept yet: `make bench` makes them."
 
+RECURRENT: dict[str, Callable[[Spec], bool]] = {
+    "backwards in time": lambda s: s.reverse,
+    "without bias": lambda s: not s.bias,
+    "initial state and its gradient": lambda s: s.h0,
+    "no step, or an empty batch": lambda s: s.t == 0 or s.b == 0,
+    "any strides": lambda s: s.layout != "contiguous",
+}
 #: What a spec must have to count as a case of the line.
 CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     "rnn": {
         "tanh": lambda s: s.nonlinearity == "tanh",
         "relu": lambda s: s.nonlinearity == "relu",
-        "backwards in time": lambda s: s.reverse,
-        "without bias": lambda s: not s.bias,
-        "initial state and its gradient": lambda s: s.h0,
-        "no step, or an empty batch": lambda s: s.t == 0 or s.b == 0,
-        "any strides": lambda s: s.layout != "contiguous",
+        **RECURRENT,
     },
+    "gru": RECURRENT,
+    "lstm": RECURRENT | {"all cell states": lambda s: s.return_cell_states},
     "attention": {
         "full": lambda s: not s.is_causal and s.mask is None,
         "causal": lambda s: s.is_causal,
@@ -51,6 +56,8 @@ CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     },
 }
 FEATURES = {
+    "ragged": "sequences of different lengths",
+    "projection": "projected state",
     "v_head_dim": "values of another head size",
     "large_head": "head dims above 256 (float64: 128)",
     "mask_grad": "gradient of the mask",
@@ -93,21 +100,30 @@ def support() -> str:
 
 
 def support_of(op: str) -> list[str]:
-    modules = {name: _backends.module(name, op) for name in _backends.BACKENDS}
-    lines = row(f"`{op}`", *(f"`{name}`" for name in modules), "cases", first=True)
-    lines += row("dtypes", *map(dtypes, modules.values()), "")
+    modules = [
+        _backends.module(name, op) if _backends.has(name, op) else None
+        for name in _backends.BACKENDS
+    ]
+
+    def served(cases: list[Spec]) -> list[str]:
+        return [
+            yes(module is not None and any(needs(spec) <= module.FEATURES for spec in cases))
+            for module in modules
+        ]
+
+    lines = row(f"`{op}`", *(f"`{name}`" for name in _backends.BACKENDS), "cases", first=True)
+    lines += row("dtypes", *map(dtypes, modules), "")
     for line, has in CAPABILITIES[op].items():
         cases = [spec for spec in SPECS[op] if has(spec)]
-        served = (
-            yes(any(needs(spec) <= module.FEATURES for spec in cases))
-            for module in modules.values()
-        )
-        lines += row(line, *served, len(cases))
-    known = frozenset().union(*(module.FEATURES for module in modules.values()))
-    for feature in (feature for feature in FEATURES if feature in known):
+        lines += row(line, *served(cases), len(cases))
+    features = [frozenset() if module is None else module.FEATURES for module in modules]
+    for feature in (feature for feature in FEATURES if feature in frozenset().union(*features)):
         cases = [spec for spec in SPECS[op] if feature in needs(spec)]
-        served = (yes(feature in module.FEATURES) for module in modules.values())
-        lines += row(FEATURES[feature], *served, len(cases) or "own test")
+        lines += row(
+            FEATURES[feature],
+            *(yes(feature in each) for each in features),
+            len(cases) or "own test",
+        )
     return lines
 
 
@@ -115,7 +131,9 @@ def needs(spec: Spec) -> frozenset[str]:
     return spec.features(torch.float32)
 
 
-def dtypes(module: ModuleType) -> str:
+def dtypes(module: ModuleType | None) -> str:
+    if module is None:
+        return "none yet"
     return ", ".join(name for name, dtype in DTYPES.items() if dtype in module.DTYPES)
 
 
@@ -132,15 +150,18 @@ def speed() -> str:
     for each in records.read(path):
         key = (each["shape"], each["dtype"], each["pass"])
         cases.setdefault(key, {})[each["implementation"]] = each
+    peers = any(by["ours"].get("best_peer") for by in cases.values())
     lines = row(
         "shape", "dtype", "pass", "ours, ms", "torch, ms", "reference, ms", "torch / ours",
-        "share of FMA floor", first=True,
+        *["best peer / ours"][:peers], "share of FMA floor", first=True,
     )  # fmt: skip
     for key, by in cases.items():
         ours = by["ours"]
         times = (f"{float(by[name]['median_ms']):.3g}" for name in ("ours", "torch", "reference"))
         share = f"{float(ours['fma_share']):.0%}" if ours["fma_share"] else "-"
-        lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", share)
+        best = ours.get("best_peer")
+        beside = [f"{float(ours['times_best_peer']):.2f} ({best})" if best else "-"][:peers]
+        lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", *beside, share)
     return "\n".join([picture("speed"), *lines, "", made_by(path, ours)])
 
 

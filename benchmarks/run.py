@@ -1,4 +1,4 @@
-"""Times our ops, stock torch and the naive reference on named shapes, in one run.
+"""Times our ops, stock torch, the naive reference and the peers on named shapes, in one run.
 
     python benchmarks/run.py                      every benchmark shape in float32
     python benchmarks/run.py --quick              a few shapes, briefly
@@ -10,6 +10,10 @@ timed, and the exit code is 1. The share of the FMA floor is the arithmetic of t
 `pykernels.cost`) at the rate of multiply-adds that registers alone reach, over the time taken. That
 rate is measured five times between the rounds; the best of the five counts, as whatever disturbs
 the measurement can only lower it, so the share is never flattered.
+
+The peers (`peers.py`: ONNX Runtime and OpenVINO, recurrent layers forward) have a process each and
+take part in the turns; one that is wrong by the same rule, or not installed, is left out with a
+word.
 """
 
 from __future__ import annotations
@@ -17,19 +21,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import peers
 import records
 import timing
 import torch
 from progress import make_console, progress
 from rich.table import Table
-from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting, full_precision
+from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting, fma_rate, full_precision
 
 from pykernels import _backends
 
 KEY = ("op", "shape", "pass", "dtype", "device", "threads", "implementation", "backend")
-FMA_SECONDS = 0.02
+#: What ours is measured by; the best of them is the best peer.
+RIVALS = ("torch", *peers.PEERS)
 
 Case = tuple[Setting, str]  # and the pass
 
@@ -48,13 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(cases)} cases on {common['gpu'] if options.device == 'cuda' else cpu}, "
         f"torch {common['torch']}; about {len(cases) * options.seconds:.0f} s and the checks"
     )
+    for missing in sorted({*options.peers} - {*peers.installed()}):
+        console.print(f"{missing} is not installed and left out; the extra [bench] has it")
     rows: list[records.Row] = []
     failures: list[str] = []
+    left_out: list[str] = []
     interrupted = False
     try:
         with progress(console, len(cases)) as advance:
             for case in checked(cases, failures, advance):
-                new = measure(case, options)
+                new = measure(case, options, left_out)
                 rows += [{**row, **common} for row in new]
                 advance(f"{name(case)}: {summary(new)}", 1)
     except KeyboardInterrupt:
@@ -63,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         records.merge(path, rows, KEY)
         console.print(table(rows))
         console.print(f"Rows written to {path}", soft_wrap=True)
+    for peer in left_out:
+        console.print(f"Left out: {peer}", markup=False, soft_wrap=True)
     for failure in failures:
         console.print(f"WRONG, not timed: {failure}", style="red", markup=False, soft_wrap=True)
     if interrupted:
@@ -82,6 +94,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="which dtypes")
     add("--passes", nargs="+", choices=PASSES, default=[*PASSES], help="which passes")
     add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
+    add("--peers", nargs="*", choices=peers.PEERS, default=[*peers.PEERS], help="which peers")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, help="to time one case (default: 4, with --quick 0.4)")
@@ -144,27 +157,60 @@ def checked(
             advance(f"{name(case)}: wrong results", 1)
 
 
-def measure(case: Case, options: argparse.Namespace) -> list[records.Row]:
-    """Times one case; a row for each implementation."""
+def measure(case: Case, options: argparse.Namespace, left_out: list[str]) -> list[records.Row]:
+    """Times one case; a row for each implementation. Why a peer has none goes to `left_out`."""
+    with ExitStack() as stack:
+        return measure_beside(start_peers(case, options, left_out, stack), case, options)
+
+
+def start_peers(
+    case: Case, options: argparse.Namespace, left_out: list[str], stack: ExitStack
+) -> dict[str, peers.Peer]:
+    """The peers whose results are right, until `stack` closes."""
+    setting, which = case
+    started = {}
+    for each in options.peers if setting.takes_peers(which) else ():
+        if each not in peers.installed():
+            continue
+        try:
+            peer = stack.enter_context(setting.peer(each, options.threads))
+        except (RuntimeError, EOFError) as error:
+            left_out.append(f"{each}, {setting.spec.name}: {error}")
+            continue
+        wrong = {what: found for what, found in setting.check_peer(peer).items() if not found.ok}
+        if not wrong:
+            started[each] = peer
+        left_out += [
+            f"{each}, {setting.spec.name} {what}: error {found.error:.2e}, "
+            f"allowed {found.limit:.2e}"
+            for what, found in wrong.items()
+        ]
+    return started
+
+
+def measure_beside(
+    started: dict[str, peers.Peer], case: Case, options: argparse.Namespace
+) -> list[records.Row]:
     setting, which = case
     rates: list[float] = []
     cpu = options.device == "cpu"
 
-    def fma_rate() -> None:
-        if cpu and _backends.available("cpp") is None:
-            kind = "float64" if setting.dtype == "float64" else "float32"  # 16 bits compute in it
-            extension = _backends.load_extension()
-            rates.append(extension.fma_rate(kind, options.threads, FMA_SECONDS))
+    def fma() -> None:
+        if cpu:
+            rates.extend(fma_rate(setting.dtype, options.threads))
 
     timed = timing.interleave(
         setting.calls(which),
         options.seconds,
         slow=["reference"],
+        apart={each: peer.seconds for each, peer in started.items()},
         rounds=3 if options.quick else 5,
-        between=fma_rate,
+        between=fma,
         synchronize=(lambda: None) if cpu else torch.cuda.synchronize,
     )
     flops = setting.flops(which)
+    others = {each: samples.median for each, samples in timed.items() if each in RIVALS}
+    best = min(others, key=others.get)
     rows = []
     for each, samples in timed.items():
         low, high = samples.quartiles
@@ -184,6 +230,9 @@ def measure(case: Case, options: argparse.Namespace) -> list[records.Row]:
                 "samples": str(len(samples.seconds)),
                 "calls_a_sample": str(samples.calls),
                 "times_torch": f"{timed['torch'].median / samples.median:.4g}",
+                "best_peer": best,
+                "times_best_peer": f"{others[best] / samples.median:.4g}",
+                "peer_version": peers.installed().get(each, ""),
                 "gflop": f"{flops / 1e9:.5g}",
                 "gflop_per_s": f"{flops / samples.median / 1e9:.4g}",
                 "fma_gflop_per_s": f"{max(rates) / 1e9:.4g}" if rates else "",
@@ -218,6 +267,10 @@ def spread(row: records.Row) -> str:
     return f"{(float(row['q3_ms']) - float(row['q1_ms'])) / float(row['median_ms']):.0%}"
 
 
+def coloured(ratio: float) -> str:
+    return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]"
+
+
 def table(rows: list[records.Row]) -> Table:
     """One line a case; the dtype is named where there are several."""
     drawn = Table(caption="times in ms: the median, and how wide the middle half of the samples is")
@@ -228,22 +281,28 @@ def table(rows: list[records.Row]) -> Table:
     several = len({row["dtype"] for row in rows}) > 1
     drawn.add_column("shape", overflow="fold")
     drawn.add_column("pass")
-    for column in ("ours", "", "torch", "", "reference", "", "torch / ours", "of FMA floor"):
+    shown = [
+        each
+        for each in (*IMPLEMENTATIONS, *peers.PEERS)
+        if any(row["implementation"] == each for row in rows)
+    ]
+    for column in (*shown, "torch / ours", "best peer / ours", "of FMA floor"):
         drawn.add_column(column, justify="right")
     before = None
     for (op, shape, dtype, which), by in cases.items():
         if before not in (None, op):
             drawn.add_section()
         before = op
-        ratio, share = float(by["ours"]["times_torch"]), by["ours"]["fma_share"]
+        share = by["ours"]["fma_share"]
         times = [
-            cell for each in IMPLEMENTATIONS for cell in (milliseconds(by[each]), spread(by[each]))
+            f"{milliseconds(by[each])} ({spread(by[each])})" if each in by else "-"
+            for each in shown
         ]
         drawn.add_row(
             f"{shape} {dtype}" if several else shape,
             which,
             *times,
-            f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]",
+            *(coloured(float(by["ours"][ratio])) for ratio in ("times_torch", "times_best_peer")),
             f"{float(share):.0%}" if share else "-",
         )
     return drawn

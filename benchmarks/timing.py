@@ -1,7 +1,8 @@
-"""How it is timed: every implementation in turn, round after round, in one process."""
+"""How it is timed: every implementation in turn, round after round."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
@@ -40,6 +41,7 @@ def interleave(
     seconds: float,
     *,
     slow: Iterable[str] = (),
+    apart: Mapping[str, Callable[[int], float]] | None = None,
     rounds: int = 5,
     between: Callable[[], object] = lambda: None,
     synchronize: Callable[[], object] = lambda: None,
@@ -53,13 +55,20 @@ def interleave(
         calls: by name; each runs twice before the first sample, to warm up and to be sized.
         seconds: for all of them together.
         slow: the names that stand back when they have had `SLOW_SHARE` of the time.
+        apart: those of other processes, by name; they take a number of calls and return the
+            seconds. This process sleeps meanwhile: whoever follows runs once before it is timed.
         rounds: at least as many, whatever they take.
         between: is called before each fifth of the time, to measure what the machine can do.
         synchronize: waits until the device has done what it was given.
     """
-    samples = {name: Samples(_calls_a_sample(call, synchronize)) for name, call in calls.items()}
-    spent = dict.fromkeys(calls, 0.0)
-    names, stand_back = list(calls), set(slow)
+    apart = apart or {}
+
+    def take(name: str, count: int) -> float:
+        return apart[name](count) if name in apart else _time(calls[name], count, synchronize)
+
+    names, stand_back = [*calls, *apart], set(slow)
+    samples = {name: Samples(_calls_a_sample(functools.partial(take, name))) for name in names}
+    spent, asleep = dict.fromkeys(names, 0.0), False
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -74,8 +83,11 @@ def interleave(
             for name in names[first:] + names[:first]:
                 if name in stand_back and turn and spent[name] > SLOW_SHARE * elapsed:
                     continue
+                if asleep and name in calls:
+                    take(name, 1)
+                asleep = name in apart
                 count = samples[name].calls
-                took = _time(calls[name], count, synchronize)
+                took = take(name, count)
                 spent[name] += took
                 samples[name].seconds.append(took / count)
             elapsed = time.perf_counter() - start
@@ -86,9 +98,9 @@ def interleave(
     return samples
 
 
-def _calls_a_sample(call: Callable[[], object], synchronize: Callable[[], object]) -> int:
-    call()
-    once = _time(call, 1, synchronize)
+def _calls_a_sample(take: Callable[[int], float]) -> int:
+    take(1)
+    once = take(1)
     return max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
 

@@ -6,18 +6,26 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import peers
 import torch
 from torch import Tensor
 
 from pykernels import __main__ as about
-from pykernels import cost, functional
+from pykernels import _backends, cost, functional
 from pykernels.testing import evaluate, stock
-from pykernels.testing.specs import ATTENTION_SPECS, RNN_SPECS, Spec
+from pykernels.testing.specs import ATTENTION_SPECS, GRU_SPECS, LSTM_SPECS, RNN_SPECS, Spec
 from pykernels.testing.tolerance import Measured, measure
 
-SPECS: dict[str, list[Spec]] = {"rnn": [*RNN_SPECS], "attention": [*ATTENTION_SPECS]}
+SPECS: dict[str, list[Spec]] = {
+    "rnn": [*RNN_SPECS],
+    "gru": [*GRU_SPECS],
+    "lstm": [*LSTM_SPECS],
+    "attention": [*ATTENTION_SPECS],
+}
+RECURRENT = ("rnn", "gru", "lstm")
 IMPLEMENTATIONS = ("ours", "torch", "reference")
 PASSES = ("forward", "forward+backward")
+FMA_SECONDS = 0.02
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
@@ -25,6 +33,14 @@ def full_precision() -> None:
     """float32 means float32: cuDNN's recurrent layers would round it to TF32 by default."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def fma_rate(dtype: str, threads: int) -> list[float]:
+    """Floating-point operations a second that registers alone reach; empty without C++ kernels."""
+    if _backends.available("cpp") is not None:
+        return []
+    kind = "float64" if dtype == "float64" else "float32"  # 16 bits compute in it
+    return [_backends.load_extension().fma_rate(kind, threads, FMA_SECONDS)]
 
 
 @dataclass(frozen=True)
@@ -47,8 +63,31 @@ class Setting:
             for name in truth
         }
 
+    def takes_peers(self, which: str) -> bool:
+        """Whether `peers` know how to run this: a recurrent layer, forward, float32, on the CPU."""
+        return (
+            self.spec.op in RECURRENT
+            and (which, self.dtype, self.device) == ("forward", "float32", "cpu")
+            and not self.spec.features(DTYPES[self.dtype])
+        )
+
+    def peer(self, name: str, threads: int) -> peers.Peer:
+        """Another library's layer on the same inputs, in its own process."""
+        inputs = self.spec.inputs(DTYPES[self.dtype])
+        arrays = {n: t.numpy() for n, t in inputs.items()}
+        return peers.Peer(name, self.spec.op, arrays, self.spec.options, threads)
+
+    def check_peer(self, peer: peers.Peer) -> dict[str, Measured]:
+        """`check` of a peer's outputs."""
+        spec, dtype = self.spec, DTYPES[self.dtype]
+        truth, stocks = evaluate.truth(spec, dtype), evaluate.stock(spec, dtype)
+        return {
+            name: measure(torch.from_numpy(output), truth[name], stocks[name], dtype)
+            for name, output in zip(spec.outputs, peer.outputs, strict=True)
+        }
+
     def backend_of(self, implementation: str) -> str:
-        """The backend behind an implementation's calls; empty for stock torch."""
+        """The backend behind an implementation's calls; empty for stock torch and the peers."""
         if implementation != "ours":
             return "reference" if implementation == "reference" else ""
         device, dtype = torch.device(self.device), DTYPES[self.dtype]
@@ -82,8 +121,10 @@ class Setting:
 
 def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:
     """The cost of one call of `spec`."""
-    if spec.op == "rnn":
-        rest = {"bias": spec.bias, "initial_state": spec.h0}
+    if spec.op in RECURRENT:
+        rest = {"bias": spec.bias, "initial_state": spec.h0, "lengths": spec.lengths}
+        if spec.op == "lstm":
+            rest["proj_size"] = spec.proj_size
     else:
         rest = {"is_causal": spec.is_causal}
     return getattr(cost, spec.op)(**spec.sizes, **rest, itemsize=itemsize, which=which)
@@ -92,7 +133,7 @@ def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:
 def _forward(function: Callable, inputs: dict[str, Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     @torch.no_grad()
     def forward() -> tuple[Tensor, ...]:
-        return _tuple(function(**inputs))
+        return evaluate.flat(function(**inputs))
 
     return forward
 
@@ -103,11 +144,7 @@ def _both(
     leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if n != "attn_mask"}
 
     def both() -> tuple[Tensor, ...]:
-        outputs = _tuple(function(**{**inputs, **leaves}))
+        outputs = evaluate.flat(function(**{**inputs, **leaves}))
         return torch.autograd.grad(outputs, list(leaves.values()), upstream)
 
     return both
-
-
-def _tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
