@@ -8,10 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from pykernels import _backends, functional
 from pykernels.testing import evaluate, specs
 from pykernels.testing.specs import HUGE_STRIDE
+
+# T, B, I, H of drawn recurrent specs. I and H not from one: the few numbers of a tiny tensor may all
+# nearly cancel, and the rule bounds the error by their size; with H = 1 in float32 the C++ kernels
+# break it at some seeds, and at fewer the reference. The named specs of one unit are run all the same.
+RECURRENT_SIZES = st.tuples(
+    st.integers(1, 12), st.integers(1, 20), st.integers(4, 40), st.integers(8, 70)
+)
 
 ALL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EXACT = (torch.float32, torch.float64)

@@ -39,7 +39,7 @@ def test_each_gradient_alone(spec, backend):
 @pytest.mark.parametrize(
     ("spec", "backend"),
     cases.some(
-        ["rnn-plain", "rnn-relu", "rnn-t1", "rnn-h300", "rnn-strided", "rnn-offset"],
+        ["rnn-plain", "rnn-relu", "rnn-t1", "rnn-h300", "rnn-rows", "rnn-strided", "rnn-offset"],
         ["rnn-plain", "rnn-transposed"],
     ),
 )
@@ -94,10 +94,7 @@ def test_concurrent_calls(count, threads):
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    # Not from one: the few numbers of a tiny tensor may all nearly cancel, and the rule bounds the
-    # error by their size. With H = 1, of 200 seeds up to 3 break it on the reference and 8 to 31 on
-    # the C++ kernels, whose tanh and sigmoid err more than torch's.
-    sizes=st.tuples(st.integers(1, 12), st.integers(1, 20), st.integers(4, 40), st.integers(8, 70)),
+    sizes=cases.RECURRENT_SIZES,
     bias=st.booleans(),
     h0=st.booleans(),
     nonlinearity=st.sampled_from(["tanh", "relu"]),

@@ -113,7 +113,7 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
                               int64_t left_row, const T* packed, const Fetch& fetch,
                               const Finish& finish) {
   constexpr int64_t width = kPanel<T>;
-  alignas(kCacheLine) T tile[std::max(kStepRows, kTileRows * int64_t{4}) * kGates * width];
+  alignas(kCacheLine) T tile[kStepRows * kGates * width];
   if (!left) depth = 0;
   const int64_t panel_size = depth * width;
   for (int64_t row = rows.begin; row < rows.end; row += kStepRows) {

@@ -5,7 +5,6 @@
 // then the large products dx, dW_ih, dW_hh over all steps at once.
 #pragma once
 
-#include <array>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -271,7 +270,6 @@ class ForwardPass {
 
 // Where a cell finds itself on the way back.
 struct BackwardStep {
-  int64_t step;              // of the walk back
   int64_t first;             // row of all rows at which the step's rows begin
   int64_t carried;           // rows that had a step after this one; the others' last step this was
   int64_t before, n_before;  // the first row of the step before, and rows of it that were in it
@@ -337,7 +335,7 @@ class BackwardPass {
     const int64_t all_blocks = ceil_div(n_.H, kPanel<T>), all_out = ceil_div(n_.R, kPanel<T>);
     for (int64_t s = 0; s < n_.T && !share.idle(); ++s) {
       const int64_t s_forward = n_.T - 1 - s;
-      const BackwardStep step{s, walk_.first(s), walk_.carried(s),
+      const BackwardStep step{walk_.first(s), walk_.carried(s),
                               s_forward > 0 ? forward.first(s_forward - 1) : 0,
                               forward.carried(s_forward)};
       const Range rows = share.rows(s), out_blocks = share.blocks(all_out);
@@ -380,11 +378,10 @@ class BackwardPass {
     if (first_.get()) {
       first = first_.get();
       first_row = kGates * n_.H;
-      for (int64_t s = 0; s < n_.T; ++s)
+      for (int64_t s = 0; s < n_.T && team.rank == 0; ++s)
         for (int64_t b = forward.carried(s); b < forward.rows(s); ++b)
-          if (team.rank == 0)
-            std::copy_n(delta_.get() + (forward.first(s) + b) * row_size, first_row,
-                        first_.get() + b * first_row);
+          std::copy_n(delta_.get() + (forward.first(s) + b) * row_size, first_row,
+                      first_.get() + b * first_row);
       share.meet();
       if (share.idle()) return;
     }
