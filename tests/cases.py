@@ -14,9 +14,9 @@ from pykernels import _backends, functional
 from pykernels.testing import evaluate, specs
 from pykernels.testing.specs import HUGE_STRIDE
 
-# T, B, I, H of drawn recurrent specs. I and H not from one: the few numbers of a tiny tensor may all
-# nearly cancel, and the rule bounds the error by their size; with H = 1 in float32 the C++ kernels
-# break it at some seeds, and at fewer the reference. The named specs of one unit are run all the same.
+# T, B, I, H of drawn recurrent specs. I and H not from one: the few numbers of a tiny tensor may
+# all nearly cancel, and the rule bounds the error by their size; with H = 1 in float32 the C++
+# kernels break it at some seeds, and at fewer the reference. The named specs have sizes of one.
 RECURRENT_SIZES = st.tuples(
     st.integers(1, 12), st.integers(1, 20), st.integers(4, 40), st.integers(8, 70)
 )

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -37,8 +38,8 @@ PK_INLINE Range split(int64_t n, int64_t block, int64_t parts, int64_t index) {
 // Meets in about 0.1 us when every thread has a core. It spins: recurrences wait here once a step.
 class Barrier {
  public:
-  // Returns once all threads are here. A thread that waits long, time and again, has no core for
-  // some other thread: from the next meeting on the team is crowded.
+  // Returns once all threads are here. A thread that waits for long, time and again, has no core
+  // for some other thread: from the next meeting on the team is crowded.
   void wait(int threads) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
@@ -46,15 +47,16 @@ class Barrier {
       phase_.store(phase + 1, std::memory_order_release);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < kSpins) {
-        spin_pause();
-      } else {
-        std::this_thread::yield();  // more threads than cores: let the late one run
-      }
-      if (spins == kSpins && late_.fetch_add(1, std::memory_order_relaxed) + 1 == kLate)
-        crowded_from_.store(phase + 2, std::memory_order_relaxed);
+    const auto met = [&] { return phase_.load(std::memory_order_acquire) != phase; };
+    for (int spins = 0; spins < kSpins; ++spins) {
+      if (met()) return;
+      spin_pause();
     }
+    const auto start = std::chrono::steady_clock::now();
+    while (!met()) std::this_thread::yield();  // more threads than cores: let the late one run
+    if (std::chrono::steady_clock::now() - start > kLong &&
+        late_.fetch_add(1, std::memory_order_relaxed) + 1 == kLate)
+      crowded_from_.store(phase + 2, std::memory_order_relaxed);
   }
 
   // Whether threads lack cores: the same answer in every thread between two meetings.
@@ -64,6 +66,8 @@ class Barrier {
 
  private:
   static constexpr int kSpins = 512;
+  // More than the shares of a step differ by, less than the time slice of a thread without a core.
+  static constexpr std::chrono::microseconds kLong{200};
   static constexpr int kLate = 4;  // a thread loses its core now and then on an idle machine too
   alignas(kCacheLine) std::atomic<int> arrived_{0};
   alignas(kCacheLine) std::atomic<uint32_t> phase_{0};

@@ -58,6 +58,9 @@ class StepShare {
         by_rows_(!small_ && !walk.offsets && walk.B >= team.size * (kTileRows / 2)),
         alone_(small_ || (!by_rows_ && team.barrier->crowded())) {}
 
+  // Whether one thread runs every step because they are small, not for want of cores.
+  bool small() const { return small_; }
+  bool by_rows() const { return by_rows_; }
   // Whether this thread has nothing to do, now and in the steps to come.
   bool idle() const { return alone_ && team_.rank > 0; }
   Range rows(int64_t step) const {
@@ -81,10 +84,18 @@ class StepShare {
   bool alone_;
 };
 
-// Floats that pack_gates writes for `gates` gates of `units` units.
+// Floats that pack_gates writes for `gates` gates of `units` units. With depth 1, the size of a row
+// of gates in blocks.
 template <class T>
 PK_INLINE int64_t gates_size(int64_t gates, int64_t units, int64_t depth) {
   return ceil_div(units, kPanel<T>) * gates * depth * kPanel<T>;
+}
+
+// Where the first gate of a unit is in a row of gates in blocks; the next is kPanel further on.
+template <class T>
+PK_INLINE int64_t gate_at(int64_t gates, int64_t unit) {
+  const int64_t in_block = unit & (kPanel<T> - 1);
+  return (unit - in_block) * gates + in_block;
 }
 
 // W^T for w [gates * units, depth] of any strides, in blocks of units; this thread's share.
@@ -105,7 +116,7 @@ void pack_gates(const Team& team, View<S> w, int64_t gates, int64_t units, int64
 //                                        that of gate g is at product + g * kPanel
 //
 // and before the products of some units, fetch(row, unit) for each panel of them: what finish will
-// read lies a page apart from row to row, where the processor does not fetch ahead by itself.
+// read may lie a page apart from row to row, where the processor does not fetch ahead by itself.
 //
 // `left` is nullptr for zeros; its rows are `left_row` apart.
 template <class T, int kGates, class Fetch, class Finish>

@@ -11,32 +11,36 @@ namespace {
 
 template <class T>
 struct GruForwardCell {
-  static constexpr int kGates = 3;
+  static constexpr int kGates = 3, kBiases = 4;
   static constexpr T* unprojected = nullptr;
-  int64_t H, gate_row;
-  T* gates;       // [N, 4 H] where kept: r, z, n and hn
-  const T* bias;  // [3 H], without b_hn
-  const T* b_hn;  // [H]
-  const T* h0;    // [B, H] or nullptr
+  int64_t H;
+  T* gates;     // r, z, n and hn of all rows in blocks where kept, or nullptr
+  const T* h0;  // [B, H] or nullptr
 
   PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
-    for (int g = 0; g < 3; ++g) prefetch(step.gates + row * gate_row + g * H + unit);
+    const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
+    for (int g = 0; g < 3; ++g) prefetch(input + g * kPanel<T>);
   }
 
   PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
                          const T* product) const {
-    T* const gate = step.gates + row * gate_row + unit;
+    constexpr int64_t next = kPanel<T>;
+    const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
+    const T* const bias = step.bias + gate_at<T>(4, unit);
     const T* const before = row < step.carried ? step.before : h0;
     const vec<T> h = before ? load_n(before + row * H + unit, count) : vec<T>{};
-    const vec<T> r = sigmoid<T>(load_n(gate, count) + load(product));
-    const vec<T> z = sigmoid<T>(load_n(gate + H, count) + load(product + kPanel<T>));
-    const vec<T> hn = load(product + 2 * kPanel<T>) + load_n(b_hn + unit, count);
-    const vec<T> n = tanh<T>(load_n(gate + 2 * H, count) + r * hn);
+    const auto sum = [&](int g) {
+      return load(input + g * next) + load(product + g * next) + load(bias + g * next);
+    };
+    const vec<T> r = sigmoid<T>(sum(0)), z = sigmoid<T>(sum(1));
+    const vec<T> hn = load(product + 2 * next) + load(bias + 3 * next);
+    const vec<T> n = tanh<T>(load(input + 2 * next) + load(bias + 2 * next) + r * hn);
     if (gates) {
-      store_n(gate, r, count);
-      store_n(gate + H, z, count);
-      store_n(gate + 2 * H, n, count);
-      store_n(gate + 3 * H, hn, count);
+      T* const to = gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+      store(to, r);
+      store(to + next, z);
+      store(to + 2 * next, n);
+      store(to + 3 * next, hn);
     }
     return (1 - z) * n + z * h;
   }
@@ -49,22 +53,26 @@ struct GruBackwardCell {
   static constexpr int kGates = 3;
   static constexpr T* unprojected = nullptr;
   int64_t H, delta_row;
-  const T* gates;  // [N, 4 H], of the forward pass
+  const T* gates;  // of the forward pass
   const S* y;
   const S* h0;  // or nullptr
   T* carry;     // [B, H]: z dh of the step after; zeros at first
 
+  PK_INLINE const T* gates_of(const BackwardStep& step, int64_t row, int64_t unit) const {
+    return gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+  }
+
   PK_INLINE void fetch(const BackwardStep& step, int64_t row, int64_t unit) const {
-    for (int g = 0; g < 4; ++g) prefetch(gates + (step.first + row) * 4 * H + g * H + unit);
+    for (int g = 0; g < 4; ++g) prefetch(gates_of(step, row, unit) + g * kPanel<T>);
     prefetch(y + (step.before + row) * H + unit);
     prefetch(carry + row * H + unit);
   }
 
   PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
                        vec<T> dh, T* to) const {
-    const T* const gate = gates + (step.first + row) * 4 * H + unit;
-    const vec<T> r = load_n(gate, count), z = load_n(gate + H, count);
-    const vec<T> n = load_n(gate + 2 * H, count), hn = load_n(gate + 3 * H, count);
+    const T* const gate = gates_of(step, row, unit);
+    const vec<T> r = load(gate), z = load(gate + kPanel<T>);
+    const vec<T> n = load(gate + 2 * kPanel<T>), hn = load(gate + 3 * kPanel<T>);
     const S* const before = row < step.n_before ? y + (step.before + row) * H
                             : h0                ? h0 + row * H
                                                 : nullptr;
@@ -87,13 +95,8 @@ template <class S>
 void forward(int threads, const RecurrentForward<S>& p, compute_t<S>* gates) {
   using T = compute_t<S>;
   const int64_t H = p.sizes.H;
-  const Scratch<T> bias(3 * H), b_hn(H);
-  add_biases(p, 3 * H, 2 * H, bias.get());
-  for (int64_t i = 0; i < H; ++i) b_hn.get()[i] = p.b_hh ? widen(p.b_hh[2 * H + i]) : T(0);
   const Widened<T, S> h0(p.h0, p.sizes.B * H);
-  run_forward<S>(
-      threads, p,
-      GruForwardCell<T>{H, gates ? 4 * H : 3 * H, gates, bias.get(), b_hn.get(), h0.get()});
+  run_forward<S>(threads, p, GruForwardCell<T>{H, gates, h0.get()});
 }
 
 template <class S>

@@ -12,31 +12,34 @@ namespace {
 // What an lstm keeps of a forward pass for the backward pass, each nullptr where it is not wanted.
 template <class T>
 struct LstmKept {
-  T* gates;        // [N, 4 H]: i, f, g, o
+  T* gates;        // i, f, g, o of all rows in blocks
   T* cells;        // [N, H]: c_t
   T* unprojected;  // [N, H]: o tanh(c_t), where there is a projection
 };
 
 template <class T>
 struct LstmForwardCell {
-  static constexpr int kGates = 4;
-  int64_t H, gate_row;
+  static constexpr int kGates = 4, kBiases = 4;
+  int64_t H;
   T* gates;
-  const T* bias;
   T* unprojected;
   T* cells;  // or nullptr
   T* c;      // [B, H]: the cell of each sequence, c0 at first and c_n in the end
 
   PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
-    for (int g = 0; g < 4; ++g) prefetch(step.gates + row * gate_row + g * H + unit);
+    const T* const input = step.input + row * step.input_row + gate_at<T>(4, unit);
+    for (int g = 0; g < 4; ++g) prefetch(input + g * kPanel<T>);
     prefetch(c + row * H + unit);
   }
 
   PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
                          const T* product) const {
-    T* const gate = step.gates + row * gate_row + unit;
+    constexpr int64_t next = kPanel<T>;
+    const int64_t at = gate_at<T>(4, unit);
+    const T* const input = step.input + row * step.input_row + at;
+    const T* const bias = step.bias + at;
     const auto sum = [&](int g) {
-      return load_n(gate + g * H, count) + load(product + g * kPanel<T>);
+      return load(input + g * next) + load(product + g * next) + load(bias + g * next);
     };
     const vec<T> i = sigmoid<T>(sum(0)), f = sigmoid<T>(sum(1));
     const vec<T> g = tanh<T>(sum(2)), o = sigmoid<T>(sum(3));
@@ -44,10 +47,11 @@ struct LstmForwardCell {
     const vec<T> now = f * load_n(cell, count) + i * g;
     store_n(cell, now, count);
     if (gates) {
-      store_n(gate, i, count);
-      store_n(gate + H, f, count);
-      store_n(gate + 2 * H, g, count);
-      store_n(gate + 3 * H, o, count);
+      T* const to = gates + (step.first + row) * gates_size<T>(4, H, 1) + at;
+      store(to, i);
+      store(to + next, f);
+      store(to + 2 * next, g);
+      store(to + 3 * next, o);
     }
     if (cells) store_n(cells + (step.first + row) * H + unit, now, count);
     return o * tanh<T>(now);
@@ -63,9 +67,13 @@ struct LstmBackwardCell {
   const S* dcells;                       // [N, H] or nullptr for zeros
   T* dc;  // [B, H]: of the cell after a step; dc_n at first and dc0 in the end
 
+  PK_INLINE const T* gates_of(const BackwardStep& step, int64_t row, int64_t unit) const {
+    return gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+  }
+
   PK_INLINE void fetch(const BackwardStep& step, int64_t row, int64_t unit) const {
     const int64_t at = step.first + row;
-    for (int g = 0; g < 4; ++g) prefetch(gates + at * 4 * H + g * H + unit);
+    for (int g = 0; g < 4; ++g) prefetch(gates_of(step, row, unit) + g * kPanel<T>);
     prefetch(cells + at * H + unit);
     prefetch(cells + (step.before + row) * H + unit);
     prefetch(dc + row * H + unit);
@@ -74,9 +82,9 @@ struct LstmBackwardCell {
   PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
                        vec<T> dh, T* to) const {
     const int64_t at = (step.first + row) * H + unit;
-    const T* const gate = gates + (step.first + row) * 4 * H + unit;
-    const vec<T> i = load_n(gate, count), f = load_n(gate + H, count);
-    const vec<T> g = load_n(gate + 2 * H, count), o = load_n(gate + 3 * H, count);
+    const T* const gate = gates_of(step, row, unit);
+    const vec<T> i = load(gate), f = load(gate + kPanel<T>);
+    const vec<T> g = load(gate + 2 * kPanel<T>), o = load(gate + 3 * kPanel<T>);
     const T* const before = row < step.n_before ? cells + (step.before + row) * H
                             : c0                ? c0 + row * H
                                                 : nullptr;
@@ -106,13 +114,10 @@ void forward(int threads, const RecurrentForward<S>& p, const S* c0, S* c_n,
              const LstmKept<compute_t<S>>& kept) {
   using T = compute_t<S>;
   const int64_t H = p.sizes.H, states = p.sizes.B * H;
-  const Scratch<T> bias(4 * H);
-  add_biases(p, 4 * H, 4 * H, bias.get());
   const Result<T, S> c(c_n, states);
   fill_from(c0, states, c.get());
-  run_forward<S>(
-      threads, p,
-      LstmForwardCell<T>{H, 4 * H, kept.gates, bias.get(), kept.unprojected, kept.cells, c.get()});
+  run_forward<S>(threads, p,
+                 LstmForwardCell<T>{H, kept.gates, kept.unprojected, kept.cells, c.get()});
   c.narrow_share(Team{0, 1, nullptr});
 }
 

@@ -32,8 +32,10 @@ struct RecurrentForward {
   const S* b_hh;  // [G H] or nullptr
   const S* h0;    // [B, R] or nullptr for zeros
   const S* w_hr;  // [R, H] or nullptr for none
-  S* y;           // [N, R], out
-  S* h_n;         // [B, R], out
+  // The weights and biases as pack_forward leaves them; nullptr to have that done in this call.
+  const compute_t<S>* packed;
+  S* y;    // [N, R], out
+  S* h_n;  // [B, R], out
 };
 
 // A gradient that is not wanted is nullptr.
@@ -124,15 +126,58 @@ void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, 
   }
 }
 
-// bias [all] = b_ih + b_hh, where b_hh joins the first `joined` values only.
-template <class T, class S>
-void add_biases(const RecurrentForward<S>& p, int64_t all, int64_t joined, T* bias) {
-  for (int64_t i = 0; i < all; ++i)
-    bias[i] = T(p.b_ih ? widen(p.b_ih[i]) : 0) + T(p.b_hh && i < joined ? widen(p.b_hh[i]) : 0);
+// Values between two rows of gates in blocks, `gates` cache lines to a block: at least `size`, and
+// such that the rows of a step do not all compete for the same few places in the first-level cache,
+// as rows a multiple of 2 KB apart do.
+template <class T>
+int64_t spread_rows(int64_t size, int64_t gates) {
+  return size * int64_t(sizeof(T)) % 2048 == 0 ? size + gates * kPanel<T> : size;
 }
 
 // For products whose finish reads nothing that would have to be fetched.
 constexpr auto nothing = [](int64_t, int64_t) {};
+
+// ---- packed weights -----------------------------------------------------------------------------
+
+// Where in one buffer the parts of a forward pass's packed weights are. Cell has
+//
+//   static kGates       gates of a unit
+//   static kBiases      biases of a unit: one a gate, b_ih + b_hh; where there is one more, the
+//   last
+//                       gate keeps its two apart, b_ih first
+template <class T, class Cell>
+struct PackedLayout {
+  int64_t w_ih, w_hh, w_hr, bias, size;
+
+  PackedLayout(const RecurrentSizes& n, bool projection) {
+    w_ih = 0;
+    w_hh = w_ih + gates_size<T>(Cell::kGates, n.H, n.I);
+    w_hr = w_hh + gates_size<T>(Cell::kGates, n.H, n.R);
+    bias = w_hr + (projection ? gates_size<T>(1, n.R, n.H) : 0);
+    size = bias + gates_size<T>(Cell::kBiases, n.H, 1);
+  }
+};
+
+// This thread's share of packing the weights of `p` for forward passes of Cell.
+template <class Cell, class T, class S>
+void pack_forward(const Team& team, const RecurrentForward<S>& p, T* to) {
+  constexpr int kGates = Cell::kGates, kBiases = Cell::kBiases;
+  const RecurrentSizes& n = p.sizes;
+  const PackedLayout<T, Cell> at(n, p.w_hr);
+  pack_gates<T>(team, View<S>{p.w_ih, n.I, 1}, kGates, n.H, n.I, to + at.w_ih);
+  pack_gates<T>(team, View<S>{p.w_hh, n.R, 1}, kGates, n.H, n.R, to + at.w_hh);
+  if (p.w_hr) pack_gates<T>(team, View<S>{p.w_hr, n.H, 1}, 1, n.R, n.H, to + at.w_hr);
+  if (team.rank > 0) return;
+  for (int gate = 0; gate < kBiases; ++gate) {
+    const int g = std::min(gate, kGates - 1);
+    const bool apart = kBiases > kGates && g == kGates - 1;
+    const S* const ih = apart && gate == kGates ? nullptr : p.b_ih;
+    const S* const hh = apart && gate < kGates ? nullptr : p.b_hh;
+    for (int64_t u = 0; u < n.H; ++u)
+      to[at.bias + gate_at<T>(kBiases, u) + gate * kPanel<T>] =
+          T(ih ? widen(ih[g * n.H + u]) : 0) + T(hh ? widen(hh[g * n.H + u]) : 0);
+  }
+}
 
 // ---- forward ------------------------------------------------------------------------------------
 
@@ -142,51 +187,48 @@ struct ForwardStep {
   int64_t first;    // row of all rows at which the step's rows begin
   int64_t carried;  // rows of the step whose state before it is in `before`; the others' is in h0
   const T* before;  // [carried, R]
-  T* gates;         // [rows, Cell::gate_row]: W_ih x_t + b at first; the cell's own afterwards
+  const T* input;   // [rows, input_row]: W_ih x_t, the gates in blocks
+  int64_t input_row;
+  const T* bias;  // the biases in blocks
 };
 
-// Cell has
-//   static kGates            gates of a unit
-//   int64_t gate_row         values between two rows of gates
-//   T* gates                 [N, gate_row] where the gates are kept, or nullptr
+// Cell has, beside what PackedLayout asks for,
 //   T* unprojected           [N, H] where states before a projection are kept, or nullptr
-//   const T* bias            [G H], to add to the input product
 //   void fetch(step, row, unit)
 //                            asks for what `state` will read of a panel of units
 //   vec<T> state(step, row, unit, count, product)
-//                            the state of some units, before a projection
+//                            the state of some units, before a projection; `product` is
+//                            W_hh h_{t-1} of their gates, kPanel apart
 template <class S, class Cell>
 class ForwardPass {
   using T = compute_t<S>;
   static constexpr bool kSame = std::is_same_v<T, S>;
   static constexpr int kGates = Cell::kGates;
-  // Rows whose input product is computed at a time, where the gates are not kept.
-  static constexpr int64_t kChunkRows = 512;
 
  public:
   ForwardPass(int threads, const RecurrentForward<S>& p, const Cell& cell)
-      : p_(p), n_(p.sizes), walk_(p.walk), cell_(cell),
-        chunk_(cell.gates ? std::max<int64_t>(1, n_.T)
-                          : std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, n_.B))),
-        chunk_rows_(std::min(walk_.total(), chunk_ * n_.B)), h0_(p.h0, n_.B * n_.R),
-        gates_(cell.gates ? 0 : chunk_rows_ * cell.gate_row),
-        w_hh_(gates_size<T>(kGates, n_.H, n_.R)), w_hr_(p.w_hr ? gates_size<T>(1, n_.R, n_.H) : 0),
-        unprojected_(p.w_hr && !cell.unprojected ? n_.B * n_.H : 0),
-        states_(kSame ? 0 : 2 * n_.B * n_.R), product_(threads, kGates * n_.H, n_.I) {}
+      : p_(p), n_(p.sizes), walk_(p.walk), cell_(cell), layout_(p.sizes, p.w_hr),
+        packed_(p.packed ? 0 : layout_.size), weights_(p.packed ? p.packed : packed_.get()),
+        chunk_(std::max<int64_t>(1, threads * kStepRows / std::max<int64_t>(1, n_.B))),
+        chunk_rows_(std::min(walk_.total(), chunk_ * n_.B)),
+        input_row_(spread_rows<T>(gates_size<T>(kGates, n_.H, 1), kGates)),
+        inputs_(2 * chunk_rows_ * input_row_), x_(threads * kStepRows * n_.I),
+        h0_(p.h0, n_.B * n_.R), unprojected_(p.w_hr && !cell.unprojected ? n_.B * n_.H : 0),
+        states_(kSame ? 0 : 2 * n_.B * n_.R) {}
 
-  void run(const Team& team) const {
-    pack_gates<T>(team, View<S>{p_.w_hh, n_.R, 1}, kGates, n_.H, n_.R, w_hh_.get());
-    if (p_.w_hr) pack_gates<T>(team, View<S>{p_.w_hr, n_.H, 1}, 1, n_.R, n_.H, w_hr_.get());
-    for (int64_t begin = 0; begin < n_.T; begin += chunk_) {
-      const int64_t end = std::min(n_.T, begin + chunk_);
-      const Range rows = walk_.span(begin, end);
-      T* const gates = cell_.gates ? cell_.gates + rows.begin * cell_.gate_row : gates_.get();
-      if (begin > 0) team.wait();  // until no thread reads the gates of the chunk before
-      product_.run(team, {rows.size(), kGates * n_.H, n_.I},
-                   View<S>{p_.x + rows.begin * n_.I, n_.I, 1}, View<S>{p_.w_ih, 1, n_.I},
-                   cell_.bias, false, gates, cell_.gate_row);
+  void run(const Team& team) {
+    if (!p_.packed) {
+      pack_forward<Cell>(team, p_, packed_.get());
       team.wait();
-      walk(team, begin, end, gates - rows.begin * cell_.gate_row);
+    }
+    StepShare share(team, walk_, n_.R, kGates * n_.H);
+    if (share.small()) return run_small(team, share);
+    for (int64_t begin = 0; begin < n_.T && !share.idle(); begin += chunk_) {
+      // A thread prepares what it will read itself: no meeting.
+      const Chunk chunk = share.by_rows() ? chunk_of(begin, share.all_rows()) : chunk_of(begin);
+      const Range blocks = share.blocks(ceil_div(n_.H, kPanel<T>));
+      for (int64_t i = 0; i < chunk.count; i += kStepRows) multiply_input(team, chunk, i, blocks);
+      steps(share, chunk);
     }
   }
 
@@ -211,14 +253,93 @@ class ForwardPass {
   }
 
  private:
-  // Steps [begin, end); row 0 of all rows has its gates at `gates`.
-  void walk(const Team& team, int64_t begin, int64_t end, T* gates) const {
-    StepShare share(team, walk_, n_.R, kGates * n_.H);
+  // Steps [begin, end), whose input products W_ih x are computed ahead of them, row after row to
+  // `inputs`: of `each` rows of every step where threads split the rows, or of all their rows,
+  // which lie side by side.
+  struct Chunk {
+    int64_t begin, end;
+    int64_t first, each, apart;  // row i is first + (i / each) * apart + i % each
+    int64_t count;
+    T* inputs;
+
+    int64_t row(int64_t i) const { return first + i / each * apart + i % each; }
+  };
+
+  Chunk chunk_of(int64_t begin) const {
+    const int64_t end = std::min(n_.T, begin + chunk_);
+    const Range rows = walk_.span(begin, end);
+    // Two in turn, as run_small prepares one beside the steps of the other.
+    T* const inputs = inputs_.get() + (begin / chunk_ & 1) * chunk_rows_ * input_row_;
+    return {begin, end, rows.begin, std::max<int64_t>(1, rows.size()), 0, rows.size(), inputs};
+  }
+  // `rows` of every step of a dense batch.
+  Chunk chunk_of(int64_t begin, Range rows) const {
+    const int64_t end = std::min(n_.T, begin + chunk_);
+    return {begin,
+            end,
+            walk_.first(begin) + rows.begin,
+            std::max<int64_t>(1, rows.size()),
+            walk_.reverse ? -n_.B : n_.B,
+            (end - begin) * rows.size(),
+            inputs_.get() + chunk_ * rows.begin * input_row_};
+  }
+
+  // W_ih x for up to kStepRows rows of a chunk, from its i-th.
+  void multiply_input(const Team& team, const Chunk& chunk, int64_t i, Range blocks) const {
+    constexpr int64_t width = kPanel<T>;
+    const int64_t count = std::min(kStepRows, chunk.count - i);
+    const T* const w_ih = weights_ + layout_.w_ih;
+    T* const copy = x_.get() + team.rank * kStepRows * n_.I;
+    const T* x = copy;
+    if (kSame && chunk.apart == 0) {
+      x = reinterpret_cast<const T*>(p_.x) + chunk.row(i) * n_.I;
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        const S* const from = p_.x + chunk.row(i + r) * n_.I;
+        for (int64_t k = 0; k < n_.I; ++k) copy[r * n_.I + k] = widen(from[k]);
+      }
+    }
+    for (int64_t k = 0; k < n_.I; k += kDepth<T>)
+      for_each_tile({0, count}, {blocks.begin * kGates, blocks.end * kGates},
+                    [&](int64_t r, int64_t height, int64_t panel, int64_t wide) {
+                      multiply_tile(height, wide, std::min(kDepth<T>, n_.I - k), x + r * n_.I + k,
+                                    n_.I, 1, w_ih + (panel * n_.I + k) * width, n_.I * width, width,
+                                    k > 0, chunk.inputs + (i + r) * input_row_ + panel * width,
+                                    input_row_);
+                    });
+  }
+
+  // Steps so small that one thread runs them all. Meanwhile the others prepare the input products
+  // of the chunk after, in pieces that whoever is free takes.
+  void run_small(const Team& team, StepShare& share) {
+    const Range blocks{0, ceil_div(n_.H, kPanel<T>)};
+    int64_t piece = pieces_.fetch_add(1), pieces = 0;  // mine; of the chunks before
+    for (int64_t begin = -chunk_; begin < n_.T; begin += chunk_) {
+      if (begin >= 0 && !share.idle()) steps(share, chunk_of(begin));
+      if (begin + chunk_ >= n_.T) return;
+      const Chunk next = chunk_of(begin + chunk_);
+      const int64_t all = pieces + ceil_div(next.count, kStepRows);
+      for (; piece < all; piece = pieces_.fetch_add(1))
+        multiply_input(team, next, (piece - pieces) * kStepRows, blocks);
+      pieces = all;
+      team.wait();
+    }
+  }
+
+  void steps(StepShare& share, const Chunk& chunk) const {
+    const T* const w_hh = weights_ + layout_.w_hh;
+    const T* const w_hr = weights_ + layout_.w_hr;
     const int64_t all_blocks = ceil_div(n_.H, kPanel<T>), all_out = ceil_div(n_.R, kPanel<T>);
-    for (int64_t s = begin; s < end && !share.idle(); ++s) {
+    for (int64_t s = chunk.begin; s < chunk.end && !share.idle(); ++s) {
       const Range rows = share.rows(s), blocks = share.blocks(all_blocks);
-      const ForwardStep<T> step{walk_.first(s), walk_.carried(s), s > 0 ? states(s - 1) : nullptr,
-                                gates + walk_.first(s) * cell_.gate_row};
+      const int64_t input =
+          chunk.apart ? (s - chunk.begin) * chunk.each - rows.begin : walk_.first(s) - chunk.first;
+      const ForwardStep<T> step{walk_.first(s),
+                                walk_.carried(s),
+                                s > 0 ? states(s - 1) : nullptr,
+                                chunk.inputs + input * input_row_,
+                                input_row_,
+                                weights_ + layout_.bias};
       T* const unprojected =
           cell_.unprojected ? cell_.unprojected + step.first * n_.H : unprojected_.get();
       const auto finish = [&](int64_t row, int64_t unit, int64_t count, const T* product) {
@@ -229,14 +350,12 @@ class ForwardPass {
       const Range old{rows.begin, std::min(rows.end, step.carried)};
       const Range fresh{std::max(rows.begin, step.carried), rows.end};
       const auto fetch = [&](int64_t row, int64_t unit) { cell_.fetch(step, row, unit); };
-      multiply_gates<T, kGates>(old, blocks, n_.H, n_.R, step.before, n_.R, w_hh_.get(), fetch,
-                                finish);
-      multiply_gates<T, kGates>(fresh, blocks, n_.H, n_.R, h0_.get(), n_.R, w_hh_.get(), fetch,
-                                finish);
+      multiply_gates<T, kGates>(old, blocks, n_.H, n_.R, step.before, n_.R, w_hh, fetch, finish);
+      multiply_gates<T, kGates>(fresh, blocks, n_.H, n_.R, h0_.get(), n_.R, w_hh, fetch, finish);
       share.meet();
       if (!p_.w_hr) continue;
       if (share.idle()) return;
-      multiply_gates<T, 1>(rows, share.blocks(all_out), n_.R, n_.H, unprojected, n_.H, w_hr_.get(),
+      multiply_gates<T, 1>(rows, share.blocks(all_out), n_.R, n_.H, unprojected, n_.H, w_hr,
                            nothing,
                            [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                              keep(s, row, unit, count, load(product));
@@ -260,10 +379,15 @@ class ForwardPass {
   const RecurrentSizes& n_;
   const Walk& walk_;
   const Cell& cell_;
-  const int64_t chunk_, chunk_rows_;  // steps, and rows, of one input product
+  const PackedLayout<T, Cell> layout_;
+  const Scratch<T> packed_;
+  const T* const weights_;
+  const int64_t chunk_, chunk_rows_;  // steps of a chunk, and its rows at the most
+  const int64_t input_row_;           // values between two rows of input products
+  const Scratch<T> inputs_, x_;
   const Widened<T, S> h0_;
-  const Scratch<T> gates_, w_hh_, w_hr_, unprojected_, states_;
-  const Gemm<T> product_;
+  const Scratch<T> unprojected_, states_;
+  std::atomic<int64_t> pieces_{0};  // of the input product, claimed so far
 };
 
 // ---- backward -----------------------------------------------------------------------------------
@@ -469,7 +593,7 @@ inline int team_for(int threads, const RecurrentSizes& n, int64_t rows, int64_t 
 template <class S, class Cell>
 void run_forward(int threads, const RecurrentForward<S>& p, const Cell& cell) {
   threads = team_for(threads, p.sizes, p.walk.total(), Cell::kGates, 1);
-  const ForwardPass<S, Cell> pass(threads, p, cell);
+  ForwardPass<S, Cell> pass(threads, p, cell);
   parallel(threads, [&](const Team& team) { pass.run(team); });
   pass.finish();
 }

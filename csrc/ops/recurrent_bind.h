@@ -44,8 +44,13 @@ RecurrentForward<S> recurrent_forward(const RecurrentShape& n, const Batch& batc
           pointer<const S>(in[0]), pointer<const S>(in[1]),
           pointer<const S>(in[2]), pointer<const S>(in[3]),
           pointer<const S>(in[4]), pointer<const S>(in[5]),
-          pointer<const S>(in[6]), pointer<S>(out[0]),
-          pointer<S>(out[1])};
+          pointer<const S>(in[6]), nullptr,
+          pointer<S>(out[0]),      pointer<S>(out[1])};
+}
+
+// Values in a row of kept gates, which lie in blocks of units.
+inline int64_t kept_row(int dtype, int64_t gates, int64_t H) {
+  return dtype == kFloat64 ? gates_size<double>(gates, H, 1) : gates_size<float>(gates, H, 1);
 }
 
 // x, w_ih, w_hh, h0, w_hr, y, dy, dh_n and dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dw_hr

@@ -7,20 +7,18 @@ namespace {
 
 template <class T>
 struct RnnForwardCell {
-  static constexpr int kGates = 1;
+  static constexpr int kGates = 1, kBiases = 1;
   static constexpr T* unprojected = nullptr;
   bool relu;
-  int64_t gate_row;
-  T* gates;
-  const T* bias;
 
   PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
-    prefetch(step.gates + row * gate_row + unit);
+    prefetch(step.input + row * step.input_row + unit);
   }
 
-  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
+  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t,
                          const T* product) const {
-    const vec<T> a = load_n(step.gates + row * gate_row + unit, count) + load(product);
+    const vec<T> input = load(step.input + row * step.input_row + unit);
+    const vec<T> a = input + load(product) + load(step.bias + unit);
     return relu ? select<vec<T>>(a < 0, vec<T>{}, a) : tanh<T>(a);
   }
 };
@@ -48,12 +46,7 @@ struct RnnBackwardCell {
 
 template <class S>
 void forward(int threads, const RecurrentForward<S>& p, bool relu) {
-  using T = compute_t<S>;
-  const Scratch<T> bias(p.sizes.H);
-  add_biases(p, p.sizes.H, p.sizes.H, bias.get());
-  // Where y is T itself, the input product lies there until the state takes its place.
-  T* const gates = std::is_same_v<T, S> ? reinterpret_cast<T*>(p.y) : nullptr;
-  run_forward<S>(threads, p, RnnForwardCell<T>{relu, p.sizes.H, gates, bias.get()});
+  run_forward<S>(threads, p, RnnForwardCell<compute_t<S>>{relu});
 }
 
 template <class S>
@@ -64,6 +57,7 @@ void backward(int threads, const RecurrentBackward<S>& p, bool relu) {
 }  // namespace
 
 void bind_rnn(py::module_& m) {
+  m.def("kept_row", &kept_row);  // of gru and lstm
   m.def("rnn_forward", [](int dtype, int threads, const RecurrentShape& n,
                           const std::vector<int64_t>& batch_sizes, bool reverse, bool relu,
                           const std::array<Address, 7>& in, const std::array<Address, 2>& out) {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pykernels import cpp
+from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous
 
 #: dtype code, threads, (T, B, I, H, R), batch sizes, whether time runs backwards
@@ -29,6 +29,13 @@ def describe(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic on tensors stored as `x` is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def empty_gates(x: Tensor, H: int) -> Tensor:
+    """Room for four gates of each unit in every row of `x`, in the order of the kernels."""
+    dtype = compute_dtype(x)
+    row = _backends.load_extension().kept_row(cpp.DTYPES[dtype], 4, H)
+    return x.new_empty(*x.shape[:-1], row, dtype=dtype)
 
 
 def addresses(tensors: Sequence[Maybe]) -> tuple[list[Maybe], list[int]]:

@@ -29,7 +29,7 @@ def gru_fwd(
     _, B, _, H, _ = call[2]
     rows = x.shape[:-1]
     y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
-    gates = x.new_empty(*rows, 4 * H, dtype=_recurrent.compute_dtype(x)) if keep else None
+    gates = _recurrent.empty_gates(x, H) if keep else None
     _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None))
     outputs = (address(y), address(h_n))
     _backends.load_extension().gru_forward(*call, inputs, outputs, address(gates))

@@ -32,7 +32,7 @@ def lstm_fwd(
     _, B, _, H, R = call[2]
     rows, dtype = x.shape[:-1], _recurrent.compute_dtype(x)
     y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
-    gates = x.new_empty(*rows, 4 * H, dtype=dtype) if keep else None
+    gates = _recurrent.empty_gates(x, H) if keep else None
     cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
     unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
     _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr))
