@@ -8,6 +8,8 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
 * ``<op>_bwd(saved, grads, *, needs, **options) -> input grads``: one entry per tensor argument of
   the forward. An entry of `grads` may be None, which stands for zeros; where `needs` is False, the
   entry returned may be None;
+* optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
+  with ``keep=False``, to spare it the packing of these weights;
 * ``DTYPES``: the dtypes it serves;
 * ``FEATURES``: which of the op's optional features it serves.
 

@@ -1,11 +1,13 @@
 """The public functions in one namespace, as torch.nn.functional."""
 
+from pykernels.ops._packed import PackedWeights
 from pykernels.ops.attention import attention, scaled_dot_product_attention
 from pykernels.ops.gru import gru, gru_cell
 from pykernels.ops.lstm import lstm, lstm_cell
 from pykernels.ops.rnn import rnn, rnn_cell
 
 __all__ = [
+    "PackedWeights",
     "attention",
     "gru",
     "gru_cell",

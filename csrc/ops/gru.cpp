@@ -111,9 +111,10 @@ void backward(int threads, const RecurrentBackward<S>& p, const compute_t<S>* ga
 }  // namespace
 
 void bind_gru(py::module_& m) {
+  bind_pack<GruForwardCell>(m, "gru");
   m.def("gru_forward", [](int dtype, int threads, const RecurrentShape& n,
                           const std::vector<int64_t>& batch_sizes, bool reverse,
-                          const std::array<Address, 7>& in, const std::array<Address, 2>& out,
+                          const std::array<Address, 8>& in, const std::array<Address, 2>& out,
                           Address gates) {
     const Batch batch(n, batch_sizes, reverse);
     dispatch(dtype, [&](auto tag) {

@@ -147,9 +147,10 @@ void backward(int threads, const RecurrentBackward<S>& p, const LstmCells<S>& ce
 }  // namespace
 
 void bind_lstm(py::module_& m) {
+  bind_pack<LstmForwardCell>(m, "lstm");
   m.def("lstm_forward", [](int dtype, int threads, const RecurrentShape& n,
                            const std::vector<int64_t>& batch_sizes, bool reverse,
-                           const std::array<Address, 7>& in, const std::array<Address, 2>& out,
+                           const std::array<Address, 8>& in, const std::array<Address, 2>& out,
                            Address c0, Address c_n, const std::array<Address, 3>& kept) {
     const Batch batch(n, batch_sizes, reverse);
     dispatch(dtype, [&](auto tag) {

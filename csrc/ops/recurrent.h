@@ -35,7 +35,7 @@ struct RecurrentForward {
   // The weights and biases as pack_forward leaves them; nullptr to have that done in this call.
   const compute_t<S>* packed;
   S* y;    // [N, R], out
-  S* h_n;  // [B, R], out
+  S* h_n;  // [B, R] or nullptr, out
 };
 
 // A gradient that is not wanted is nullptr.
@@ -234,7 +234,7 @@ class ForwardPass {
 
   // Once the team is done: h_n, each sequence's last state.
   void finish() const {
-    for (int64_t b = 0; b < n_.B; ++b) {
+    for (int64_t b = 0; p_.h_n && b < n_.B; ++b) {
       S* const to = p_.h_n + b * n_.R;
       if (n_.T > 0) {
         // The last step of a sequence in either direction.

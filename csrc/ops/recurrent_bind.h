@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <string>
 #include <vector>
 
 #include "../bind.h"
@@ -35,17 +36,43 @@ inline RecurrentSizes recurrent_sizes(const RecurrentShape& n) {
   return {n[0], n[1], n[2], n[3], n[4]};
 }
 
-// x, w_ih, w_hh, b_ih, b_hh, h0, w_hr and y, h_n
+// x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed and y, h_n
 template <class S>
 RecurrentForward<S> recurrent_forward(const RecurrentShape& n, const Batch& batch,
-                                      const std::array<Address, 7>& in,
+                                      const std::array<Address, 8>& in,
                                       const std::array<Address, 2>& out) {
   return {recurrent_sizes(n),      batch.walk(),
           pointer<const S>(in[0]), pointer<const S>(in[1]),
           pointer<const S>(in[2]), pointer<const S>(in[3]),
           pointer<const S>(in[4]), pointer<const S>(in[5]),
-          pointer<const S>(in[6]), nullptr,
+          pointer<const S>(in[6]), pointer<const compute_t<S>>(in[7]),
           pointer<S>(out[0]),      pointer<S>(out[1])};
+}
+
+// <op>_packed_size and <op>_pack: the values in packed weights, and the packing of w_ih, w_hh,
+// b_ih, b_hh, w_hr for forward passes to come.
+template <template <class> class Cell>
+void bind_pack(py::module_& m, const std::string& op) {
+  m.def((op + "_packed_size").c_str(), [](int dtype, const RecurrentShape& n, bool projection) {
+    const RecurrentSizes sizes = recurrent_sizes(n);
+    return dtype == kFloat64 ? PackedLayout<double, Cell<double>>(sizes, projection).size
+                             : PackedLayout<float, Cell<float>>(sizes, projection).size;
+  });
+  m.def((op + "_pack").c_str(), [](int dtype, int threads, const RecurrentShape& n,
+                                   const std::array<Address, 5>& in, Address to) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      RecurrentForward<S> p{};
+      p.sizes = recurrent_sizes(n);
+      p.w_ih = pointer<const S>(in[0]);
+      p.w_hh = pointer<const S>(in[1]);
+      p.b_ih = pointer<const S>(in[2]);
+      p.b_hh = pointer<const S>(in[3]);
+      p.w_hr = pointer<const S>(in[4]);
+      parallel(threads, [&](const Team& team) { pack_forward<Cell<T>>(team, p, pointer<T>(to)); });
+    });
+  });
 }
 
 // Values in a row of kept gates, which lie in blocks of units.

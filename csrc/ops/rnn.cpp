@@ -57,10 +57,11 @@ void backward(int threads, const RecurrentBackward<S>& p, bool relu) {
 }  // namespace
 
 void bind_rnn(py::module_& m) {
+  bind_pack<RnnForwardCell>(m, "rnn");
   m.def("kept_row", &kept_row);  // of gru and lstm
   m.def("rnn_forward", [](int dtype, int threads, const RecurrentShape& n,
                           const std::vector<int64_t>& batch_sizes, bool reverse, bool relu,
-                          const std::array<Address, 7>& in, const std::array<Address, 2>& out) {
+                          const std::array<Address, 8>& in, const std::array<Address, 2>& out) {
     const Batch batch(n, batch_sizes, reverse);
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;

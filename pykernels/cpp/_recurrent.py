@@ -44,6 +44,20 @@ def addresses(tensors: Sequence[Maybe]) -> tuple[list[Maybe], list[int]]:
     return dense, [address(t) for t in dense]
 
 
+def pack(
+    op: str, gates: int, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe
+) -> Tensor:
+    """The weights of `op` as its forward passes read them."""
+    extension = _backends.load_extension()
+    sizes = (1, 1, w_ih.shape[1], len(w_hh) // gates, w_hh.shape[1])
+    dtype = cpp.DTYPES[w_hh.dtype]
+    size = getattr(extension, f"{op}_packed_size")(dtype, sizes, w_hr is not None)
+    packed = w_hh.new_empty(size, dtype=compute_dtype(w_hh))
+    _kept, inputs = addresses((w_ih, w_hh, b_ih, b_hh, w_hr))
+    getattr(extension, f"{op}_pack")(dtype, torch.get_num_threads(), sizes, inputs, address(packed))
+    return packed
+
+
 def gradients(
     x: Tensor,
     w_ih: Tensor,

@@ -23,6 +23,7 @@ def gru_fwd(
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     keep: bool = True,
+    packed: Maybe = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 3, batch_sizes, reverse)
@@ -30,10 +31,15 @@ def gru_fwd(
     rows = x.shape[:-1]
     y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
     gates = _recurrent.empty_gates(x, H) if keep else None
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None))
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, packed))
     outputs = (address(y), address(h_n))
     _backends.load_extension().gru_forward(*call, inputs, outputs, address(gates))
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
+
+
+def gru_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Tensor:
+    """See `pykernels._backends` for the contract."""
+    return _recurrent.pack("gru", 3, w_ih, w_hh, b_ih, b_hh, None)
 
 
 def gru_bwd(

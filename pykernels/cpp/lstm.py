@@ -26,6 +26,7 @@ def lstm_fwd(
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
     keep: bool = True,
+    packed: Maybe = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 4, batch_sizes, reverse)
@@ -35,7 +36,7 @@ def lstm_fwd(
     gates = _recurrent.empty_gates(x, H) if keep else None
     cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
     unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr))
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed))
     first = cpp.contiguous(c0)
     _backends.load_extension().lstm_forward(
         *call,
@@ -51,6 +52,11 @@ def lstm_fwd(
         outputs = (*outputs, cells.to(x.dtype, copy=keep))
     saved = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, y, gates, cells, unprojected)
     return outputs, saved
+
+
+def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Tensor:
+    """See `pykernels._backends` for the contract."""
+    return _recurrent.pack("lstm", 4, w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
 def lstm_bwd(

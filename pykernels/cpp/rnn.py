@@ -24,15 +24,21 @@ def rnn_fwd(
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     keep: bool = True,
+    packed: Maybe = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 1, batch_sizes, reverse)
     _, B, _, H, _ = call[2]
     y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None))
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, packed))
     outputs = (address(y), address(h_n))
     _backends.load_extension().rnn_forward(*call, nonlinearity == "relu", inputs, outputs)
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
+
+
+def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Tensor:
+    """See `pykernels._backends` for the contract."""
+    return _recurrent.pack("rnn", 1, w_ih, w_hh, b_ih, b_hh, None)
 
 
 def rnn_bwd(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pykernels import _autocast, _checks
+from pykernels.functional import PackedWeights
 
 #: The first or last states of all layers and directions: h, or h and c.
 States = tuple[Tensor, ...]
@@ -106,7 +107,12 @@ class Layers(torch.nn.RNNBase):
             for reverse in range(directions):
                 states = None if first is None else tuple(t[len(last)] for t in first)
                 weights = self._weights(layer, reverse)
-                y, states = self._layer(x, weights, states, bool(reverse), batch_sizes)
+                options = {
+                    "reverse": bool(reverse),
+                    "batch_sizes": batch_sizes,
+                    "packed": frozen(self, (layer, reverse)),
+                }
+                y, states = self._layer(x, weights, states, options)
                 sides.append(y)
                 last.append(states)
             x = sides[0] if directions == 1 else torch.cat(sides, -1)
@@ -117,10 +123,12 @@ class Layers(torch.nn.RNNBase):
         x: Tensor,
         weights: list[Tensor | None],
         states: States | None,
-        reverse: bool,
-        batch_sizes: tuple[int, ...] | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor, States]:
-        """One layer and direction -> y and the states after its last step."""
+        """One layer and direction -> y and the states after its last step.
+
+        `options` are what every function of `functional` takes.
+        """
         raise NotImplementedError
 
     def _weights(self, layer: int, reverse: int) -> list[Tensor | None]:
@@ -138,6 +146,14 @@ class Layers(torch.nn.RNNBase):
         )
         found = (getattr(self, name + suffix) if there else None for name, there in names)
         return _autocast.cast(*found)
+
+
+def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
+    """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
+    if module.training or torch.is_grad_enabled():
+        return None
+    kept = module.__dict__.setdefault("_packed_weights", {})
+    return kept.get(key) or kept.setdefault(key, PackedWeights())
 
 
 def cell_arguments(cell: torch.nn.RNNCellBase, name: str, input: Any, *states: Any) -> list[Any]:

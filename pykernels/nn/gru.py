@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
 
 
 class GRU(Layers, torch.nn.GRU):
@@ -24,14 +26,11 @@ class GRU(Layers, torch.nn.GRU):
         x: Tensor,
         weights: list[Tensor | None],
         states: States | None,
-        reverse: bool,
-        batch_sizes: tuple[int, ...] | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, _ = weights
         h0 = None if states is None else states[0]
-        y, h_n = functional.gru(
-            x, w_ih, w_hh, b_ih, b_hh, h0, batch_sizes=batch_sizes, reverse=reverse
-        )
+        y, h_n = functional.gru(x, w_ih, w_hh, b_ih, b_hh, h0, **options)
         return y, (h_n,)
 
 
@@ -48,4 +47,4 @@ class GRUCell(torch.nn.GRUCell):
         Returns:
             The state after, [B, H] or [H].
         """
-        return functional.gru_cell(*cell_arguments(self, "GRUCell", input, hx))
+        return functional.gru_cell(*cell_arguments(self, "GRUCell", input, hx), packed=frozen(self))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks, functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
 
 
 class LSTM(Layers, torch.nn.LSTM):
@@ -36,14 +36,11 @@ class LSTM(Layers, torch.nn.LSTM):
         x: Tensor,
         weights: list[Tensor | None],
         states: States | None,
-        reverse: bool,
-        batch_sizes: tuple[int, ...] | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor, States]:
         *weights, w_hr = weights
         h0, c0 = (None, None) if states is None else states
-        return functional.lstm(
-            x, *weights, h0, c0, w_hr=w_hr, batch_sizes=batch_sizes, reverse=reverse
-        )
+        return functional.lstm(x, *weights, h0, c0, w_hr=w_hr, **options)
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -64,4 +61,6 @@ class LSTMCell(torch.nn.LSTMCell):
         if hx is not None:
             _checks.pair("LSTMCell", "hx", hx, "(h, c)")
         input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
-        return functional.lstm_cell(input, None if hx is None else (h, c), *weights)
+        return functional.lstm_cell(
+            input, None if hx is None else (h, c), *weights, packed=frozen(self)
+        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
 
 
 class RNN(Layers, torch.nn.RNN):
@@ -26,8 +28,7 @@ class RNN(Layers, torch.nn.RNN):
         x: Tensor,
         weights: list[Tensor | None],
         states: States | None,
-        reverse: bool,
-        batch_sizes: tuple[int, ...] | None,
+        options: dict[str, Any],
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, _ = weights
         y, h_n = functional.rnn(
@@ -38,8 +39,7 @@ class RNN(Layers, torch.nn.RNN):
             b_hh,
             None if states is None else states[0],
             nonlinearity=self.nonlinearity,
-            batch_sizes=batch_sizes,
-            reverse=reverse,
+            **options,
         )
         return y, (h_n,)
 
@@ -61,4 +61,4 @@ class RNNCell(torch.nn.RNNCell):
             The state after, [B, H] or [H].
         """
         arguments = cell_arguments(self, "RNNCell", input, hx)
-        return functional.rnn_cell(*arguments, nonlinearity=self.nonlinearity)
+        return functional.rnn_cell(*arguments, nonlinearity=self.nonlinearity, packed=frozen(self))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,16 @@ def apply(
     backend: ModuleType,
     options: dict[str, Any],
     tensors: tuple[Any, ...],
+    unrecorded: Callable[[], dict[str, Any]] | None = None,
 ) -> Any:
-    """The outputs of `op` on `backend`, through its Function where autograd must see the call."""
+    """The outputs of `op` on `backend`, through its Function where autograd must see the call.
+
+    `unrecorded` makes further options for a call that it need not see.
+    """
     if wanted(tensors):
         return function.apply(backend, options, *tensors)
+    if unrecorded is not None:
+        options = options | unrecorded()
     return run(backend, op, options, tensors, keep=False)[0]
 
 

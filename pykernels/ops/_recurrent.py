@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pykernels import _backends, _checks
 from pykernels.ops import _autograd
+from pykernels.ops._packed import PackedWeights
 
 #: Rows of the weights by the number of gates, as errors name them.
 _ROWS = {1: "H", 3: "3H", 4: "4H"}
@@ -105,6 +107,7 @@ def run(
     options: dict[str, Any],
     lengths: tuple[int, ...] | None,
     batch_sizes: tuple[int, ...] | None,
+    packed: PackedWeights | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     """A whole sequence, of checked arguments.
@@ -114,7 +117,7 @@ def run(
         tensors: x, w_ih, w_hh, b_ih, b_hh, h0; for an lstm c0 and w_hr too.
         options: the op's own.
         lengths, batch_sizes: as `check_input` returns them.
-        backend: as the caller asks.
+        packed, backend: as the caller asks.
 
     Returns:
         y, h_n; for an lstm c_n too, and all cell states if the options ask for them.
@@ -123,14 +126,15 @@ def run(
     ragged = lengths is not None or batch_sizes is not None
     projection = len(tensors) == 8 and tensors[7] is not None
     chosen = _backends.select(op, backend, x.device, x.dtype, features(ragged, projection))
+    unrecorded = _unrecorded(op, chosen, packed, tensors)
     if lengths is None:
         options["batch_sizes"] = batch_sizes
-        return _autograd.apply(function, op, chosen, options, tensors)
+        return _autograd.apply(function, op, chosen, options, tensors, unrecorded)
     rows = _Rows(lengths, x.shape[0], x.device)
     options["batch_sizes"] = rows.batch_sizes
     states = (None if t is None else t.index_select(0, rows.order) for t in tensors[5:7])
-    packed = (rows.gather(x), *weights, *states, *tensors[7:])
-    y, h_n, *more = _autograd.apply(function, op, chosen, options, packed)
+    gathered = (rows.gather(x), *weights, *states, *tensors[7:])
+    y, h_n, *more = _autograd.apply(function, op, chosen, options, gathered, unrecorded)
     last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
     return rows.scatter(y), *last, *map(rows.scatter, more[1:])
 
@@ -144,6 +148,7 @@ def step(
     states: tuple[Any, ...],
     names: tuple[str, ...],
     options: dict[str, Any],
+    packed: PackedWeights | None,
     backend: str | None,
 ) -> list[Tensor]:
     """One step of `op`: what its cell does.
@@ -156,7 +161,7 @@ def step(
         states: before the step, [B, H], or [H] as the input, or None.
         names: what errors call the states.
         options: all that the backend takes.
-        backend: as the caller asks.
+        packed, backend: as the caller asks.
 
     Returns:
         The states after the step.
@@ -177,8 +182,23 @@ def step(
         states = tuple(None if state is None else state[None] for state in states)
     projection = (None,) if op == "lstm" else ()
     tensors = (input[None], *weights, *states, *projection)
-    _, *after = _autograd.apply(function, op, chosen, options, tensors)
+    unrecorded = _unrecorded(op, chosen, packed, tensors)
+    _, *after = _autograd.apply(function, op, chosen, options, tensors, unrecorded)
     return after if batched else [state[0] for state in after]
+
+
+def _unrecorded(
+    op: str, backend: ModuleType, packed: PackedWeights | None, tensors: tuple[Any, ...]
+) -> Callable[[], dict[str, Any]] | None:
+    """The packed weights as an option of the backend, where the caller keeps them."""
+    if packed is None:
+        return None
+
+    def option() -> dict[str, Any]:
+        found = packed.get(op, backend, (*tensors[1:5], *tensors[7:]))
+        return {} if found is None else {"packed": found}
+
+    return option
 
 
 class _Rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _recurrent
+from pykernels.ops._packed import PackedWeights
 
 
 class GRUFunction(torch.autograd.Function):
@@ -38,6 +39,7 @@ def gru(
     lengths: Tensor | Sequence[int] | None = None,
     batch_sizes: Tensor | Sequence[int] | None = None,
     reverse: bool = False,
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One layer of gated recurrent units over a whole sequence.
@@ -66,6 +68,7 @@ def gru(
         batch_sizes: how many of the rows x each step has, T integers that sum to N and never
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
+        packed: a `PackedWeights` that keeps what a call without gradients packs of the weights.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
 
     Returns:
@@ -85,7 +88,9 @@ def gru(
         _checks.shape("gru", "h0", h0, "B, H", (B, H))
     options = {"reverse": bool(reverse)}
     tensors = (x, *weights, h0)
-    y, h_n = _recurrent.run("gru", GRUFunction, tensors, options, lengths, batch_sizes, backend)
+    y, h_n = _recurrent.run(
+        "gru", GRUFunction, tensors, options, lengths, batch_sizes, packed, backend
+    )
     return y, h_n
 
 
@@ -97,6 +102,7 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""One step of a gated recurrent unit, by the equations of `gru`.
@@ -104,7 +110,7 @@ def gru_cell(
     Args:
         input: [B, I] or [I], any floating dtype.
         hx: the state, [B, H] or [H] as the input; zeros if None.
-        w_ih, w_hh, b_ih, b_hh, backend: as in `gru`.
+        w_ih, w_hh, b_ih, b_hh, packed, backend: as in `gru`.
 
     Returns:
         The next state, of the shape of `hx`.
@@ -114,5 +120,7 @@ def gru_cell(
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     options = {"reverse": False, "batch_sizes": None}
-    (h,) = _recurrent.step("gru", GRUFunction, 3, input, weights, (hx,), ("hx",), options, backend)
+    (h,) = _recurrent.step(
+        "gru", GRUFunction, 3, input, weights, (hx,), ("hx",), options, packed, backend
+    )
     return h

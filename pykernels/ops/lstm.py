@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _recurrent
+from pykernels.ops._packed import PackedWeights
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -41,6 +42,7 @@ def lstm(
     batch_sizes: Tensor | Sequence[int] | None = None,
     reverse: bool = False,
     return_cell_states: bool = False,
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Any:
     r"""One layer of long short-term memory over a whole sequence.
@@ -76,6 +78,7 @@ def lstm(
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
         return_cell_states: return the cell states of all steps too.
+        packed: a `PackedWeights` that keeps what a call without gradients packs of the weights.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
 
     Returns:
@@ -99,7 +102,7 @@ def lstm(
     options = {"reverse": bool(reverse), "return_cell_states": bool(return_cell_states)}
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     y, h_n, c_n, *c = _recurrent.run(
-        "lstm", LSTMFunction, tensors, options, lengths, batch_sizes, backend
+        "lstm", LSTMFunction, tensors, options, lengths, batch_sizes, packed, backend
     )
     return y, (h_n, c_n), *c
 
@@ -112,6 +115,7 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One step of long short-term memory, by the equations of `lstm`.
@@ -119,7 +123,7 @@ def lstm_cell(
     Args:
         input: [B, I] or [I], any floating dtype.
         hx: the state and the cell state, a pair of [B, H] or [H] as the input; zeros if None.
-        w_ih, w_hh, b_ih, b_hh, backend: as in `lstm`.
+        w_ih, w_hh, b_ih, b_hh, packed, backend: as in `lstm`.
 
     Returns:
         ``(h, c)`` after the step, of the shapes of `hx`.
@@ -131,5 +135,7 @@ def lstm_cell(
         _checks.pair("lstm_cell", "hx", hx, "(h, c)")
     weights, states, names = (w_ih, w_hh, b_ih, b_hh), hx or (None, None), ("hx[0]", "hx[1]")
     options = {"reverse": False, "return_cell_states": False, "batch_sizes": None}
-    h, c = _recurrent.step("lstm", LSTMFunction, 4, input, weights, states, names, options, backend)
+    h, c = _recurrent.step(
+        "lstm", LSTMFunction, 4, input, weights, states, names, options, packed, backend
+    )
     return h, c

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _recurrent
+from pykernels.ops._packed import PackedWeights
 
 NONLINEARITIES = ("tanh", "relu")
 
@@ -41,6 +42,7 @@ def rnn(
     lengths: Tensor | Sequence[int] | None = None,
     batch_sizes: Tensor | Sequence[int] | None = None,
     reverse: bool = False,
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""One layer of the Elman recurrence over a whole sequence.
@@ -64,6 +66,7 @@ def rnn(
         batch_sizes: how many of the rows x each step has, T integers that sum to N and never
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
+        packed: a `PackedWeights` that keeps what a call without gradients packs of the weights.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
 
     Returns:
@@ -84,7 +87,9 @@ def rnn(
         _checks.shape("rnn", "h0", h0, "B, H", (B, H))
     options = {"nonlinearity": nonlinearity, "reverse": bool(reverse)}
     tensors = (x, *weights, h0)
-    y, h_n = _recurrent.run("rnn", RNNFunction, tensors, options, lengths, batch_sizes, backend)
+    y, h_n = _recurrent.run(
+        "rnn", RNNFunction, tensors, options, lengths, batch_sizes, packed, backend
+    )
     return y, h_n
 
 
@@ -97,6 +102,7 @@ def rnn_cell(
     b_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
+    packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""One step of the Elman recurrence.
@@ -106,7 +112,7 @@ def rnn_cell(
     Args:
         input: [B, I] or [I], any floating dtype.
         hx: the state, [B, H] or [H] as the input; zeros if None.
-        w_ih, w_hh, b_ih, b_hh, nonlinearity, backend: as in `rnn`.
+        w_ih, w_hh, b_ih, b_hh, nonlinearity, packed, backend: as in `rnn`.
 
     Returns:
         The next state, of the shape of `hx`.
@@ -117,5 +123,7 @@ def rnn_cell(
     _checks.choice("rnn_cell", "nonlinearity", nonlinearity, NONLINEARITIES)
     weights = (w_ih, w_hh, b_ih, b_hh)
     options = {"nonlinearity": nonlinearity, "reverse": False, "batch_sizes": None}
-    (h,) = _recurrent.step("rnn", RNNFunction, 1, input, weights, (hx,), ("hx",), options, backend)
+    (h,) = _recurrent.step(
+        "rnn", RNNFunction, 1, input, weights, (hx,), ("hx",), options, packed, backend
+    )
     return h

@@ -1,0 +1,60 @@
+"""Weights packed once for many calls of a recurrent op."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+
+class PackedWeights:
+    """What a kernel packs of the weights of one recurrent layer, kept for the calls to come.
+
+    Give the same object as ``packed=`` to every call with the same weights: `functional.rnn`,
+    `gru`, `lstm` and their cells then pack them in the first call alone. It serves calls of which
+    autograd keeps no record, on backends that pack; others leave it alone. It holds memory of the
+    size of the weights, in float32 for half precision.
+
+    Weights that have changed are packed anew. A change is known by the version that torch counts
+    up at every write to a tensor, and by the memory that it has; a write behind torch's back,
+    through NumPy or a pointer, is not seen: call `clear` after one. Copying or pickling it gives
+    an empty one.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the weights."""
+        self._key: Any = None
+        self._weights: tuple[Tensor | None, ...] = ()
+        self._packed: Any = None
+
+    def get(self, op: str, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
+        """What ``<op>_pack`` of `backend` makes of `weights`.
+
+        None where the backend packs nothing, or where torch counts no version of a tensor, as of
+        one made under `torch.inference_mode`.
+        """
+        pack = getattr(backend, f"{op}_pack", None)
+        if pack is None or any(w is not None and w.is_inference() for w in weights):
+            return None
+        key = (backend, *map(_state, weights))
+        if key != self._key:
+            self.clear()
+            self._packed = pack(*weights)
+            # Holds the memory, so that nothing else can come to lie there and be taken for it.
+            self._weights = tuple(w if w is None else w.detach() for w in weights)
+            self._key = key
+        return self._packed
+
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        return PackedWeights, ()
+
+
+def _state(weight: Tensor | None) -> tuple[object, ...] | None:
+    """What differs once the tensor has been written to, or has other memory."""
+    if weight is None:
+        return None
+    return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()

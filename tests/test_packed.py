@@ -1,0 +1,190 @@
+"""Weights that are packed once: used again, packed anew once they change, never copied along."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import pykernels.nn
+from pykernels import _backends, functional
+from pykernels.functional import PackedWeights
+
+OPS = {"rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+
+pytestmark = pytest.mark.skipif(
+    _backends.available("cpp") is not None, reason="no C++ kernels are built"
+)
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return request.param
+
+
+@pytest.fixture
+def packings(op, monkeypatch):
+    """The weights of every packing so far."""
+    backend, made = _backends.module("cpp", op), []
+    pack = getattr(backend, f"{op}_pack")
+    monkeypatch.setattr(backend, f"{op}_pack", lambda *w: made.append(w) or pack(*w))
+    return made
+
+
+def layers(op, dtype=torch.float32, **options):
+    """Ours and torch's with the same weights, in evaluation."""
+    ours = getattr(pykernels.nn, OPS[op])(5, 7, dtype=dtype, **options).eval()
+    stock = getattr(torch.nn, OPS[op])(5, 7, dtype=dtype, **options).eval()
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+def same(ours, stock, x):
+    with torch.no_grad():
+        got, want = ours(x), stock(x)
+    for a, b in zip(flat(got), flat(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def flat(results):
+    return [t for r in results for t in (r if isinstance(r, tuple) else (r,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_packs_once(op, packings, dtype):
+    ours, stock = layers(op, dtype, num_layers=2, bidirectional=True)
+    for T in (1, 4, 1):
+        same(ours, stock, torch.randn(T, 3, 5, dtype=dtype))
+    assert len(packings) == 4
+
+
+def test_a_projection_is_packed(packings, op):
+    if op != "lstm":
+        pytest.skip("only an lstm projects")
+    ours, stock = layers(op, proj_size=3)
+    for _ in range(2):
+        same(ours, stock, torch.randn(4, 3, 5))
+    assert len(packings) == 1
+
+
+def test_packed_sequences(op, packings):
+    ours, stock = layers(op)
+    for _ in range(2):
+        same(ours, stock, torch.randn(4, 3, 5))
+        x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(4, 3, 5), [4, 2, 1])
+        with torch.no_grad():
+            got, want = ours(x)[0].data, stock(x)[0].data
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(packings) == 1
+
+
+def write(p):
+    p.mul_(1.5)
+
+
+def assign(p):
+    p.data = p.data * 1.5
+
+
+def turn(p):
+    if p.dim() == 2 and p.shape[0] == p.shape[1]:
+        p.data = p.data.t()  # the same memory and version
+
+
+@pytest.mark.parametrize("change", [write, assign, turn])
+def test_changed_weights_are_packed_anew(op, packings, change):
+    ours, stock = layers(op)
+    x = torch.randn(4, 3, 5)
+    same(ours, stock, x)
+    before = ours(x)[0].detach()
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+            change(p)
+            change(q)
+    same(ours, stock, x)
+    if change is not turn or op == "rnn":  # a square matrix, no other op has one
+        assert not torch.equal(before, ours(x)[0])
+        assert len(packings) == 2
+
+
+def test_load_state_dict_and_steps_of_an_optimizer(op, packings):
+    ours, stock = layers(op)
+    x = torch.randn(4, 3, 5)
+    same(ours, stock, x)
+    other, _ = layers(op)
+    ours.load_state_dict(other.state_dict())
+    stock.load_state_dict(other.state_dict())
+    same(ours, stock, x)
+    for layer in (ours, stock):
+        layer(x)[0].sum().backward()
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+    same(ours, stock, x)
+    assert len(packings) == 3
+
+
+def test_nothing_is_kept_in_training_or_with_gradients(op, packings):
+    ours, _ = layers(op)
+    x = torch.randn(4, 3, 5)
+    ours(x)
+    with torch.no_grad():
+        ours.train()(x)
+    assert not packings
+
+
+def test_copies_and_pickles_are_empty(op, packings):
+    ours, stock = layers(op)
+    x = torch.randn(4, 3, 5)
+    same(ours, stock, x)
+    clone = pickle.loads(pickle.dumps(copy.deepcopy(ours)))
+    with torch.no_grad():
+        for p, q in zip(clone.parameters(), stock.parameters(), strict=True):
+            p.add_(0.1)
+            q.add_(0.1)
+    same(clone, stock, x)
+    assert len(packings) == 2
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+
+
+def test_inference_mode(op, packings):
+    """Tensors made there have no version, so that a change could not be seen."""
+    with torch.inference_mode():
+        ours, stock = layers(op)
+        x = torch.randn(4, 3, 5)
+        same(ours, stock, x)
+        for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+            p.mul_(1.5)
+            q.mul_(1.5)
+        same(ours, stock, x)
+    assert not packings
+
+
+def test_cells(op, packings):
+    ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7).eval()
+    stock = getattr(torch.nn, OPS[op] + "Cell")(5, 7)
+    stock.load_state_dict(ours.state_dict())
+    for x in (torch.randn(3, 5), torch.randn(5)):
+        with torch.no_grad():
+            got, want = ours(x), stock(x)
+        for a, b in zip(flat([got]), flat([want]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(packings) == 1
+
+
+def test_functional(op, packings):
+    ours, _ = layers(op)
+    weights = [p.detach() for p in ours.parameters()]
+    x, packed = torch.randn(4, 3, 5), PackedWeights()
+    call = getattr(functional, op)
+    plain = call(x, *weights)[0]
+    for _ in range(2):
+        assert torch.equal(call(x, *weights, packed=packed)[0], plain)
+    assert len(packings) == 1
+    packed.clear()
+    call(x, *weights, packed=packed)
+    assert len(packings) == 2
+    weights[0].requires_grad_()
+    call(x, *weights, packed=packed)[0].sum().backward()
+    assert weights[0].grad.abs().sum() > 0
+    reference = call(x, *weights, packed=packed, backend="reference")[0]
+    torch.testing.assert_close(reference.detach(), plain, rtol=1e-4, atol=1e-5)
+    assert len(packings) == 2
