@@ -9,7 +9,8 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   the forward. An entry of `grads` may be None, which stands for zeros; where `needs` is False, the
   entry returned may be None;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
-  with ``keep=False``, to spare it the packing of these weights;
+  with ``keep=False``, to spare it the packing of these weights; beside it
+  ``<op>_step(packed, input, *states, options) -> states``, one step on rows [B, I];
 * ``DTYPES``: the dtypes it serves;
 * ``FEATURES``: which of the op's optional features it serves.
 

@@ -158,16 +158,37 @@ def test_inference_mode(op, packings):
     assert not packings
 
 
-def test_cells(op, packings):
+@pytest.mark.parametrize("hx", [False, True])
+def test_cells(op, packings, hx):
     ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7).eval()
     stock = getattr(torch.nn, OPS[op] + "Cell")(5, 7)
     stock.load_state_dict(ours.state_dict())
-    for x in (torch.randn(3, 5), torch.randn(5)):
+    wide = torch.randn(5, 3).t()  # no row is contiguous
+    minus = torch.view_as_complex(torch.randn(3, 5, 2)).conj().imag  # the sign is not in memory
+    for x in (torch.randn(3, 5), torch.randn(3, 5), wide, minus, torch.randn(5)):
+        state = torch.randn(*x.shape[:-1], 7) if hx else None
+        if hx and op == "lstm":
+            state = (state, torch.randn(*x.shape[:-1], 7))
         with torch.no_grad():
-            got, want = ours(x), stock(x)
+            got, want = ours(x, state), stock(x, state)
         for a, b in zip(flat([got]), flat([want]), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert len(packings) == 1
+
+
+def test_cells_check_what_they_are_given(op):
+    ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7).eval()
+    x, h = torch.randn(3, 5), torch.randn(3, 7)
+    pair = (lambda h: (h, torch.randn(3, 7))) if op == "lstm" else (lambda h: h)
+    with torch.no_grad():
+        ours(x, pair(h))  # packs
+        for wrong in (torch.randn(3, 6), torch.randn(2, 7), torch.randn(3, 7).half()):
+            with pytest.raises((TypeError, ValueError), match="hx"):
+                ours(x, pair(wrong))
+        with pytest.raises(TypeError, match="dtype"):
+            ours(x.double(), pair(h))
+        with pytest.raises(ValueError, match=r"\[3, 5\]"):
+            ours(torch.randn(3, 4), pair(h))
 
 
 def test_functional(op, packings):

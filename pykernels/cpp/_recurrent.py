@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,18 +45,39 @@ def addresses(tensors: Sequence[Maybe]) -> tuple[list[Maybe], list[int]]:
     return dense, [address(t) for t in dense]
 
 
+class Packed(NamedTuple):
+    """What `pack` leaves."""
+
+    values: Tensor
+    H: int
+
+
 def pack(
     op: str, gates: int, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe
-) -> Tensor:
+) -> Packed:
     """The weights of `op` as its forward passes read them."""
     extension = _backends.load_extension()
-    sizes = (1, 1, w_ih.shape[1], len(w_hh) // gates, w_hh.shape[1])
+    H = len(w_hh) // gates
+    sizes = (1, 1, w_ih.shape[1], H, w_hh.shape[1])
     dtype = cpp.DTYPES[w_hh.dtype]
     size = getattr(extension, f"{op}_packed_size")(dtype, sizes, w_hr is not None)
     packed = w_hh.new_empty(size, dtype=compute_dtype(w_hh))
     _kept, inputs = addresses((w_ih, w_hh, b_ih, b_hh, w_hr))
     getattr(extension, f"{op}_pack")(dtype, torch.get_num_threads(), sizes, inputs, address(packed))
-    return packed
+    return Packed(packed, H)
+
+
+def step(packed: Packed, x: Tensor, h: Maybe) -> tuple[Call, list[int], Tensor, object]:
+    """A call of one step on packed weights: its first arguments, its inputs, room for the state.
+
+    The last of what is returned must outlive the call.
+    """
+    (B, I), H = x.shape, packed.H
+    x, h = contiguous(x), contiguous(h)
+    after = x.new_empty((B, H))
+    call = (cpp.DTYPES[x.dtype], torch.get_num_threads(), (1, B, I, H, H), (), False)
+    inputs = [x.data_ptr(), 0, 0, 0, 0, address(h), 0, packed.values.data_ptr()]
+    return call, inputs, after, (x, h)
 
 
 def gradients(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pykernels import _backends, cpp
 from pykernels.cpp import _recurrent, address
-from pykernels.cpp._recurrent import Maybe
+from pykernels.cpp._recurrent import Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged"})
@@ -23,7 +25,7 @@ def gru_fwd(
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     keep: bool = True,
-    packed: Maybe = None,
+    packed: Packed | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 3, batch_sizes, reverse)
@@ -31,15 +33,23 @@ def gru_fwd(
     rows = x.shape[:-1]
     y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
     gates = _recurrent.empty_gates(x, H) if keep else None
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, packed))
+    values = None if packed is None else packed.values
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values))
     outputs = (address(y), address(h_n))
     _backends.load_extension().gru_forward(*call, inputs, outputs, address(gates))
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
 
 
-def gru_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Tensor:
+def gru_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
     """See `pykernels._backends` for the contract."""
     return _recurrent.pack("gru", 3, w_ih, w_hh, b_ih, b_hh, None)
+
+
+def gru_step(packed: Packed, x: Tensor, h: Maybe, options: dict[str, Any]) -> list[Tensor]:
+    """See `pykernels._backends` for the contract."""
+    call, inputs, after, _kept = _recurrent.step(packed, x, h)
+    _backends.load_extension().gru_forward(*call, inputs, (after.data_ptr(), 0), 0)
+    return [after]
 
 
 def gru_bwd(

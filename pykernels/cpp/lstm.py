@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pykernels import _backends, cpp
 from pykernels.cpp import _recurrent, address
-from pykernels.cpp._recurrent import Maybe
+from pykernels.cpp._recurrent import Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged", "projection"})
@@ -26,7 +28,7 @@ def lstm_fwd(
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
     keep: bool = True,
-    packed: Maybe = None,
+    packed: Packed | None = None,
 ) -> tuple[tuple[Tensor, ...], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 4, batch_sizes, reverse)
@@ -36,7 +38,8 @@ def lstm_fwd(
     gates = _recurrent.empty_gates(x, H) if keep else None
     cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
     unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed))
+    values = None if packed is None else packed.values
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, values))
     first = cpp.contiguous(c0)
     _backends.load_extension().lstm_forward(
         *call,
@@ -54,9 +57,21 @@ def lstm_fwd(
     return outputs, saved
 
 
-def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Tensor:
+def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Packed:
     """See `pykernels._backends` for the contract."""
     return _recurrent.pack("lstm", 4, w_ih, w_hh, b_ih, b_hh, w_hr)
+
+
+def lstm_step(
+    packed: Packed, x: Tensor, h: Maybe, c: Maybe, options: dict[str, Any]
+) -> list[Tensor]:
+    """See `pykernels._backends` for the contract."""
+    call, inputs, after, _kept = _recurrent.step(packed, x, h)
+    c, cell = cpp.contiguous(c), after.new_empty(after.shape)
+    _backends.load_extension().lstm_forward(
+        *call, inputs, (after.data_ptr(), 0), address(c), cell.data_ptr(), (0, 0, 0)
+    )
+    return [after, cell]
 
 
 def lstm_bwd(

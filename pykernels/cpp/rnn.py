@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pykernels import _backends, cpp
 from pykernels.cpp import _recurrent, address
-from pykernels.cpp._recurrent import Maybe
+from pykernels.cpp._recurrent import Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged"})
@@ -24,21 +26,30 @@ def rnn_fwd(
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     keep: bool = True,
-    packed: Maybe = None,
+    packed: Packed | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
     call = _recurrent.describe(x, w_hh, 1, batch_sizes, reverse)
     _, B, _, H, _ = call[2]
     y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, packed))
+    values = None if packed is None else packed.values
+    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values))
     outputs = (address(y), address(h_n))
     _backends.load_extension().rnn_forward(*call, nonlinearity == "relu", inputs, outputs)
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
 
 
-def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Tensor:
+def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
     """See `pykernels._backends` for the contract."""
     return _recurrent.pack("rnn", 1, w_ih, w_hh, b_ih, b_hh, None)
+
+
+def rnn_step(packed: Packed, x: Tensor, h: Maybe, options: dict[str, Any]) -> list[Tensor]:
+    """See `pykernels._backends` for the contract."""
+    call, inputs, after, _kept = _recurrent.step(packed, x, h)
+    relu = options["nonlinearity"] == "relu"
+    _backends.load_extension().rnn_forward(*call, relu, inputs, (after.data_ptr(), 0))
+    return [after]
 
 
 def rnn_bwd(

@@ -81,6 +81,11 @@ def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
 
     Under forward-mode differentiation it must: the Function then says that it has no such formula.
     """
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on."""
+    return forward_ad._current_level >= 0

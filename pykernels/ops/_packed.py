@@ -27,9 +27,10 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Forgets the weights."""
-        self._key: Any = None
-        self._weights: tuple[Tensor | None, ...] = ()
         self._packed: Any = None
+        self._backend: ModuleType | None = None
+        self._states: list[tuple[object, ...] | None] = []
+        self._weights: list[Tensor | None] = []
 
     def get(self, op: str, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
         """What ``<op>_pack`` of `backend` makes of `weights`.
@@ -37,24 +38,32 @@ class PackedWeights:
         None where the backend packs nothing, or where torch counts no version of a tensor, as of
         one made under `torch.inference_mode`.
         """
+        if (kept := self.kept(backend, weights)) is not None:
+            return kept
         pack = getattr(backend, f"{op}_pack", None)
         if pack is None or any(w is not None and w.is_inference() for w in weights):
             return None
-        key = (backend, *map(_state, weights))
-        if key != self._key:
-            self.clear()
-            self._packed = pack(*weights)
-            # Holds the memory, so that nothing else can come to lie there and be taken for it.
-            self._weights = tuple(w if w is None else w.detach() for w in weights)
-            self._key = key
+        self.clear()
+        self._packed = pack(*weights)
+        self._backend = backend
+        self._states = [w if w is None else _state(w) for w in weights]
+        # Holds the memory, so that nothing else can come to lie there and be taken for it.
+        self._weights = [w if w is None else w.detach() for w in weights]
+        return self._packed
+
+    def kept(self, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
+        """What there is for `backend` of just these weights, unchanged; None if nothing."""
+        if backend is not self._backend or len(weights) != len(self._states):
+            return None
+        for weight, state in zip(weights, self._states, strict=True):
+            if (state is not None) if weight is None else state != _state(weight):
+                return None
         return self._packed
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
         return PackedWeights, ()
 
 
-def _state(weight: Tensor | None) -> tuple[object, ...] | None:
+def _state(weight: Tensor) -> tuple[object, ...]:
     """What differs once the tensor has been written to, or has other memory."""
-    if weight is None:
-        return None
     return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
