@@ -185,7 +185,7 @@ def cells(op: str, shape: Shape) -> Iterator[Case]:
     _, B, I, H = shape
 
     def build(library: ModuleType, dtype: torch.dtype) -> Work:
-        cell = seeded(getattr(library, f"{op.upper()}Cell"), dtype, I, H)
+        cell = seeded(getattr(library, f"{op.upper()}Cell"), dtype, I, H).eval()
         x, *states = draw(dtype, (B, I), *[(B, H)] * STATES[op])
         hx = tuple(states) if op == "lstm" else states[0]
         return work(lambda: flat(cell(x, hx)), [x, *states, *cell.parameters()])
