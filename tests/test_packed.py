@@ -158,6 +158,21 @@ def test_inference_mode(op, packings):
     assert not packings
 
 
+def test_weights_of_inference_mode_after_others(op, packings):
+    layer, _ = layers(op)
+    weights, x, packed = (
+        [p.detach() for p in layer.parameters()],
+        torch.randn(4, 3, 5),
+        PackedWeights(),
+    )
+    call = getattr(functional, op)
+    want = call(x, *weights, packed=packed)[0]
+    with torch.inference_mode():
+        unversioned = [w.clone() for w in weights]
+        assert torch.equal(call(x, *unversioned, packed=packed)[0], want)
+    assert len(packings) == 1
+
+
 @pytest.mark.parametrize("hx", [False, True])
 def test_cells(op, packings, hx):
     ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7).eval()

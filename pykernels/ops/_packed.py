@@ -27,10 +27,8 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Forgets the weights."""
-        self._packed: Any = None
-        self._backend: ModuleType | None = None
-        self._states: list[tuple[object, ...] | None] = []
-        self._weights: list[Tensor | None] = []
+        # Backend, states and memory of the weights, what it packed: one tuple, as threads may meet.
+        self._kept: tuple[ModuleType, list[Any], list[Any], Any] | None = None
 
     def get(self, op: str, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
         """What ``<op>_pack`` of `backend` makes of `weights`.
@@ -44,21 +42,25 @@ class PackedWeights:
         if pack is None or any(w is not None and w.is_inference() for w in weights):
             return None
         self.clear()
-        self._packed = pack(*weights)
-        self._backend = backend
-        self._states = [w if w is None else _state(w) for w in weights]
+        states = [w if w is None else _state(w) for w in weights]
+        packed = pack(*weights)
         # Holds the memory, so that nothing else can come to lie there and be taken for it.
-        self._weights = [w if w is None else w.detach() for w in weights]
-        return self._packed
+        memory = [w if w is None else w.detach() for w in weights]
+        self._kept = (backend, states, memory, packed)
+        return packed
 
     def kept(self, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
         """What there is for `backend` of just these weights, unchanged; None if nothing."""
-        if backend is not self._backend or len(weights) != len(self._states):
+        found = self._kept
+        if found is None:
             return None
-        for weight, state in zip(weights, self._states, strict=True):
+        maker, states, _, packed = found
+        if backend is not maker or len(weights) != len(states):
+            return None
+        for weight, state in zip(weights, states, strict=True):
             if (state is not None) if weight is None else state != _state(weight):
                 return None
-        return self._packed
+        return packed
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
         return PackedWeights, ()
@@ -66,4 +68,6 @@ class PackedWeights:
 
 def _state(weight: Tensor) -> tuple[object, ...]:
     """What differs once the tensor has been written to, or has other memory."""
+    if weight.is_inference():
+        return ()  # has no version
     return weight._version, weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
