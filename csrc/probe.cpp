@@ -89,8 +89,7 @@ void vec_math(const std::string& name, const T* in, T* out, int64_t n) {
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c) {
   const Gemm<T> product(1, n, k);
-  product.run(Team{0, 1, nullptr}, {m, n, k}, View<T>{a, k, 1}, View<T>{b, n, 1}, nullptr, false, c,
-              n);
+  product.run(Team{0, 1, nullptr}, {m, n, k}, View<T>{a, k, 1}, View<T>{b, n, 1}, false, c, n);
 }
 
 // Runs body(Tag<float or double>).

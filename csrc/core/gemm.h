@@ -15,7 +15,7 @@ namespace pykernels {
 constexpr int kPanelVecs = 2;
 
 template <class T>
-constexpr int kPanel = kPanelVecs * lanes<T>;
+constexpr int kPanel = kPanelVecs* lanes<T>;
 
 // A tile has at most this many rows: its accumulators, one panel's registers of B and one broadcast
 // of A fill the register file (6 x 2 + 2 + 1 of 16, 14 x 2 + 2 + 1 of 32).
@@ -63,7 +63,7 @@ constexpr int64_t panels_of(int64_t rows) {
 
 // Values in the largest tile.
 template <class T>
-constexpr int64_t kTileSize = kTileRows * kPanel<T>;
+constexpr int64_t kTileSize = kTileRows* kPanel<T>;
 
 // `rows` cut into tiles as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4. Runs body(row, count).
 template <class Body>
@@ -207,9 +207,9 @@ struct ProductSize {
   int64_t m, n, k;
 };
 
-// C = A B + bias, where `bias` [n] is optional; C is row-major with row stride c_row. With
-// `accumulate`, C is added to. The team splits C, so no thread waits for another, and each element
-// is summed in one order whatever the number of threads.
+// C = A B, or with `accumulate` C + A B; C is row-major with row stride c_row. The team splits C,
+// so no thread waits for another, and each element is summed in one order whatever the number of
+// threads.
 template <class T>
 class Gemm {
  public:
@@ -221,8 +221,8 @@ class Gemm {
         scratch_(threads * per_thread_) {}
 
   template <class SA, class SB>
-  void run(const Team& team, ProductSize size, View<SA> a, View<SB> b, const T* bias,
-           bool accumulate, T* c, int64_t c_row) const {
+  void run(const Team& team, ProductSize size, View<SA> a, View<SB> b, bool accumulate, T* c,
+           int64_t c_row) const {
     const Grid grid = choose_grid(team.size, size);
     if (team.rank >= grid.rows * grid.columns) return;
     const Range rows = split(size.m, kTileRows, grid.rows, team.rank / grid.columns);
@@ -232,19 +232,16 @@ class Gemm {
     T* const packed_a = packed_b + columns_ * depth_;
     for (int64_t j = columns.begin; j < columns.end; j += columns_) {
       const int64_t width = std::min(columns_, columns.end - j);
-      if (size.k == 0) {
-        for (int64_t i = rows.begin; i < rows.end; ++i)
-          for (int64_t x = j; x < j + width; ++x)
-            c[i * c_row + x] = (accumulate ? c[i * c_row + x] : 0) + (bias ? bias[x] : 0);
-      }
+      if (size.k == 0 && !accumulate)
+        for (int64_t i = rows.begin; i < rows.end; ++i) std::fill_n(c + i * c_row + j, width, T(0));
       for (int64_t k = 0; k < size.k; k += depth_) {
         const int64_t depth = std::min(depth_, size.k - k);
         pack_panels<T>(Team{0, 1, nullptr}, b.at(k, j), depth, width, packed_b);
         for (int64_t i = rows.begin; i < rows.end; i += kBlockRows) {
           const int64_t height = std::min(kBlockRows, rows.end - i);
           pack_rows<T>(a.at(i, k), height, depth, packed_a);
-          block(height, width, depth, packed_a, packed_b, k == 0 && bias ? bias + j : nullptr,
-                accumulate || k > 0, c + i * c_row + j, c_row);
+          block(height, width, depth, packed_a, packed_b, accumulate || k > 0, c + i * c_row + j,
+                c_row);
         }
       }
     }
@@ -274,7 +271,7 @@ class Gemm {
   }
 
   static void block(int64_t rows, int64_t columns, int64_t depth, const T* a, const T* b,
-                    const T* bias, bool accumulate, T* c, int64_t c_row) {
+                    bool accumulate, T* c, int64_t c_row) {
     constexpr int64_t width = kPanel<T>;
     alignas(kCacheLine) T edge[kTileSize<T>];
     const Range panels{0, ceil_div(columns, width)};
@@ -283,14 +280,13 @@ class Gemm {
       const int64_t tile_row = wide * width;
       const int64_t valid = std::min(tile_row, columns - first);
       T* const to = c + row * c_row + first;
-      const bool whole = valid == tile_row && !bias;
+      const bool whole = valid == tile_row;
       multiply_tile(count, wide, depth, a + row * depth, 1, count, b + first * depth, depth * width,
                     width, whole && accumulate, whole ? to : edge, whole ? c_row : tile_row);
       if (whole) return;
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t x = 0; x < valid; x += lanes<T>) {
           vec<T> value = load(edge + r * tile_row + x);
-          if (bias) value += load_n(bias + first + x, valid - x);
           if (accumulate) value += load_n(to + r * c_row + x, valid - x);
           store_n(to + r * c_row + x, value, valid - x);
         }

@@ -98,6 +98,12 @@ PK_INLINE int64_t gate_at(int64_t gates, int64_t unit) {
   return (unit - in_block) * gates + in_block;
 }
 
+// The same in one of many rows of gates in blocks.
+template <class T>
+PK_INLINE int64_t gate_at(int64_t gates, int64_t units, int64_t row, int64_t unit) {
+  return row * gates_size<T>(gates, units, 1) + gate_at<T>(gates, unit);
+}
+
 // W^T for w [gates * units, depth] of any strides, in blocks of units; this thread's share.
 template <class T, class S>
 void pack_gates(const Team& team, View<S> w, int64_t gates, int64_t units, int64_t depth, T* to) {

@@ -36,7 +36,7 @@ struct GruForwardCell {
     const vec<T> hn = load(product + 2 * next) + load(bias + 3 * next);
     const vec<T> n = tanh<T>(load(input + 2 * next) + load(bias + 2 * next) + r * hn);
     if (gates) {
-      T* const to = gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+      T* const to = gates + gate_at<T>(4, H, step.first + row, unit);
       store(to, r);
       store(to + next, z);
       store(to + 2 * next, n);
@@ -59,7 +59,7 @@ struct GruBackwardCell {
   T* carry;     // [B, H]: z dh of the step after; zeros at first
 
   PK_INLINE const T* gates_of(const BackwardStep& step, int64_t row, int64_t unit) const {
-    return gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+    return gates + gate_at<T>(4, H, step.first + row, unit);
   }
 
   PK_INLINE void fetch(const BackwardStep& step, int64_t row, int64_t unit) const {

@@ -47,7 +47,7 @@ struct LstmForwardCell {
     const vec<T> now = f * load_n(cell, count) + i * g;
     store_n(cell, now, count);
     if (gates) {
-      T* const to = gates + (step.first + row) * gates_size<T>(4, H, 1) + at;
+      T* const to = gates + gate_at<T>(4, H, step.first + row, unit);
       store(to, i);
       store(to + next, f);
       store(to + 2 * next, g);
@@ -68,7 +68,7 @@ struct LstmBackwardCell {
   T* dc;  // [B, H]: of the cell after a step; dc_n at first and dc0 in the end
 
   PK_INLINE const T* gates_of(const BackwardStep& step, int64_t row, int64_t unit) const {
-    return gates + (step.first + row) * gates_size<T>(4, H, 1) + gate_at<T>(4, unit);
+    return gates + gate_at<T>(4, H, step.first + row, unit);
   }
 
   PK_INLINE void fetch(const BackwardStep& step, int64_t row, int64_t unit) const {

@@ -142,9 +142,8 @@ constexpr auto nothing = [](int64_t, int64_t) {};
 // Where in one buffer the parts of a forward pass's packed weights are. Cell has
 //
 //   static kGates       gates of a unit
-//   static kBiases      biases of a unit: one a gate, b_ih + b_hh; where there is one more, the
-//   last
-//                       gate keeps its two apart, b_ih first
+//   static kBiases      biases of a unit: b_ih + b_hh of each gate. Where that is one more than
+//                       gates, the two biases of the last gate stay apart, b_ih first
 template <class T, class Cell>
 struct PackedLayout {
   int64_t w_ih, w_hh, w_hr, bias, size;
@@ -527,11 +526,10 @@ class BackwardPass {
       const View<T> part{delta_.get() + piece.column, row, 1};
       if (p_.dx)
         product_.run(team, {rows_, n_.I, piece.count}, part,
-                     View<S>{p_.w_ih + piece.gate_row * n_.I, n_.I, 1}, nullptr, !first, dx_.get(),
-                     n_.I);
+                     View<S>{p_.w_ih + piece.gate_row * n_.I, n_.I, 1}, !first, dx_.get(), n_.I);
       if (p_.dw_ih)
         product_.run(team, {piece.count, n_.I, rows_}, part.transposed(), View<S>{p_.x, n_.I, 1},
-                     nullptr, false, dw_ih_.get() + piece.gate_row * n_.I, n_.I);
+                     false, dw_ih_.get() + piece.gate_row * n_.I, n_.I);
       if (p_.db_ih)
         sum_rows(team, part.data, rows_, piece.count, row, db_ih_.get() + piece.gate_row);
       first = false;
@@ -539,7 +537,7 @@ class BackwardPass {
     if (p_.db_hh) sum_rows(team, delta_.get(), rows_, gates, row, db_hh_.get());
     if (p_.dw_hr)
       product_.run(team, {n_.R, n_.H, rows_}, View<T>{dstate_.get(), 1, n_.R},
-                   View<T>{cell_.unprojected, n_.H, 1}, nullptr, false, dw_hr_.get(), n_.H);
+                   View<T>{cell_.unprojected, n_.H, 1}, false, dw_hr_.get(), n_.H);
     if (p_.dw_hh) recurrent_gradient(team);
   }
 
@@ -548,7 +546,7 @@ class BackwardPass {
     const int64_t row = cell_.delta_row, gates = kGates * n_.H;
     const auto add = [&](int64_t begin, int64_t count, const S* before, bool accumulate) {
       product_.run(team, {gates, n_.R, count}, View<T>{delta_.get() + begin * row, 1, row},
-                   View<S>{before, n_.R, 1}, nullptr, accumulate, dw_hh_.get(), n_.R);
+                   View<S>{before, n_.R, 1}, accumulate, dw_hh_.get(), n_.R);
     };
     const Walk forward = walk_.back();
     if (before_.get()) {

@@ -17,6 +17,13 @@ Call = tuple[int, int, tuple[int, int, int, int, int], Sequence[int], bool]
 Maybe = Tensor | None
 
 
+class Packed(NamedTuple):
+    """What `pack` leaves."""
+
+    values: Tensor
+    H: int
+
+
 def describe(
     x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | None, reverse: bool
 ) -> Call:
@@ -45,11 +52,9 @@ def addresses(tensors: Sequence[Maybe]) -> tuple[list[Maybe], list[int]]:
     return dense, [address(t) for t in dense]
 
 
-class Packed(NamedTuple):
-    """What `pack` leaves."""
-
-    values: Tensor
-    H: int
+def forward_addresses(*tensors: Maybe, packed: Packed | None) -> tuple[list[Maybe], list[int]]:
+    """`addresses` of x, w_ih, w_hh, b_ih, b_hh, h0, w_hr and of what `pack` left, if anything."""
+    return addresses((*tensors, None if packed is None else packed.values))
 
 
 def pack(

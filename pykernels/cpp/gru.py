@@ -33,8 +33,7 @@ def gru_fwd(
     rows = x.shape[:-1]
     y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
     gates = _recurrent.empty_gates(x, H) if keep else None
-    values = None if packed is None else packed.values
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values))
+    _kept, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
     outputs = (address(y), address(h_n))
     _backends.load_extension().gru_forward(*call, inputs, outputs, address(gates))
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)

@@ -38,8 +38,7 @@ def lstm_fwd(
     gates = _recurrent.empty_gates(x, H) if keep else None
     cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
     unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
-    values = None if packed is None else packed.values
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, values))
+    _kept, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed=packed)
     first = cpp.contiguous(c0)
     _backends.load_extension().lstm_forward(
         *call,

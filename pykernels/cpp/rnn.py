@@ -32,8 +32,7 @@ def rnn_fwd(
     call = _recurrent.describe(x, w_hh, 1, batch_sizes, reverse)
     _, B, _, H, _ = call[2]
     y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
-    values = None if packed is None else packed.values
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values))
+    _kept, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
     outputs = (address(y), address(h_n))
     _backends.load_extension().rnn_forward(*call, nonlinearity == "relu", inputs, outputs)
     return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
