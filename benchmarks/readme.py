@@ -162,7 +162,7 @@ def speed() -> str:
         best = ours.get("best_peer")
         beside = [f"{float(ours['times_best_peer']):.2f} ({best})" if best else "-"][:peers]
         lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", *beside, share)
-    return "\n".join([picture("speed"), *lines, "", made_by(path, ours)])
+    return "\n".join([picture("speed"), *lines, "", made_by(path, records.read(path))])
 
 
 def accuracy() -> str:
@@ -181,7 +181,7 @@ def accuracy() -> str:
         near = sum(float(r["error"]) <= float(r["torch_error"]) for r in rows)
         shares = [float(r["error"]) / float(r["limit"]) for r in rows if float(r["limit"]) > 0]
         lines += row(*key, len(rows), near, f"{max(shares, default=0):.0%}")
-    return "\n".join([picture("errors"), *lines, "", made_by(path, rows[0])])
+    return "\n".join([picture("errors"), *lines, "", made_by(path, records.read(path))])
 
 
 def row(*cells: object, first: bool = False) -> list[str]:
@@ -195,12 +195,16 @@ def picture(name: str) -> str:
     return f"![{name}]({path.relative_to(README.parent)})\n" if path.exists() else ""
 
 
-def made_by(path: Path, row: records.Row) -> str:
+def made_by(path: Path, rows: list[records.Row]) -> str:
+    row = rows[0]
     machine = row["gpu"] if row["device"] == "cuda" else f"{row['cpu']}, {row['isa']} kernels"
     threads = f", {row['threads']} threads" if "threads" in row else ""
+    uses = f" with {row['torch_isa']}" if row.get("torch_isa") else ""
+    dates = ", ".join(sorted({each["date"][:10] for each in rows}))
+    commits = ", ".join(dict.fromkeys(each["commit"] for each in rows))
     return (
-        f"Measured {row['date'][:10]} on {machine}{threads}, torch {row['torch']}, commit "
-        f"{row['commit']}; all of it in [{path.name}]({path.relative_to(README.parent)})."
+        f"Measured {dates} on {machine}{threads}, torch {row['torch']}{uses}, commit "
+        f"{commits}; all of it in [{path.name}]({path.relative_to(README.parent)})."
     )
 
 

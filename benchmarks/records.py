@@ -30,6 +30,7 @@ def provenance(device: str = "cpu") -> Row:
         "cpu": about.processor(),
         "cores": str(os.cpu_count()),
         "isa": about.instruction_set(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else "",
         **{name: versions[name] for name in ("python", "torch", "triton", "pykernels", "compiler")},
     }

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import instruction_set
 import records
 import timing
 import torch
@@ -493,4 +494,5 @@ def number(text: str) -> str:
 
 
 if __name__ == "__main__":
+    instruction_set.hold()
     sys.exit(main())

@@ -11,6 +11,8 @@ timed, and the exit code is 1. The share of the FMA floor is the arithmetic of t
 rate is measured five times between the rounds; the best of the five counts, as whatever disturbs
 the measurement can only lower it, so the share is never flattered.
 
+With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too (`instruction_set.py`).
+
 The peers (`peers.py`: ONNX Runtime and OpenVINO, recurrent layers forward) have a process each and
 take part in the turns; one that is wrong by the same rule, or not installed, is left out with a
 word.
@@ -24,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import instruction_set
 import peers
 import records
 import timing
@@ -309,4 +312,5 @@ def table(rows: list[records.Row]) -> Table:
 
 
 if __name__ == "__main__":
+    instruction_set.hold()
     sys.exit(main())

@@ -2,8 +2,12 @@
 
 import csv
 import gc
+import os
+import subprocess
+import sys
 
 import errors
+import instruction_set
 import numpy as np
 import peers
 import plot
@@ -113,6 +117,19 @@ def test_rows_of_a_second_run_replace_those_of_the_first(tmp_path):
     assert [row["ms"] for row in records.read(path)] == ["1", "3"]
 
 
+@pytest.mark.parametrize("isa", instruction_set.LIMITS)
+def test_others_are_held_to_the_instruction_set_of_ours(isa):
+    program = (
+        "import torch, instruction_set; instruction_set.hold();"
+        "print(torch.backends.cpu.get_cpu_capability())"
+    )
+    environment = {**os.environ, "PYKERNELS_ISA": isa, "PYTHONPATH": str(records.HERE)}
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.strip().lower() == instruction_set.LIMITS[isa]["ATEN_CPU_CAPABILITY"]
+
+
 def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
     path = tmp_path / "speed.csv"
     assert run.main([*SMALLEST, "--output", str(path)]) == 0
@@ -123,7 +140,17 @@ def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
     ]
     for row in rows:
         assert float(row["q1_ms"]) <= float(row["median_ms"]) <= float(row["q3_ms"])
-        for column in ("commit", "date", "cpu", "cores", "isa", "python", "torch", "pykernels"):
+        for column in (
+            "commit",
+            "date",
+            "cpu",
+            "cores",
+            "isa",
+            "torch_isa",
+            "python",
+            "torch",
+            "pykernels",
+        ):
             assert row[column]
     assert {row["times_torch"] for row in rows if row["implementation"] == "torch"} == {"1"}
     out = capsys.readouterr().out
