@@ -29,6 +29,7 @@ SOURCES = [
     "csrc/ops/gru.cpp",
     "csrc/ops/lstm.cpp",
     "csrc/ops/rnn.cpp",
+    "csrc/ops/step.cpp",
 ]
 FLAGS = [
     "-std=c++17",
@@ -40,6 +41,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-DNDEBUG",  # else pybind11 asks for the GIL at every reference that it counts
 ]
 
 

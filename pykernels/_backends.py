@@ -10,7 +10,9 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   entry returned may be None;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
   with ``keep=False``, to spare it the packing of these weights; beside it
-  ``<op>_step(packed, input, *states, options) -> states``, one step on rows [B, I];
+  ``<op>_step(packed, weights)``: a function ``(weights, threads, input, states, relu) -> states``
+  of one step of a cell, which returns None where these are no longer the weights or any tensor is
+  out of the ordinary; or None where there is no such function;
 * ``DTYPES``: the dtypes it serves;
 * ``FEATURES``: which of the op's optional features it serves.
 
@@ -80,7 +82,12 @@ def select(
         ValueError: the requested backend is unknown, or cannot serve this device, dtype or
             feature; the message names those that can.
     """
-    return _select(op, requested or _context.get() or _environment, device.type, dtype, features)
+    return _select(op, asked_for(requested), device.type, dtype, features)
+
+
+def asked_for(requested: str | None) -> str | None:
+    """The backend that the call or its surroundings ask for; None leaves the choice."""
+    return requested or _context.get() or _environment
 
 
 @functools.cache

@@ -180,20 +180,104 @@ def test_weights_of_inference_mode_after_others(op, packings):
 
 @pytest.mark.parametrize("hx", [False, True])
 def test_cells(op, packings, hx):
-    ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7).eval()
-    stock = getattr(torch.nn, OPS[op] + "Cell")(5, 7)
-    stock.load_state_dict(ours.state_dict())
+    ours, stock = cell_and_stock(op)
     wide = torch.randn(5, 3).t()  # no row is contiguous
     minus = torch.view_as_complex(torch.randn(3, 5, 2)).conj().imag  # the sign is not in memory
     for x in (torch.randn(3, 5), torch.randn(3, 5), wide, minus, torch.randn(5)):
         state = torch.randn(*x.shape[:-1], 7) if hx else None
         if hx and op == "lstm":
             state = (state, torch.randn(*x.shape[:-1], 7))
-        with torch.no_grad():
-            got, want = ours(x, state), stock(x, state)
-        for a, b in zip(flat([got]), flat([want]), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        same_step(ours, stock, x, state)
     assert len(packings) == 1
+
+
+@pytest.fixture
+def long_ways(op, monkeypatch):
+    """The inputs of every cell's step that went through all checks so far."""
+    name, taken = f"{op}_cell", []
+    cell = getattr(functional, name)
+    monkeypatch.setattr(functional, name, lambda *a, **o: taken.append(a[0]) or cell(*a, **o))
+    return taken
+
+
+def cell_and_stock(op, **options):
+    ours = getattr(pykernels.nn, OPS[op] + "Cell")(5, 7, **options).eval()
+    stock = getattr(torch.nn, OPS[op] + "Cell")(5, 7, **options)
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+def same_step(ours, stock, x, state=None):
+    with torch.no_grad():
+        got, want = ours(x, state), stock(x, state)
+    for a, b in zip(flat([got]), flat([want]), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch is too old"
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_cells_take_the_short_way_once_packed(op, long_ways, bias):
+    ours, stock = cell_and_stock(op, bias=bias)
+    x = torch.randn(3, 5)
+    same_step(ours, stock, x)
+    assert len(long_ways) == 1  # packs
+    for x in (torch.randn(3, 5), torch.randn(5), torch.randn(1, 5), torch.randn(0, 5)):
+        h, c = torch.randn(2, *x.shape[:-1], 7)
+        for state in (None, (h, c) if op == "lstm" else h):
+            same_step(ours, stock, x, state)
+    assert len(long_ways) == 1
+    with torch.no_grad():
+        for p, q in zip(ours.parameters(), stock.parameters(), strict=True):
+            p.mul_(1.5)
+            q.mul_(1.5)
+    same_step(ours, stock, x)
+    assert len(long_ways) == 2
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch is too old"
+)
+def test_cells_take_the_long_way_where_they_must(op, long_ways):
+    ours, stock = cell_and_stock(op)
+    x = torch.randn(3, 5)
+    same_step(ours, stock, x)
+    with pykernels.use_backend("reference"):
+        same_step(ours, stock, x)
+    with torch.autocast("cpu"), torch.no_grad():
+        assert flat([ours(x)])[0].dtype == torch.bfloat16
+    assert ours(x.clone().requires_grad_())[0].requires_grad
+    assert len(long_ways) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_both_ways_of_a_cell_are_one_kernel(op, dtype):
+    ours, _ = cell_and_stock(op, dtype=dtype)
+    x, packed = torch.randn(3, 5, dtype=dtype), PackedWeights()
+    states = tuple(torch.randn(2, 3, 7, dtype=dtype))[: 1 + (op == "lstm")]
+    weights = tuple(ours.parameters())
+    with torch.no_grad():
+        long = ours(x, states if op == "lstm" else states[0])
+        getattr(functional, f"{op}_cell")(x, None, *weights, packed=packed)  # packs
+        short = packed.step(weights, x, states)
+    assert all(map(torch.equal, short, flat([long])))
+
+
+def test_cells_without_the_short_way(op, packings, monkeypatch):
+    """As with a torch that does not tell C where its tensors are."""
+    monkeypatch.setattr(_backends.module("cpp", op), f"{op}_step", lambda packed, weights: None)
+    ours, stock = cell_and_stock(op)
+    for _ in range(2):
+        same_step(ours, stock, torch.randn(3, 5))
+    assert len(packings) == 1
+
+
+def test_a_relu_cell():
+    ours, stock = cell_and_stock("rnn", nonlinearity="relu")
+    for _ in range(2):
+        same_step(ours, stock, torch.randn(3, 5), torch.randn(3, 7))
 
 
 def test_cells_check_what_they_are_given(op):

@@ -4,7 +4,7 @@
 // over a whole sequence. K. Cho et al., "Learning phrase representations using RNN encoder-decoder"
 // (2014), with the reset gate after the product, as torch.nn.GRU has it.
 #include "../core/vec_math.h"
-#include "recurrent_bind.h"
+#include "step.h"
 
 namespace pykernels {
 namespace {
@@ -108,10 +108,19 @@ void backward(int threads, const RecurrentBackward<S>& p, const compute_t<S>* ga
   run_backward<S>(threads, p, GruBackwardCell<T, S>{H, 4 * H, gates, p.y, p.h0, carry.get()});
 }
 
+void step(const StepCall& call) {
+  const Batch batch(call.sizes, {}, false);
+  dispatch(call.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out), nullptr);
+  });
+}
+
 }  // namespace
 
 void bind_gru(py::module_& m) {
   bind_pack<GruForwardCell>(m, "gru");
+  bind_step(m, "gru", &step, 1);
   m.def("gru_forward", [](int dtype, int threads, const RecurrentShape& n,
                           const std::vector<int64_t>& batch_sizes, bool reverse,
                           const std::array<Address, 8>& in, const std::array<Address, 2>& out,

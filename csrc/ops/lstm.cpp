@@ -4,7 +4,7 @@
 // over a whole sequence. S. Hochreiter and J. Schmidhuber, "Long short-term memory" (1997), with
 // the forget gate of F. Gers et al. (2000) and the projection of H. Sak et al. (2014).
 #include "../core/vec_math.h"
-#include "recurrent_bind.h"
+#include "step.h"
 
 namespace pykernels {
 namespace {
@@ -144,10 +144,20 @@ void backward(int threads, const RecurrentBackward<S>& p, const LstmCells<S>& ce
   dc0.narrow_share(Team{0, 1, nullptr});
 }
 
+void step(const StepCall& call) {
+  const Batch batch(call.sizes, {}, false);
+  dispatch(call.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out),
+               pointer<const S>(call.c), pointer<S>(call.c_next), {});
+  });
+}
+
 }  // namespace
 
 void bind_lstm(py::module_& m) {
   bind_pack<LstmForwardCell>(m, "lstm");
+  bind_step(m, "lstm", &step, 2);
   m.def("lstm_forward", [](int dtype, int threads, const RecurrentShape& n,
                            const std::vector<int64_t>& batch_sizes, bool reverse,
                            const std::array<Address, 8>& in, const std::array<Address, 2>& out,

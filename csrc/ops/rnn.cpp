@@ -1,6 +1,6 @@
 // h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), f = tanh or relu, over a whole sequence.
 #include "../core/vec_math.h"
-#include "recurrent_bind.h"
+#include "step.h"
 
 namespace pykernels {
 namespace {
@@ -54,10 +54,19 @@ void backward(int threads, const RecurrentBackward<S>& p, bool relu) {
   run_backward<S>(threads, p, RnnBackwardCell<compute_t<S>, S>{relu, p.sizes.H, p.y});
 }
 
+void step(const StepCall& call) {
+  const Batch batch(call.sizes, {}, false);
+  dispatch(call.dtype, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out), call.relu);
+  });
+}
+
 }  // namespace
 
 void bind_rnn(py::module_& m) {
   bind_pack<RnnForwardCell>(m, "rnn");
+  bind_step(m, "rnn", &step, 1);
   m.def("kept_row", &kept_row);  // of gru and lstm
   m.def("rnn_forward", [](int dtype, int threads, const RecurrentShape& n,
                           const std::vector<int64_t>& batch_sizes, bool reverse, bool relu,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,17 +72,16 @@ def pack(
     return Packed(packed, H)
 
 
-def step(packed: Packed, x: Tensor, h: Maybe) -> tuple[Call, list[int], Tensor, object]:
-    """A call of one step on packed weights: its first arguments, its inputs, room for the state.
+def step(
+    op: str, packed: Packed, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe
+) -> Callable[..., Any] | None:
+    """The step of a cell of `op`, from tensors to tensors without Python between (csrc/ops/step.h).
 
-    The last of what is returned must outlive the call.
+    None where torch does not tell C where its tensors are: before 2.10.
     """
-    (B, I), H = x.shape, packed.H
-    x, h = contiguous(x), contiguous(h)
-    after = x.new_empty((B, H))
-    call = (cpp.DTYPES[x.dtype], torch.get_num_threads(), (1, B, I, H, H), (), False)
-    inputs = [x.data_ptr(), 0, 0, 0, 0, address(h), 0, packed.values.data_ptr()]
-    return call, inputs, after, (x, h)
+    make = getattr(_backends.load_extension(), f"{op}_step")
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    return make(Tensor, weights, packed.values, cpp.DTYPES[w_hh.dtype], w_ih.shape[1], packed.H)
 
 
 def gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -44,11 +45,9 @@ def gru_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
     return _recurrent.pack("gru", 3, w_ih, w_hh, b_ih, b_hh, None)
 
 
-def gru_step(packed: Packed, x: Tensor, h: Maybe, options: dict[str, Any]) -> list[Tensor]:
+def gru_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
-    call, inputs, after, _kept = _recurrent.step(packed, x, h)
-    _backends.load_extension().gru_forward(*call, inputs, (after.data_ptr(), 0), 0)
-    return [after]
+    return _recurrent.step("gru", packed, *weights)
 
 
 def gru_bwd(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -61,16 +62,10 @@ def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe)
     return _recurrent.pack("lstm", 4, w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
-def lstm_step(
-    packed: Packed, x: Tensor, h: Maybe, c: Maybe, options: dict[str, Any]
-) -> list[Tensor]:
+def lstm_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
-    call, inputs, after, _kept = _recurrent.step(packed, x, h)
-    c, cell = cpp.contiguous(c), after.new_empty(after.shape)
-    _backends.load_extension().lstm_forward(
-        *call, inputs, (after.data_ptr(), 0), address(c), cell.data_ptr(), (0, 0, 0)
-    )
-    return [after, cell]
+    *others, w_hr = weights
+    return _recurrent.step("lstm", packed, *others) if w_hr is None else None
 
 
 def lstm_bwd(

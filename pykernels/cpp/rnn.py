@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -43,12 +44,9 @@ def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
     return _recurrent.pack("rnn", 1, w_ih, w_hh, b_ih, b_hh, None)
 
 
-def rnn_step(packed: Packed, x: Tensor, h: Maybe, options: dict[str, Any]) -> list[Tensor]:
+def rnn_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
-    call, inputs, after, _kept = _recurrent.step(packed, x, h)
-    relu = options["nonlinearity"] == "relu"
-    _backends.load_extension().rnn_forward(*call, relu, inputs, (after.data_ptr(), 0))
-    return [after]
+    return _recurrent.step("rnn", packed, *weights)
 
 
 def rnn_bwd(

@@ -156,6 +156,17 @@ def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     return kept.get(key) or kept.setdefault(key, PackedWeights())
 
 
+def packed_step(
+    cell: torch.nn.RNNCellBase, input: Any, states: tuple[Any, ...], *, relu: bool = False
+) -> tuple[Tensor, ...] | None:
+    """The states after a step of a cell in evaluation; None where all checks are due first."""
+    packed = frozen(cell)
+    if packed is None or torch.is_autocast_enabled("cpu"):
+        return None
+    # In torch's order, or not taken for the packed ones.
+    return packed.step(tuple(cell._parameters.values()), input, states, relu=relu)
+
+
 def cell_arguments(cell: torch.nn.RNNCellBase, name: str, input: Any, *states: Any) -> list[Any]:
     """The input, checked, the states and the weights of a cell, cast where autocast is on.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen, packed_step
 
 
 class GRU(Layers, torch.nn.GRU):
@@ -47,4 +47,7 @@ class GRUCell(torch.nn.GRUCell):
         Returns:
             The state after, [B, H] or [H].
         """
+        after = packed_step(self, input, (hx,))
+        if after is not None:
+            return after[0]
         return functional.gru_cell(*cell_arguments(self, "GRUCell", input, hx), packed=frozen(self))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks, functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen, packed_step
 
 
 class LSTM(Layers, torch.nn.LSTM):
@@ -58,6 +58,10 @@ class LSTMCell(torch.nn.LSTMCell):
         Returns:
             ``(h, c)`` after the step, each [B, H] or [H].
         """
+        if hx is None or type(hx) is tuple:
+            after = packed_step(self, input, hx or (None, None))
+            if after is not None:
+                return after
         if hx is not None:
             _checks.pair("LSTMCell", "hx", hx, "(h, c)")
         input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))

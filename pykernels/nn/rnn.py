@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen
+from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen, packed_step
 
 
 class RNN(Layers, torch.nn.RNN):
@@ -60,5 +60,8 @@ class RNNCell(torch.nn.RNNCell):
         Returns:
             The state after, [B, H] or [H].
         """
+        after = packed_step(self, input, (hx,), relu=self.nonlinearity == "relu")
+        if after is not None:
+            return after[0]
         arguments = cell_arguments(self, "RNNCell", input, hx)
         return functional.rnn_cell(*arguments, nonlinearity=self.nonlinearity, packed=frozen(self))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from pykernels import _backends
+from pykernels.ops import _autograd
 
 
 class PackedWeights:
@@ -29,6 +34,7 @@ class PackedWeights:
         """Forgets the weights."""
         # Backend, states and memory of the weights, what it packed: one tuple, as threads may meet.
         self._kept: tuple[ModuleType, list[Any], list[Any], Any] | None = None
+        self._step: Callable[..., tuple[Tensor, ...] | None] | None = None
 
     def get(self, op: str, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
         """What ``<op>_pack`` of `backend` makes of `weights`.
@@ -36,7 +42,7 @@ class PackedWeights:
         None where the backend packs nothing, or where torch counts no version of a tensor, as of
         one made under `torch.inference_mode`.
         """
-        if (kept := self.kept(backend, weights)) is not None:
+        if (kept := self._find(backend, weights)) is not None:
             return kept
         pack = getattr(backend, f"{op}_pack", None)
         if pack is None or any(w is not None and w.is_inference() for w in weights):
@@ -47,9 +53,31 @@ class PackedWeights:
         # Holds the memory, so that nothing else can come to lie there and be taken for it.
         memory = [w if w is None else w.detach() for w in weights]
         self._kept = (backend, states, memory, packed)
+        self._step = getattr(backend, f"{op}_step")(packed, weights)
         return packed
 
-    def kept(self, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
+    def step(
+        self,
+        weights: tuple[Tensor | None, ...],
+        input: Any,
+        states: tuple[Any, ...],
+        *,
+        relu: bool = False,
+        backend: str | None = None,
+    ) -> tuple[Tensor, ...] | None:
+        """The states after one step of a cell, unchecked: a check takes longer than a step.
+
+        None where there are no packed weights for that, or any argument is out of the ordinary:
+        the way through all checks then says what.
+        """
+        step = self._step
+        if step is None or torch.is_grad_enabled() or _autograd.in_forward_mode():
+            return None
+        if _backends.asked_for(backend) not in (None, "cpp"):
+            return None
+        return step(weights, torch.get_num_threads(), input, states, relu)
+
+    def _find(self, backend: ModuleType, weights: tuple[Tensor | None, ...]) -> Any:
         """What there is for `backend` of just these weights, unchanged; None if nothing."""
         found = self._kept
         if found is None:

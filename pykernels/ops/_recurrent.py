@@ -17,7 +17,6 @@ from pykernels.ops._packed import PackedWeights
 _ROWS = {1: "H", 3: "3H", 4: "4H"}
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 _NONE: frozenset[str] = frozenset()
-_TENSORS = (Tensor, torch.nn.Parameter)
 
 Function = type[torch.autograd.Function]
 
@@ -151,7 +150,7 @@ def step(
     options: dict[str, Any],
     packed: PackedWeights | None,
     backend: str | None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """One step of `op`: what its cell does.
 
     Args:
@@ -167,12 +166,11 @@ def step(
     Returns:
         The states after the step.
     """
-    projection = (None,) if op == "lstm" else ()
     if packed is not None:
-        every = (*weights, *projection)
-        found = _packed_step(op, input, every, states, options, packed, backend)
-        if found is not None:
-            return found
+        relu = options.get("nonlinearity") == "relu"
+        after = packed.step(weights, input, states, relu=relu, backend=backend)
+        if after is not None:
+            return after
     cell = f"{op}_cell"
     _checks.tensor(cell, "input", input)
     _checks.floating(cell, "input", input)
@@ -187,47 +185,11 @@ def step(
     if not batched:
         input = input[None]
         states = tuple(None if state is None else state[None] for state in states)
+    projection = (None,) if op == "lstm" else ()
     tensors = (input[None], *weights, *states, *projection)
     unrecorded = _unrecorded(op, chosen, packed, tensors)
     _, *after = _autograd.apply(function, op, chosen, options, tensors, unrecorded)
     return after if batched else [state[0] for state in after]
-
-
-def _packed_step(
-    op: str,
-    input: Any,
-    weights: tuple[Any, ...],
-    states: tuple[Any, ...],
-    options: dict[str, Any],
-    packed: PackedWeights,
-    backend: str | None,
-) -> list[Tensor] | None:
-    """`step` where it need not be recorded, with weights that are packed and hence checked.
-
-    None where there are no such weights, or an argument is anything out of the ordinary: the way
-    through all checks will say what. A step takes less time than the checks do.
-    """
-    if torch.is_grad_enabled() or _autograd.in_forward_mode():
-        return None
-    if type(input) is not Tensor or input.dim() != 2 or input.layout is not torch.strided:
-        return None
-    w_ih, w_hh = weights[:2]
-    dtype, (B, I) = input.dtype, input.shape
-    if type(w_hh) not in _TENSORS or dtype is not w_hh.dtype or w_ih.shape[-1] != I:
-        return None
-    size, device = (B, w_hh.shape[-1]), input.device
-    for state in states:
-        if state is not None and not (
-            type(state) is Tensor
-            and state.dtype is dtype
-            and state.shape == size
-            and state.device == device
-            and state.layout is torch.strided
-        ):
-            return None
-    chosen = _backends.select(op, backend, device, dtype)
-    found = packed.kept(chosen, weights)
-    return None if found is None else getattr(chosen, f"{op}_step")(found, input, *states, options)
 
 
 def _unrecorded(

@@ -1,0 +1,86 @@
+// Where torch's tensors have their memory, asked in C.
+//
+// torch 2.10 and newer offer the exchange functions of DLPack 1.2, a table of C functions beside
+// the Python protocol of the same name. Declared here is as much of it as is used, after
+// https://dmlc.github.io/dlpack/latest/c_api.html.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "bind.h"
+
+namespace pykernels {
+
+namespace dlpack {
+
+constexpr uint32_t kMajor = 1;  // tables of another major version are laid out otherwise
+constexpr int32_t kCpu = 1;
+constexpr uint8_t kFloat = 2, kBfloat = 4;
+
+struct Type {
+  uint8_t code, bits;
+  uint16_t lanes;
+  bool operator==(const Type& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+};
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  Type dtype;
+  int64_t* shape;    // [ndim]
+  int64_t* strides;  // [ndim], in elements
+  uint64_t byte_offset;
+};
+
+struct ExchangeTable {
+  uint32_t major, minor;
+  const ExchangeTable* previous;               // of an older version, or nullptr
+  void *allocate, *managed_from, *managed_to;  // not used here
+  // What a Python tensor has, valid for as long as that tensor; 0, or -1 with a Python error.
+  int (*tensor_from)(void* object, Tensor* out);
+  void* current_stream;
+};
+
+}  // namespace dlpack
+
+class Exchange {
+ public:
+  // Of a type of tensors; unusable where it has no such functions, or none of this version.
+  explicit Exchange(const py::type& type) {
+    const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(capsule.ptr(), kName)) return;
+    table_ = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), kName));
+    while (table_ && table_->major > dlpack::kMajor) table_ = table_->previous;
+    if (table_ && (table_->major < dlpack::kMajor || !table_->tensor_from)) table_ = nullptr;
+  }
+
+  bool usable() const { return table_; }
+
+  // Whether `object` is a tensor in memory that `out` then describes.
+  bool read(py::handle object, dlpack::Tensor* out) const {
+    if (table_->tensor_from(object.ptr(), out) == 0 && out->strides) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  static constexpr const char* kName = "dlpack_exchange_api";
+  const dlpack::ExchangeTable* table_ = nullptr;
+};
+
+inline dlpack::Type exchange_type(int dtype) {
+  switch (dtype) {
+    case kFloat32: return {dlpack::kFloat, 32, 1};
+    case kFloat64: return {dlpack::kFloat, 64, 1};
+    case kBFloat16: return {dlpack::kBfloat, 16, 1};
+    case kFloat16: return {dlpack::kFloat, 16, 1};
+  }
+  throw std::invalid_argument("unknown dtype code");
+}
+
+}  // namespace pykernels

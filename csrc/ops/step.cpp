@@ -1,0 +1,135 @@
+// Takes torch's tensors apart for a step on packed weights.
+#include "step.h"
+
+#include <memory>
+
+namespace pykernels {
+namespace {
+
+Address address_of(const dlpack::Tensor& t) {
+  return reinterpret_cast<Address>(t.data) + t.byte_offset;
+}
+
+// object.name(arguments...)
+template <class... Arguments>
+py::object ask(py::handle object, PyObject* name, const Arguments&... arguments) {
+  PyObject* const all[] = {object.ptr(), arguments.ptr()...};
+  PyObject* const answer = PyObject_VectorcallMethod(name, all, 1 + sizeof...(arguments), nullptr);
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+}  // namespace
+
+PackedStep::PackedStep(StepKernel kernel, int states, const py::type& tensor_type,
+                       const Exchange& exchange, const py::tuple& weights, const py::object& values,
+                       int dtype, int64_t I, int64_t H)
+    : kernel_(kernel), states_(states), tensor_type_(tensor_type), exchange_(exchange),
+      values_(values), dtype_(dtype), type_(exchange_type(dtype)), I_(I), H_(H),
+      weights_(weights.size()) {
+  dlpack::Tensor packed;
+  if (!exchange_.read(values, &packed)) throw std::invalid_argument("values are no tensor");
+  packed_ = address_of(packed);
+  for (size_t i = 0; i < weights_.size(); ++i)
+    if (!look_at(weights[i], &weights_[i])) throw std::invalid_argument("a weight is no tensor");
+}
+
+py::object PackedStep::run(const py::tuple& weights, int threads, py::handle x,
+                           const py::tuple& before, bool relu) const {
+  dlpack::Tensor tensor;
+  if (!unchanged(weights) || before.size() != size_t(states_) || !plain(x, I_, &tensor))
+    return py::none();
+  const int32_t ndim = tensor.ndim;
+  const int64_t B = ndim == 2 ? tensor.shape[0] : 1;
+  const auto is_state = [&](py::handle object) {
+    return plain(object, H_, &tensor) && tensor.ndim == ndim && (ndim == 1 || tensor.shape[0] == B);
+  };
+  StepCall call{};
+  call.dtype = dtype_;
+  call.threads = threads;
+  call.sizes = {1, B, I_, H_, H_};
+  call.relu = relu;
+  call.in[0] = address_of(tensor);
+  call.in[7] = packed_;
+  Address* const from[] = {&call.in[5], &call.c};
+  for (int s = 0; s < states_; ++s) {
+    const py::handle state = before[s];
+    if (state.is_none()) continue;
+    if (!is_state(state)) return py::none();
+    *from[s] = address_of(tensor);
+  }
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  Address* const to[] = {&call.out[0], &call.c_next};
+  const py::int_ rows(B), columns(H_);
+  py::tuple after(states_);
+  for (int s = 0; s < states_; ++s) {
+    py::object next = ndim == 2 ? ask(x, new_empty, rows, columns) : ask(x, new_empty, columns);
+    if (!exchange_.read(next, &tensor)) return py::none();
+    *to[s] = address_of(tensor);
+    after[s] = std::move(next);
+  }
+  kernel_(call);
+  return std::move(after);
+}
+
+bool PackedStep::Seen::operator==(const Seen& other) const {
+  return is_none == other.is_none && version == other.version && address == other.address &&
+         type == other.type && ndim == other.ndim && shape == other.shape &&
+         strides == other.strides;
+}
+
+bool PackedStep::look_at(py::handle weight, Seen* seen) const {
+  *seen = {};
+  seen->is_none = weight.is_none();
+  if (seen->is_none) return true;
+  dlpack::Tensor tensor;
+  if (!exchange_.read(weight, &tensor) || tensor.ndim > 2) return false;
+  seen->address = address_of(tensor);
+  seen->type = tensor.dtype;
+  seen->ndim = tensor.ndim;
+  std::copy_n(tensor.shape, tensor.ndim, seen->shape.begin());
+  std::copy_n(tensor.strides, tensor.ndim, seen->strides.begin());
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(weight.ptr(), name));
+  if (version) seen->version = PyLong_AsLongLong(version.ptr());
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an inference tensor has no version
+  return false;
+}
+
+bool PackedStep::unchanged(const py::tuple& weights) const {
+  if (weights.size() != weights_.size()) return false;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    Seen now;
+    if (!look_at(weights[i], &now) || !(now == weights_[i])) return false;
+  }
+  return true;
+}
+
+bool PackedStep::plain(py::handle object, int64_t columns, dlpack::Tensor* out) const {
+  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()) ||
+      !exchange_.read(object, out) || out->device_type != dlpack::kCpu || !(out->dtype == type_))
+    return false;
+  const int last = out->ndim - 1;
+  if ((last != 0 && last != 1) || out->shape[last] != columns || out->strides[last] != 1 ||
+      (last == 1 && out->strides[0] != columns))
+    return false;
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  return ask(object, is_neg).ptr() == Py_False;
+}
+
+void bind_step(py::module_& m, const std::string& op, StepKernel kernel, int states) {
+  m.def((op + "_step").c_str(),
+        [kernel, states](const py::type& tensor_type, const py::tuple& weights,
+                         const py::object& values, int dtype, int64_t I, int64_t H) -> py::object {
+          const Exchange exchange(tensor_type);
+          if (!exchange.usable()) return py::none();
+          const auto step = std::make_shared<PackedStep>(kernel, states, tensor_type, exchange,
+                                                         weights, values, dtype, I, H);
+          return py::cpp_function(
+              [step](const py::tuple& weights, int threads, py::handle x, const py::tuple& before,
+                     bool relu) { return step->run(weights, threads, x, before, relu); });
+        });
+}
+
+}  // namespace pykernels
