@@ -75,6 +75,22 @@ class Barrier {
   std::atomic<uint32_t> crowded_from_{~uint32_t{0}};
 };
 
+// How far one thread has come, for another that goes where it has been.
+class Progress {
+ public:
+  void reach(int64_t step) { done_.store(step, std::memory_order_release); }
+  void await(int64_t step) const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < step; ++spins) {
+      if (spins < kSpins) spin_pause();
+      else std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 512;
+  alignas(kCacheLine) std::atomic<int64_t> done_{0};
+};
+
 // One thread's view of its team.
 struct Team {
   int rank, size;

@@ -14,8 +14,7 @@ struct GruForwardCell {
   static constexpr int kGates = 3, kBiases = 4;
   static constexpr T* unprojected = nullptr;
   int64_t H;
-  T* gates;     // r, z, n and hn of all rows in blocks where kept, or nullptr
-  const T* h0;  // [B, H] or nullptr
+  T* gates;  // r, z, n and hn of all rows in blocks where kept, or nullptr
 
   PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
     const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
@@ -27,7 +26,7 @@ struct GruForwardCell {
     constexpr int64_t next = kPanel<T>;
     const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
     const T* const bias = step.bias + gate_at<T>(4, unit);
-    const T* const before = row < step.carried ? step.before : h0;
+    const T* const before = row < step.carried ? step.before : step.h0;
     const vec<T> h = before ? load_n(before + row * H + unit, count) : vec<T>{};
     const auto sum = [&](int g) {
       return load(input + g * next) + load(product + g * next) + load(bias + g * next);
@@ -91,29 +90,56 @@ struct GruBackwardCell {
   std::vector<DeltaPiece> pieces() const { return {{0, 2 * H, 0}, {3 * H, H, 2 * H}}; }
 };
 
-template <class S>
-void forward(int threads, const RecurrentForward<S>& p, compute_t<S>* gates) {
-  using T = compute_t<S>;
-  const int64_t H = p.sizes.H;
-  const Widened<T, S> h0(p.h0, p.sizes.B * H);
-  run_forward<S>(threads, p, GruForwardCell<T>{H, gates, h0.get()});
-}
+// The shape, batch sizes, reverse; what recurrent_forward and recurrent_backward take; the gates.
+using ForwardCall = std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+                               std::array<Address, 2>, Address>;
+using BackwardCall = std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+                                std::array<Address, 7>, Address>;
 
 template <class S>
-void backward(int threads, const RecurrentBackward<S>& p, const compute_t<S>* gates) {
+class GruBackward : public Pass {
   using T = compute_t<S>;
-  const int64_t H = p.sizes.H, states = p.sizes.B * H;
-  const Scratch<T> carry(states);
-  std::fill_n(carry.get(), states, T(0));
-  run_backward<S>(threads, p, GruBackwardCell<T, S>{H, 4 * H, gates, p.y, p.h0, carry.get()});
+  using Cell = GruBackwardCell<T, S>;
+
+ public:
+  GruBackward(int threads, const RecurrentBackward<S>& p, const T* gates)
+      : carry_(p.sizes.B * p.sizes.H),
+        pass_(threads, p, Cell{p.sizes.H, 4 * p.sizes.H, gates, p.y, p.h0, carry_.get()}) {
+    std::fill_n(carry_.get(), p.sizes.B * p.sizes.H, T(0));
+  }
+  int threads() const override { return pass_.threads(); }
+  void run(const Team& team) override { pass_.run(team); }
+
+ private:
+  const Scratch<T> carry_;
+  BackwardPass<S, Cell> pass_;
+};
+
+void forward(int dtype, int threads, bool chained, const std::vector<ForwardCall>& calls) {
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               using Cell = GruForwardCell<compute_t<S>>;
+               const auto& [shape, batch_sizes, reverse, in, out, gates] = call;
+               const auto p = recurrent_forward<S>(shape, batch, link, in, out);
+               const Cell cell{p.sizes.H, pointer<compute_t<S>>(gates)};
+               return std::make_unique<ForwardPass<S, Cell>>(threads, p, cell);
+             });
+}
+
+void backward(int dtype, int threads, bool chained, const std::vector<BackwardCall>& calls) {
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               const auto& [shape, batch_sizes, reverse, in, out, gates] = call;
+               const auto p = recurrent_backward<S>(shape, batch, link, in, out);
+               return std::make_unique<GruBackward<S>>(threads, p,
+                                                       pointer<const compute_t<S>>(gates));
+             });
 }
 
 void step(const StepCall& call) {
-  const Batch batch(call.sizes, {}, false);
-  dispatch(call.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out), nullptr);
-  });
+  forward(call.dtype, call.threads, false, {{call.sizes, {}, false, call.in, call.out, 0}});
 }
 
 }  // namespace
@@ -121,27 +147,8 @@ void step(const StepCall& call) {
 void bind_gru(py::module_& m) {
   bind_pack<GruForwardCell>(m, "gru");
   bind_step(m, "gru", &step, 1);
-  m.def("gru_forward", [](int dtype, int threads, const RecurrentShape& n,
-                          const std::vector<int64_t>& batch_sizes, bool reverse,
-                          const std::array<Address, 8>& in, const std::array<Address, 2>& out,
-                          Address gates) {
-    const Batch batch(n, batch_sizes, reverse);
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      forward<S>(threads, recurrent_forward<S>(n, batch, in, out), pointer<compute_t<S>>(gates));
-    });
-  });
-  m.def("gru_backward",
-        [](int dtype, int threads, const RecurrentShape& n, const std::vector<int64_t>& batch_sizes,
-           bool reverse, const std::array<Address, 8>& in, const std::array<Address, 7>& out,
-           Address gates) {
-          const Batch batch(n, batch_sizes, reverse);
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            backward<S>(threads, recurrent_backward<S>(n, batch, in, out),
-                        pointer<const compute_t<S>>(gates));
-          });
-        });
+  m.def("gru_forward", &forward);
+  m.def("gru_backward", &backward);
 }
 
 }  // namespace pykernels

@@ -110,16 +110,28 @@ void fill_from(const S* from, int64_t count, T* to) {
 }
 
 template <class S>
-void forward(int threads, const RecurrentForward<S>& p, const S* c0, S* c_n,
-             const LstmKept<compute_t<S>>& kept) {
+class LstmForward : public Pass {
   using T = compute_t<S>;
-  const int64_t H = p.sizes.H, states = p.sizes.B * H;
-  const Result<T, S> c(c_n, states);
-  fill_from(c0, states, c.get());
-  run_forward<S>(threads, p,
-                 LstmForwardCell<T>{H, kept.gates, kept.unprojected, kept.cells, c.get()});
-  c.narrow_share(Team{0, 1, nullptr});
-}
+  using Cell = LstmForwardCell<T>;
+
+ public:
+  LstmForward(int threads, const RecurrentForward<S>& p, const S* c0, S* c_n,
+              const LstmKept<T>& kept)
+      : c_(c_n, p.sizes.B * p.sizes.H),
+        pass_(threads, p, Cell{p.sizes.H, kept.gates, kept.unprojected, kept.cells, c_.get()}) {
+    fill_from(c0, p.sizes.B * p.sizes.H, c_.get());
+  }
+  int threads() const override { return pass_.threads(); }
+  void run(const Team& team) override { pass_.run(team); }
+  void finish() override {
+    pass_.finish();
+    c_.narrow_share(Team{0, 1, nullptr});
+  }
+
+ private:
+  const Result<T, S> c_;
+  ForwardPass<S, Cell> pass_;
+};
 
 // [B, H] each, and dcells [N, H]; nullptr for zeros, or for what is not wanted.
 template <class S>
@@ -129,28 +141,70 @@ struct LstmCells {
 };
 
 template <class S>
-void backward(int threads, const RecurrentBackward<S>& p, const LstmCells<S>& cell,
-              const LstmKept<const compute_t<S>>& kept) {
+class LstmBackward : public Pass {
   using T = compute_t<S>;
-  const int64_t H = p.sizes.H, states = p.sizes.B * H;
-  const Widened<T, S> c0(cell.c0, states);
-  const Result<T, S> dc0(cell.dc0, states);
-  const Scratch<T> alone(cell.dc0 ? 0 : states);
-  T* const dc = cell.dc0 ? dc0.get() : alone.get();
-  fill_from(cell.dc_n, states, dc);
-  run_backward<S>(threads, p,
-                  LstmBackwardCell<T, S>{H, 4 * H, kept.gates, kept.cells, kept.unprojected,
-                                         c0.get(), cell.dcells, dc});
-  dc0.narrow_share(Team{0, 1, nullptr});
+  using Cell = LstmBackwardCell<T, S>;
+
+ public:
+  LstmBackward(int threads, const RecurrentBackward<S>& p, const LstmCells<S>& cell,
+               const LstmKept<const T>& kept)
+      : c0_(cell.c0, p.sizes.B * p.sizes.H), dc0_(cell.dc0, p.sizes.B * p.sizes.H),
+        dc_(cell.dc0 ? 0 : p.sizes.B * p.sizes.H),
+        pass_(threads, p,
+              Cell{p.sizes.H, 4 * p.sizes.H, kept.gates, kept.cells, kept.unprojected, c0_.get(),
+                   cell.dcells, cell.dc0 ? dc0_.get() : dc_.get()}) {
+    fill_from(cell.dc_n, p.sizes.B * p.sizes.H, cell.dc0 ? dc0_.get() : dc_.get());
+  }
+  int threads() const override { return pass_.threads(); }
+  void run(const Team& team) override { pass_.run(team); }
+  void finish() override { dc0_.narrow_share(Team{0, 1, nullptr}); }
+
+ private:
+  const Widened<T, S> c0_;
+  const Result<T, S> dc0_;
+  const Scratch<T> dc_;  // where dc0 is not wanted
+  BackwardPass<S, Cell> pass_;
+};
+
+// The shape, batch sizes, reverse; what recurrent_forward takes; c0, c_n; LstmKept.
+using ForwardCall =
+    std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+               std::array<Address, 2>, std::array<Address, 2>, std::array<Address, 3>>;
+// The shape, batch sizes, reverse; what recurrent_backward takes; LstmCells; LstmKept.
+using BackwardCall =
+    std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+               std::array<Address, 7>, std::array<Address, 4>, std::array<Address, 3>>;
+
+void forward(int dtype, int threads, bool chained, const std::vector<ForwardCall>& calls) {
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               using T = compute_t<S>;
+               const auto& [shape, batch_sizes, reverse, in, out, cells, kept] = call;
+               return std::make_unique<LstmForward<S>>(
+                   threads, recurrent_forward<S>(shape, batch, link, in, out),
+                   pointer<const S>(cells[0]), pointer<S>(cells[1]),
+                   LstmKept<T>{pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
+             });
+}
+
+void backward(int dtype, int threads, bool chained, const std::vector<BackwardCall>& calls) {
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               using T = const compute_t<S>;
+               const auto& [shape, batch_sizes, reverse, in, out, cells, kept] = call;
+               return std::make_unique<LstmBackward<S>>(
+                   threads, recurrent_backward<S>(shape, batch, link, in, out),
+                   LstmCells<S>{pointer<const S>(cells[0]), pointer<const S>(cells[1]),
+                                pointer<const S>(cells[2]), pointer<S>(cells[3])},
+                   LstmKept<T>{pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
+             });
 }
 
 void step(const StepCall& call) {
-  const Batch batch(call.sizes, {}, false);
-  dispatch(call.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out),
-               pointer<const S>(call.c), pointer<S>(call.c_next), {});
-  });
+  forward(call.dtype, call.threads, false,
+          {{call.sizes, {}, false, call.in, call.out, {call.c, call.c_next}, {}}});
 }
 
 }  // namespace
@@ -158,32 +212,8 @@ void step(const StepCall& call) {
 void bind_lstm(py::module_& m) {
   bind_pack<LstmForwardCell>(m, "lstm");
   bind_step(m, "lstm", &step, 2);
-  m.def("lstm_forward", [](int dtype, int threads, const RecurrentShape& n,
-                           const std::vector<int64_t>& batch_sizes, bool reverse,
-                           const std::array<Address, 8>& in, const std::array<Address, 2>& out,
-                           Address c0, Address c_n, const std::array<Address, 3>& kept) {
-    const Batch batch(n, batch_sizes, reverse);
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      using T = compute_t<S>;
-      forward<S>(threads, recurrent_forward<S>(n, batch, in, out), pointer<const S>(c0),
-                 pointer<S>(c_n), {pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
-    });
-  });
-  m.def("lstm_backward",
-        [](int dtype, int threads, const RecurrentShape& n, const std::vector<int64_t>& batch_sizes,
-           bool reverse, const std::array<Address, 8>& in, const std::array<Address, 7>& out,
-           const std::array<Address, 4>& cells, const std::array<Address, 3>& kept) {
-          const Batch batch(n, batch_sizes, reverse);
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            using T = const compute_t<S>;
-            backward<S>(threads, recurrent_backward<S>(n, batch, in, out),
-                        {pointer<const S>(cells[0]), pointer<const S>(cells[1]),
-                         pointer<const S>(cells[2]), pointer<S>(cells[3])},
-                        {pointer<T>(kept[0]), pointer<T>(kept[1]), pointer<T>(kept[2])});
-          });
-        });
+  m.def("lstm_forward", &forward);
+  m.def("lstm_backward", &backward);
 }
 
 }  // namespace pykernels

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -19,12 +20,31 @@ struct RecurrentSizes {
   int64_t R;  // columns of y: H, or the size that an lstm projects to
 };
 
+// Where a pass of several stands that run side by side, each on one thread: what it reads another
+// may be making, and what it makes another may read. By the steps of their walks, which are alike.
+struct Link {
+  const Progress* source = nullptr;
+  Progress* done = nullptr;
+
+  explicit operator bool() const { return source || done; }
+  void await(int64_t step) const {
+    if (source) source->await(step);
+  }
+  void reach(int64_t step) const {
+    if (done) done->reach(step);
+  }
+};
+
+// Rows of the steps that a linked pass takes at a time: the fewer, the sooner the next can start.
+constexpr int64_t kLinkedRows = 2 * kTileRows;
+
 // Row-major and contiguous, stored as S. Rows lie as `walk` has them, N in all; G is the number of
 // gates of the op.
 template <class S>
 struct RecurrentForward {
   RecurrentSizes sizes;
   Walk walk;
+  Link link;
   const S* x;     // [N, I]
   const S* w_ih;  // [G H, I]
   const S* w_hh;  // [G H, R]
@@ -43,6 +63,7 @@ template <class S>
 struct RecurrentBackward {
   RecurrentSizes sizes;
   Walk walk;  // of the forward pass
+  Link link;
   const S* x;
   const S* w_ih;
   const S* w_hh;
@@ -89,15 +110,16 @@ class Result {
     if constexpr (kSame) return to_;
     else return scratch_.get();
   }
-  // This thread's share of the rounding to S, once the team has met.
-  void narrow_share(const Team& team) const {
+  // Rounds some of them to S.
+  void narrow(Range part) const {
     if constexpr (!kSame) {
       if (!to_) return;
-      const Range mine = team.share(count_, lanes<T>);
-      for (int64_t i = mine.begin; i < mine.end; i += lanes<T>)
-        store_n(to_ + i, load_n(scratch_.get() + i, mine.end - i), mine.end - i);
+      for (int64_t i = part.begin; i < part.end; i += lanes<T>)
+        store_n(to_ + i, load_n(scratch_.get() + i, part.end - i), part.end - i);
     }
   }
+  // This thread's share of rounding all, once the team has met.
+  void narrow_share(const Team& team) const { narrow(team.share(count_, lanes<T>)); }
 
  private:
   static constexpr bool kSame = std::is_same_v<T, S>;
@@ -136,6 +158,24 @@ int64_t spread_rows(int64_t size, int64_t gates) {
 
 // For products whose finish reads nothing that would have to be fetched.
 constexpr auto nothing = [](int64_t, int64_t) {};
+
+// Multiply-adds from which a pass is worth waking a team.
+constexpr int64_t kShareablePass = 200000;
+
+// How many threads run a pass of `products` products of all rows with weights of this size.
+inline int team_for(int threads, const RecurrentSizes& n, int64_t rows, int64_t gates,
+                    int64_t products) {
+  return rows * gates * n.H * (n.I + n.R) * products < kShareablePass ? 1 : threads;
+}
+
+// A pass that is ready to run, with all the memory that it will need.
+class Pass {
+ public:
+  virtual ~Pass() = default;
+  virtual int threads() const = 0;  // that are to run it
+  virtual void run(const Team& team) = 0;
+  virtual void finish() {}  // once the team is done
+};
 
 // ---- packed weights -----------------------------------------------------------------------------
 
@@ -186,6 +226,7 @@ struct ForwardStep {
   int64_t first;    // row of all rows at which the step's rows begin
   int64_t carried;  // rows of the step whose state before it is in `before`; the others' is in h0
   const T* before;  // [carried, R]
+  const T* h0;      // [B, R] or nullptr
   const T* input;   // [rows, input_row]: W_ih x_t, the gates in blocks
   int64_t input_row;
   const T* bias;  // the biases in blocks
@@ -199,23 +240,27 @@ struct ForwardStep {
 //                            the state of some units, before a projection; `product` is
 //                            W_hh h_{t-1} of their gates, kPanel apart
 template <class S, class Cell>
-class ForwardPass {
+class ForwardPass : public Pass {
   using T = compute_t<S>;
   static constexpr bool kSame = std::is_same_v<T, S>;
   static constexpr int kGates = Cell::kGates;
 
  public:
   ForwardPass(int threads, const RecurrentForward<S>& p, const Cell& cell)
-      : p_(p), n_(p.sizes), walk_(p.walk), cell_(cell), layout_(p.sizes, p.w_hr),
-        packed_(p.packed ? 0 : layout_.size), weights_(p.packed ? p.packed : packed_.get()),
-        chunk_(std::max<int64_t>(1, threads * kStepRows / std::max<int64_t>(1, n_.B))),
+      : threads_(team_for(threads, p.sizes, p.walk.total(), kGates, 1)), p_(p), n_(p.sizes),
+        walk_(p.walk), cell_(cell), layout_(p.sizes, p.w_hr), packed_(p.packed ? 0 : layout_.size),
+        weights_(p.packed ? p.packed : packed_.get()),
+        chunk_(std::max<int64_t>(
+            1, (p.link ? kLinkedRows : threads_ * kStepRows) / std::max<int64_t>(1, n_.B))),
         chunk_rows_(std::min(walk_.total(), chunk_ * n_.B)),
         input_row_(spread_rows<T>(gates_size<T>(kGates, n_.H, 1), kGates)),
-        inputs_(2 * chunk_rows_ * input_row_), x_(threads * kStepRows * n_.I),
+        inputs_(2 * chunk_rows_ * input_row_), x_(threads_ * kStepRows * n_.I),
         h0_(p.h0, n_.B * n_.R), unprojected_(p.w_hr && !cell.unprojected ? n_.B * n_.H : 0),
         states_(kSame ? 0 : 2 * n_.B * n_.R) {}
 
-  void run(const Team& team) {
+  int threads() const override { return threads_; }
+
+  void run(const Team& team) override {
     if (!p_.packed) {
       pack_forward<Cell>(team, p_, packed_.get());
       team.wait();
@@ -232,7 +277,7 @@ class ForwardPass {
   }
 
   // Once the team is done: h_n, each sequence's last state.
-  void finish() const {
+  void finish() override {
     for (int64_t b = 0; p_.h_n && b < n_.B; ++b) {
       S* const to = p_.h_n + b * n_.R;
       if (n_.T > 0) {
@@ -314,9 +359,14 @@ class ForwardPass {
     const Range blocks{0, ceil_div(n_.H, kPanel<T>)};
     int64_t piece = pieces_.fetch_add(1), pieces = 0;  // mine; of the chunks before
     for (int64_t begin = -chunk_; begin < n_.T; begin += chunk_) {
-      if (begin >= 0 && !share.idle()) steps(share, chunk_of(begin));
+      if (begin >= 0 && !share.idle()) {
+        const Chunk chunk = chunk_of(begin);
+        steps(share, chunk);
+        p_.link.reach(chunk.end);
+      }
       if (begin + chunk_ >= n_.T) return;
       const Chunk next = chunk_of(begin + chunk_);
+      p_.link.await(next.end);
       const int64_t all = pieces + ceil_div(next.count, kStepRows);
       for (; piece < all; piece = pieces_.fetch_add(1))
         multiply_input(team, next, (piece - pieces) * kStepRows, blocks);
@@ -336,6 +386,7 @@ class ForwardPass {
       const ForwardStep<T> step{walk_.first(s),
                                 walk_.carried(s),
                                 s > 0 ? states(s - 1) : nullptr,
+                                h0_.get(),
                                 chunk.inputs + input * input_row_,
                                 input_row_,
                                 weights_ + layout_.bias};
@@ -374,10 +425,11 @@ class ForwardPass {
     if constexpr (!kSame) store_n(p_.y + (walk_.first(s) + row) * n_.R + unit, state, count);
   }
 
-  const RecurrentForward<S>& p_;
-  const RecurrentSizes& n_;
-  const Walk& walk_;
-  const Cell& cell_;
+  const int threads_;
+  const RecurrentForward<S> p_;
+  const RecurrentSizes n_;
+  const Walk walk_;
+  const Cell cell_;
   const PackedLayout<T, Cell> layout_;
   const Scratch<T> packed_;
   const T* const weights_;
@@ -416,26 +468,32 @@ struct DeltaPiece {
 //   std::vector<DeltaPiece> pieces() const
 // where the first G H columns of delta meet W_hh.
 template <class S, class Cell>
-class BackwardPass {
+class BackwardPass : public Pass {
   using T = compute_t<S>;
   static constexpr int kGates = Cell::kGates;
 
  public:
   BackwardPass(int threads, const RecurrentBackward<S>& p, const Cell& cell)
-      : p_(p), n_(p.sizes), walk_(p.walk.back()), cell_(cell), rows_(walk_.total()),
-        delta_(rows_ * cell.delta_row), w_hh_(gates_size<T>(1, n_.R, kGates * n_.H)),
+      : threads_(team_for(threads, p.sizes, p.walk.total(), kGates, 2)), p_(p), n_(p.sizes),
+        walk_(p.walk.back()), cell_(cell), rows_(walk_.total()), delta_(rows_ * cell.delta_row),
+        w_hh_(gates_size<T>(1, n_.R, kGates * n_.H)),
         w_hr_(p.w_hr ? gates_size<T>(1, n_.H, n_.R) : 0), dstate_(p.w_hr ? rows_ * n_.R : 0),
         // Where sequences end at different steps, what was before a row is no fixed distance away.
         before_(p.walk.offsets && p.dw_hh ? rows_ * n_.R : 0),
+        chunk_(std::max<int64_t>(1, p.link ? kLinkedRows / std::max<int64_t>(1, n_.B) : n_.T)),
+        w_ih_(p.link.done ? input_weights() : 0),
         first_(p.walk.offsets && p.walk.reverse && p.dh0 ? n_.B * kGates * n_.H : 0),
         dx_(p.dx, rows_ * n_.I), dw_ih_(p.dw_ih, kGates * n_.H * n_.I),
         dw_hh_(p.dw_hh, kGates * n_.H * n_.R), db_ih_(p.db_ih, kGates * n_.H),
         db_hh_(p.db_hh, kGates * n_.H), dh0_(p.dh0, n_.B * n_.R), dw_hr_(p.dw_hr, n_.R * n_.H),
-        product_(threads, std::max({n_.I, n_.R, n_.H}), std::max(rows_, kGates * n_.H)) {}
+        product_(threads_, std::max({n_.I, n_.R, n_.H}), std::max(rows_, kGates * n_.H)) {}
 
-  void run(const Team& team) const {
+  int threads() const override { return threads_; }
+
+  void run(const Team& team) override {
     pack_gates<T>(team, View<S>{p_.w_hh, 1, n_.R}, 1, n_.R, kGates * n_.H, w_hh_.get());
     if (p_.w_hr) pack_gates<T>(team, View<S>{p_.w_hr, 1, n_.H}, 1, n_.H, n_.R, w_hr_.get());
+    if (p_.link.done) pack_input_weights();
     team.wait();
     walk(team);
     team.wait();
@@ -451,12 +509,30 @@ class BackwardPass {
   }
 
  private:
+  // Values that pack_input_weights writes.
+  int64_t input_weights() const {
+    int64_t size = 0;
+    for (const DeltaPiece& piece : cell_.pieces()) size += gates_size<T>(1, n_.I, piece.count);
+    return size;
+  }
+
   void walk(const Team& team) const {
+    StepShare share(team, walk_, kGates * n_.H, n_.R);
+    for (int64_t begin = 0; begin < n_.T && !share.idle(); begin += chunk_) {
+      const int64_t end = std::min(n_.T, begin + chunk_);
+      p_.link.await(end);
+      steps(share, begin, end);
+      if (p_.link.done) input_gradient(walk_.span(begin, end));
+      p_.link.reach(end);
+    }
+    if (p_.dh0 && !share.idle()) first_gradient(team, share);
+  }
+
+  void steps(StepShare& share, int64_t begin, int64_t end) const {
     const Walk forward = walk_.back();
     const int64_t row_size = cell_.delta_row;
-    StepShare share(team, walk_, kGates * n_.H, n_.R);
     const int64_t all_blocks = ceil_div(n_.H, kPanel<T>), all_out = ceil_div(n_.R, kPanel<T>);
-    for (int64_t s = 0; s < n_.T && !share.idle(); ++s) {
+    for (int64_t s = begin; s < end && !share.idle(); ++s) {
       const int64_t s_forward = n_.T - 1 - s;
       const BackwardStep step{walk_.first(s), walk_.carried(s),
                               s_forward > 0 ? forward.first(s_forward - 1) : 0,
@@ -494,7 +570,12 @@ class BackwardPass {
           });
       share.meet();
     }
-    if (!p_.dh0 || share.idle()) return;
+  }
+
+  // dh0, from the gates of the first steps.
+  void first_gradient(const Team& team, StepShare& share) const {
+    const Walk forward = walk_.back();
+    const int64_t row_size = cell_.delta_row, all_out = ceil_div(n_.R, kPanel<T>);
     // The first step of each sequence: one and the same, but in a ragged batch that ran backwards.
     const T* first = delta_.get() + (n_.T > 0 ? walk_.first(n_.T - 1) * row_size : 0);
     int64_t first_row = row_size;
@@ -518,13 +599,40 @@ class BackwardPass {
                          });
   }
 
+  // W_ih as input_gradient reads it.
+  void pack_input_weights() const {
+    T* to = w_ih_.get();
+    for (const DeltaPiece& piece : cell_.pieces()) {
+      pack_gates<T>(Team{0, 1, nullptr}, View<S>{p_.w_ih + piece.gate_row * n_.I, 1, n_.I}, 1, n_.I,
+                    piece.count, to);
+      to += gates_size<T>(1, n_.I, piece.count);
+    }
+  }
+
+  // dx of some rows, for a pass that waits for it.
+  void input_gradient(Range rows) const {
+    const T* w_ih = w_ih_.get();
+    for (const DeltaPiece& piece : cell_.pieces()) {
+      multiply_gates<T, 1>(rows, {0, ceil_div(n_.I, kPanel<T>)}, n_.I, piece.count,
+                           delta_.get() + piece.column, cell_.delta_row, w_ih, nothing,
+                           [&](int64_t row, int64_t unit, int64_t count, const T* product) {
+                             T* const to = dx_.get() + row * n_.I + unit;
+                             const vec<T> before =
+                                 w_ih == w_ih_.get() ? vec<T>{} : load_n(to, count);
+                             store_n(to, before + load(product), count);
+                           });
+      w_ih += gates_size<T>(1, n_.I, piece.count);
+    }
+    dx_.narrow({rows.begin * n_.I, rows.end * n_.I});
+  }
+
   // dx, the weights' gradients and the biases'.
   void products(const Team& team) const {
     const int64_t row = cell_.delta_row, gates = kGates * n_.H;
     bool first = true;
     for (const DeltaPiece& piece : cell_.pieces()) {
       const View<T> part{delta_.get() + piece.column, row, 1};
-      if (p_.dx)
+      if (p_.dx && !p_.link.done)
         product_.run(team, {rows_, n_.I, piece.count}, part,
                      View<S>{p_.w_ih + piece.gate_row * n_.I, n_.I, 1}, !first, dx_.get(), n_.I);
       if (p_.dw_ih)
@@ -567,40 +675,34 @@ class BackwardPass {
     if (p_.h0 && n_.T > 0) add(forward.first(0), n_.B, p_.h0, true);
   }
 
-  const RecurrentBackward<S>& p_;
-  const RecurrentSizes& n_;
+  const int threads_;
+  const RecurrentBackward<S> p_;
+  const RecurrentSizes n_;
   const Walk walk_;  // back
-  const Cell& cell_;
+  const Cell cell_;
   const int64_t rows_;
   const Scratch<T> delta_, w_hh_, w_hr_, dstate_;
   const Scratch<S> before_;
+  const int64_t chunk_;  // steps after which another pass may go on
+  const Scratch<T> w_ih_;
   const Scratch<T> first_;
   const Result<T, S> dx_, dw_ih_, dw_hh_, db_ih_, db_hh_, dh0_, dw_hr_;
   const Gemm<T> product_;
 };
 
-// Multiply-adds from which a pass is worth waking a team.
-constexpr int64_t kShareablePass = 200000;
-
-// How many threads run a pass of `products` products of all rows with weights of this size.
-inline int team_for(int threads, const RecurrentSizes& n, int64_t rows, int64_t gates,
-                    int64_t products) {
-  return rows * gates * n.H * (n.I + n.R) * products < kShareablePass ? 1 : threads;
-}
-
-template <class S, class Cell>
-void run_forward(int threads, const RecurrentForward<S>& p, const Cell& cell) {
-  threads = team_for(threads, p.sizes, p.walk.total(), Cell::kGates, 1);
-  ForwardPass<S, Cell> pass(threads, p, cell);
-  parallel(threads, [&](const Team& team) { pass.run(team); });
+// Runs a pass on all its threads.
+inline void run_alone(Pass& pass) {
+  parallel(pass.threads(), [&](const Team& team) { pass.run(team); });
   pass.finish();
 }
 
-template <class S, class Cell>
-void run_backward(int threads, const RecurrentBackward<S>& p, const Cell& cell) {
-  threads = team_for(threads, p.sizes, p.walk.total(), Cell::kGates, 2);
-  const BackwardPass<S, Cell> pass(threads, p, cell);
-  parallel(threads, [&](const Team& team) { pass.run(team); });
+// Runs passes of one thread each; a pass may read what those before it make.
+inline void run_side_by_side(int threads, const std::vector<std::unique_ptr<Pass>>& passes) {
+  const int64_t count = passes.size();
+  parallel(int(std::min<int64_t>(threads, count)), [&](const Team& team) {
+    for (int64_t i = team.rank; i < count; i += team.size) passes[i]->run(Team{0, 1, nullptr});
+  });
+  for (const auto& pass : passes) pass->finish();
 }
 
 }  // namespace pykernels

@@ -38,15 +38,48 @@ inline RecurrentSizes recurrent_sizes(const RecurrentShape& n) {
 
 // x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed and y, h_n
 template <class S>
-RecurrentForward<S> recurrent_forward(const RecurrentShape& n, const Batch& batch,
+RecurrentForward<S> recurrent_forward(const RecurrentShape& n, const Batch& batch, const Link& link,
                                       const std::array<Address, 8>& in,
                                       const std::array<Address, 2>& out) {
-  return {recurrent_sizes(n),      batch.walk(),
-          pointer<const S>(in[0]), pointer<const S>(in[1]),
-          pointer<const S>(in[2]), pointer<const S>(in[3]),
-          pointer<const S>(in[4]), pointer<const S>(in[5]),
-          pointer<const S>(in[6]), pointer<const compute_t<S>>(in[7]),
-          pointer<S>(out[0]),      pointer<S>(out[1])};
+  return {recurrent_sizes(n),
+          batch.walk(),
+          link,
+          pointer<const S>(in[0]),
+          pointer<const S>(in[1]),
+          pointer<const S>(in[2]),
+          pointer<const S>(in[3]),
+          pointer<const S>(in[4]),
+          pointer<const S>(in[5]),
+          pointer<const S>(in[6]),
+          pointer<const compute_t<S>>(in[7]),
+          pointer<S>(out[0]),
+          pointer<S>(out[1])};
+}
+
+// Runs the passes that make(tag, call, batch, threads, link) returns, one for each of `calls`: a
+// single one on all threads, several side by side on one thread each. If `chained`, what the walk
+// of one makes step by step is read by the next.
+//
+// A call is a tuple that begins with the shape, the batch sizes and whether time runs backwards.
+template <class Call, class Make>
+void run_passes(int dtype, int threads, bool chained, const std::vector<Call>& calls,
+                const Make& make) {
+  dispatch(dtype, [&](auto tag) {
+    std::vector<Batch> batches;
+    for (const Call& call : calls)
+      batches.emplace_back(std::get<0>(call), std::get<1>(call), std::get<2>(call));
+    const size_t count = calls.size();
+    if (count == 1) return run_alone(*make(tag, calls[0], batches[0], threads, Link{}));
+    std::vector<Progress> progress(count);
+    std::vector<std::unique_ptr<Pass>> passes;
+    for (size_t i = 0; i < count; ++i) {
+      Link link;
+      if (chained && i > 0) link.source = &progress[i - 1];
+      if (chained && i + 1 < count) link.done = &progress[i];
+      passes.push_back(make(tag, calls[i], batches[i], 1, link));
+    }
+    run_side_by_side(threads, passes);
+  });
 }
 
 // <op>_packed_size and <op>_pack: the values in packed weights, and the packing of w_ih, w_hh,
@@ -83,16 +116,25 @@ inline int64_t kept_row(int dtype, int64_t gates, int64_t H) {
 // x, w_ih, w_hh, h0, w_hr, y, dy, dh_n and dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dw_hr
 template <class S>
 RecurrentBackward<S> recurrent_backward(const RecurrentShape& n, const Batch& batch,
-                                        const std::array<Address, 8>& in,
+                                        const Link& link, const std::array<Address, 8>& in,
                                         const std::array<Address, 7>& out) {
-  return {recurrent_sizes(n),      batch.walk(),
-          pointer<const S>(in[0]), pointer<const S>(in[1]),
-          pointer<const S>(in[2]), pointer<const S>(in[3]),
-          pointer<const S>(in[4]), pointer<const S>(in[5]),
-          pointer<const S>(in[6]), pointer<const S>(in[7]),
-          pointer<S>(out[0]),      pointer<S>(out[1]),
-          pointer<S>(out[2]),      pointer<S>(out[3]),
-          pointer<S>(out[4]),      pointer<S>(out[5]),
+  return {recurrent_sizes(n),
+          batch.walk(),
+          link,
+          pointer<const S>(in[0]),
+          pointer<const S>(in[1]),
+          pointer<const S>(in[2]),
+          pointer<const S>(in[3]),
+          pointer<const S>(in[4]),
+          pointer<const S>(in[5]),
+          pointer<const S>(in[6]),
+          pointer<const S>(in[7]),
+          pointer<S>(out[0]),
+          pointer<S>(out[1]),
+          pointer<S>(out[2]),
+          pointer<S>(out[3]),
+          pointer<S>(out[4]),
+          pointer<S>(out[5]),
           pointer<S>(out[6])};
 }
 

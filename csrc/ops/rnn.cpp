@@ -44,22 +44,39 @@ struct RnnBackwardCell {
   std::vector<DeltaPiece> pieces() const { return {{0, delta_row, 0}}; }
 };
 
-template <class S>
-void forward(int threads, const RecurrentForward<S>& p, bool relu) {
-  run_forward<S>(threads, p, RnnForwardCell<compute_t<S>>{relu});
+// The shape, batch sizes, reverse; what recurrent_forward and recurrent_backward take.
+using ForwardCall = std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+                               std::array<Address, 2>>;
+using BackwardCall = std::tuple<RecurrentShape, std::vector<int64_t>, bool, std::array<Address, 8>,
+                                std::array<Address, 7>>;
+
+void forward(int dtype, int threads, bool relu, bool chained,
+             const std::vector<ForwardCall>& calls) {
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               const auto& [shape, batch_sizes, reverse, in, out] = call;
+               using Cell = RnnForwardCell<compute_t<S>>;
+               const auto p = recurrent_forward<S>(shape, batch, link, in, out);
+               return std::make_unique<ForwardPass<S, Cell>>(threads, p, Cell{relu});
+             });
 }
 
-template <class S>
-void backward(int threads, const RecurrentBackward<S>& p, bool relu) {
-  run_backward<S>(threads, p, RnnBackwardCell<compute_t<S>, S>{relu, p.sizes.H, p.y});
+void backward(int dtype, int threads, bool relu, bool chained,
+              const std::vector<BackwardCall>& calls) {
+  run_passes(
+      dtype, threads, chained, calls,
+      [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+        using S = typename decltype(tag)::type;
+        const auto& [shape, batch_sizes, reverse, in, out] = call;
+        using Cell = RnnBackwardCell<compute_t<S>, S>;
+        const auto p = recurrent_backward<S>(shape, batch, link, in, out);
+        return std::make_unique<BackwardPass<S, Cell>>(threads, p, Cell{relu, p.sizes.H, p.y});
+      });
 }
 
 void step(const StepCall& call) {
-  const Batch batch(call.sizes, {}, false);
-  dispatch(call.dtype, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    forward<S>(call.threads, recurrent_forward<S>(call.sizes, batch, call.in, call.out), call.relu);
-  });
+  forward(call.dtype, call.threads, call.relu, false, {{call.sizes, {}, false, call.in, call.out}});
 }
 
 }  // namespace
@@ -68,24 +85,8 @@ void bind_rnn(py::module_& m) {
   bind_pack<RnnForwardCell>(m, "rnn");
   bind_step(m, "rnn", &step, 1);
   m.def("kept_row", &kept_row);  // of gru and lstm
-  m.def("rnn_forward", [](int dtype, int threads, const RecurrentShape& n,
-                          const std::vector<int64_t>& batch_sizes, bool reverse, bool relu,
-                          const std::array<Address, 8>& in, const std::array<Address, 2>& out) {
-    const Batch batch(n, batch_sizes, reverse);
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      forward<S>(threads, recurrent_forward<S>(n, batch, in, out), relu);
-    });
-  });
-  m.def("rnn_backward", [](int dtype, int threads, const RecurrentShape& n,
-                           const std::vector<int64_t>& batch_sizes, bool reverse, bool relu,
-                           const std::array<Address, 8>& in, const std::array<Address, 7>& out) {
-    const Batch batch(n, batch_sizes, reverse);
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      backward<S>(threads, recurrent_backward<S>(n, batch, in, out), relu);
-    });
-  });
+  m.def("rnn_forward", &forward);
+  m.def("rnn_backward", &backward);
 }
 
 }  // namespace pykernels

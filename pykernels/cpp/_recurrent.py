@@ -11,10 +11,18 @@ from torch import Tensor
 from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous
 
-#: dtype code, threads, (T, B, I, H, R), batch sizes, whether time runs backwards
-Call = tuple[int, int, tuple[int, int, int, int, int], Sequence[int], bool]
+#: (T, B, I, H, R), batch sizes, whether time runs backwards; the arguments of the op
+Call = tuple[Any, ...]
+Sizes = tuple[int, int, int, int, int]
 
 Maybe = Tensor | None
+
+#: The tensors and the options of a call.
+Forward = tuple[tuple[Maybe, ...], dict[str, Any]]
+#: What it saved, the gradients of its outputs, which tensors need theirs, the options.
+Backward = tuple[tuple[Maybe, ...], tuple[Maybe, ...], tuple[bool, ...], dict[str, Any]]
+#: Its outputs and what it saved.
+Kept = tuple[tuple[Tensor, ...], tuple[Maybe, ...]]
 
 
 class Packed(NamedTuple):
@@ -24,14 +32,67 @@ class Packed(NamedTuple):
     H: int
 
 
-def describe(
-    x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | None, reverse: bool
-) -> Call:
-    """The arguments that every call into the extension starts with."""
+def sizes(x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | None) -> Sizes:
+    """T, B, I, H, R."""
     T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), batch_sizes[0])
     rows, R = w_hh.shape
-    sizes = (T, B, x.shape[-1], rows // gates, R)
-    return cpp.DTYPES[x.dtype], torch.get_num_threads(), sizes, batch_sizes or (), reverse
+    return T, B, x.shape[-1], rows // gates, R
+
+
+class Made(NamedTuple):
+    """A call with room for its results, ready to run."""
+
+    call: Call
+    results: Sequence[Maybe]  # outputs, or gradients
+    saved: tuple[Maybe, ...]  # of the forward pass for the backward pass
+    held: object  # must outlive the run
+
+
+def forward(
+    op: str,
+    make: Callable[..., Made],
+    calls: Sequence[Forward],
+    *options: object,
+    chained: bool,
+    keep: bool,
+) -> list[Made]:
+    """Runs calls side by side, or one on all threads.
+
+    Args:
+        op: the name of the op.
+        make: makes one of the tensors and options of a call.
+        calls: these.
+        options: what the kernel of the op takes once for all calls.
+        chained: whether the input of each call is the y of the one before.
+        keep: as the contract has it.
+    """
+    made: list[Made] = []
+    for (x, *tensors), own in calls:
+        x = made[-1].results[0] if chained and made else x
+        made.append(make(x, *tensors, keep=keep, **own))
+    _launch(f"{op}_forward", calls[0][0][0], made, *options, chained)
+    return made
+
+
+def backward(
+    op: str, make: Callable[..., Made], calls: Sequence[Backward], *options: object, chained: bool
+) -> list[Made]:
+    """The backward passes of calls, side by side, or of one on all threads.
+
+    As `forward`; `make` takes what a call saved, the gradients of its outputs, what is needed, and
+    options. If `chained`, the gradient of each y is that of the input of the call before.
+    """
+    made: list[Made] = []
+    for saved, (dy, *grads), needs, own in calls:
+        dy = made[-1].results[0] if chained and made else dy
+        made.append(make(saved, (dy, *grads), needs=needs, **own))
+    _launch(f"{op}_backward", calls[0][0][0], made, *options, chained)
+    return made
+
+
+def _launch(name: str, x: Tensor, made: Sequence[Made], *options: object) -> None:
+    run = getattr(_backends.load_extension(), name)
+    run(cpp.DTYPES[x.dtype], torch.get_num_threads(), *options, [each.call for each in made])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -111,7 +172,8 @@ def gradients(
     ]
 
 
-def share_bias(grads: list[Maybe], needs: Sequence[bool]) -> None:
-    """Gives the second bias the gradient of the first, where only one was computed."""
-    if needs[4]:
-        grads[4] = grads[3].clone() if needs[3] else grads[3]
+def with_second_bias(grads: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
+    """The gradients with that of the second bias, where only one of the two was computed."""
+    first = grads[3]
+    second = None if not needs[4] else first.clone() if needs[3] else first
+    return (*grads[:4], second, *grads[5:])

@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pykernels import _backends, cpp
+from pykernels import cpp
 from pykernels.cpp import _recurrent, address
-from pykernels.cpp._recurrent import Maybe, Packed
+from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged"})
 
 
-def gru_fwd(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Maybe,
-    b_hh: Maybe,
-    h0: Maybe,
-    *,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    keep: bool = True,
-    packed: Packed | None = None,
-) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
+def gru_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    call = _recurrent.describe(x, w_hh, 3, batch_sizes, reverse)
-    _, B, _, H, _ = call[2]
-    rows = x.shape[:-1]
-    y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
-    gates = _recurrent.empty_gates(x, H) if keep else None
-    _kept, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
-    outputs = (address(y), address(h_n))
-    _backends.load_extension().gru_forward(*call, inputs, outputs, address(gates))
-    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
+    return gru_group_fwd([(tensors, options)], chained=False, keep=keep)[0]
+
+
+def gru_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
+    """See `pykernels._backends` for the contract."""
+    made = _recurrent.forward("gru", _forward, calls, chained=chained, keep=keep)
+    return [(each.results, each.saved) for each in made]
+
+
+def gru_bwd(
+    saved: tuple[Maybe, ...],
+    grads: tuple[Maybe, ...],
+    *,
+    needs: tuple[bool, ...],
+    **options: Any,
+) -> tuple[Maybe, ...]:
+    """See `pykernels._backends` for the contract."""
+    return gru_group_bwd([(saved, grads, needs, options)], chained=False)[0]
+
+
+def gru_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
+    """See `pykernels._backends` for the contract."""
+    made = _recurrent.backward("gru", _backward, calls, chained=chained)
+    return [tuple(each.results) for each in made]
 
 
 def gru_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
@@ -50,19 +53,41 @@ def gru_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] |
     return _recurrent.step("gru", packed, *weights)
 
 
-def gru_bwd(
+def _forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Maybe,
+    b_hh: Maybe,
+    h0: Maybe,
+    *,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    keep: bool,
+    packed: Packed | None = None,
+) -> Made:
+    sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
+    _, B, _, H, _ = sizes
+    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
+    gates = _recurrent.empty_gates(x, H) if keep else None
+    held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
+    outputs = (address(y), address(h_n))
+    call = (sizes, batch_sizes or (), reverse, inputs, outputs, address(gates))
+    return Made(call, (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates), held)
+
+
+def _backward(
     saved: tuple[Maybe, ...],
-    grads: tuple[Maybe, Maybe],
+    grads: tuple[Maybe, ...],
     *,
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     needs: tuple[bool, ...],
-) -> tuple[Maybe, ...]:
-    """See `pykernels._backends` for the contract."""
+) -> Made:
     x, w_ih, w_hh, _, _, h0, y, gates = saved
-    call = _recurrent.describe(x, w_hh, 3, batch_sizes, reverse)
-    found = _recurrent.gradients(x, w_ih, w_hh, call[2], needs, one_bias=False)
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, None, y, *grads))
+    sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
+    found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=False)
+    held, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, None, y, *grads))
     outputs = [*map(address, found), 0]
-    _backends.load_extension().gru_backward(*call, inputs, outputs, address(gates))
-    return tuple(found)
+    call = (sizes, batch_sizes or (), reverse, inputs, outputs, address(gates))
+    return Made(call, found, (), held)

@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pykernels import _backends, cpp
+from pykernels import cpp
 from pykernels.cpp import _recurrent, address
-from pykernels.cpp._recurrent import Maybe, Packed
+from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged", "projection"})
 
 
-def lstm_fwd(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Maybe,
-    b_hh: Maybe,
-    h0: Maybe,
-    c0: Maybe,
-    w_hr: Maybe,
-    *,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    return_cell_states: bool,
-    keep: bool = True,
-    packed: Packed | None = None,
-) -> tuple[tuple[Tensor, ...], tuple[Maybe, ...]]:
+def lstm_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    call = _recurrent.describe(x, w_hh, 4, batch_sizes, reverse)
-    _, B, _, H, R = call[2]
-    rows, dtype = x.shape[:-1], _recurrent.compute_dtype(x)
-    y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
-    gates = _recurrent.empty_gates(x, H) if keep else None
-    cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
-    unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
-    _kept, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed=packed)
-    first = cpp.contiguous(c0)
-    _backends.load_extension().lstm_forward(
-        *call,
-        inputs,
-        (address(y), address(h_n)),
-        address(first),
-        address(c_n),
-        [address(t) for t in (gates, cells, unprojected)],
-    )
-    outputs = (y, h_n, c_n)
-    if return_cell_states:
-        # what is saved for backward must not be what the caller may write to
-        outputs = (*outputs, cells.to(x.dtype, copy=keep))
-    saved = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, y, gates, cells, unprojected)
-    return outputs, saved
+    return lstm_group_fwd([(tensors, options)], chained=False, keep=keep)[0]
+
+
+def lstm_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
+    """See `pykernels._backends` for the contract."""
+    found = []
+    for each in _recurrent.forward("lstm", _forward, calls, chained=chained, keep=keep):
+        *outputs, cells = each.results
+        if cells is not None:
+            # what is saved for backward must not be what the caller may write to
+            outputs.append(cells.to(outputs[0].dtype, copy=keep))
+        found.append((tuple(outputs), each.saved))
+    return found
+
+
+def lstm_bwd(
+    saved: tuple[Maybe, ...],
+    grads: tuple[Maybe, ...],
+    *,
+    needs: tuple[bool, ...],
+    **options: Any,
+) -> tuple[Maybe, ...]:
+    """See `pykernels._backends` for the contract."""
+    return lstm_group_bwd([(saved, grads, needs, options)], chained=False)[0]
+
+
+def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
+    """See `pykernels._backends` for the contract."""
+    made = _recurrent.backward("lstm", _backward, calls, chained=chained)
+    return [
+        _recurrent.with_second_bias(each.results, needs)
+        for each, (_, _, needs, _) in zip(made, calls, strict=True)
+    ]
 
 
 def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Packed:
@@ -68,7 +63,46 @@ def lstm_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] 
     return _recurrent.step("lstm", packed, *others) if w_hr is None else None
 
 
-def lstm_bwd(
+def _forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Maybe,
+    b_hh: Maybe,
+    h0: Maybe,
+    c0: Maybe,
+    w_hr: Maybe,
+    *,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    return_cell_states: bool,
+    keep: bool,
+    packed: Packed | None = None,
+) -> Made:
+    """The last of its results are all cell states, where they are asked for."""
+    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
+    _, B, _, H, R = sizes
+    rows, dtype = x.shape[:-1], _recurrent.compute_dtype(x)
+    y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
+    gates = _recurrent.empty_gates(x, H) if keep else None
+    cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
+    unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
+    held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed=packed)
+    first = cpp.contiguous(c0)
+    call = (
+        sizes,
+        batch_sizes or (),
+        reverse,
+        inputs,
+        (address(y), address(h_n)),
+        (address(first), address(c_n)),
+        [address(t) for t in (gates, cells, unprojected)],
+    )
+    saved = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, y, gates, cells, unprojected)
+    return Made(call, (y, h_n, c_n, cells if return_cell_states else None), saved, (held, first))
+
+
+def _backward(
     saved: tuple[Maybe, ...],
     grads: tuple[Maybe, ...],
     *,
@@ -76,24 +110,24 @@ def lstm_bwd(
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
     needs: tuple[bool, ...],
-) -> tuple[Maybe, ...]:
-    """See `pykernels._backends` for the contract."""
+) -> Made:
     x, w_ih, w_hh, _, _, h0, c0, w_hr, y, gates, cells, unprojected = saved
     dy, dh_n, dc_n, *rest = grads
     dcells = rest[0] if return_cell_states else None
-    call = _recurrent.describe(x, w_hh, 4, batch_sizes, reverse)
-    _, B, _, H, _ = call[2]
-    found = _recurrent.gradients(x, w_ih, w_hh, call[2], needs[:6], one_bias=True)
+    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
+    _, B, _, H, _ = sizes
+    found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6], one_bias=True)
     dc0 = x.new_empty(B, H) if needs[6] else None
     dw_hr = x.new_empty(w_hr.shape) if needs[7] else None
-    _kept, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, w_hr, y, dy, dh_n))
-    _cells, cell_inputs = _recurrent.addresses((c0, dcells, dc_n))
-    _backends.load_extension().lstm_backward(
-        *call,
+    held, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, w_hr, y, dy, dh_n))
+    held_cells, cell_inputs = _recurrent.addresses((c0, dcells, dc_n))
+    call = (
+        sizes,
+        batch_sizes or (),
+        reverse,
         inputs,
         [address(t) for t in (*found, dw_hr)],
         (*cell_inputs, address(dc0)),
         [address(t) for t in (gates, cells, unprojected)],
     )
-    _recurrent.share_bias(found, needs)
-    return (*found, dc0, dw_hr)
+    return Made(call, (*found, dc0, dw_hr), (), (held, held_cells))
