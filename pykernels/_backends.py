@@ -13,6 +13,11 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   ``<op>_step(packed, weights)``: a function ``(weights, threads, input, states, relu) -> states``
   of one step of a cell, which returns None where these are no longer the weights or any tensor is
   out of the ordinary; or None where there is no such function;
+* optionally ``<op>_group_fwd(calls, *, chained, keep=True)``, the ``(outputs, saved)`` of several
+  calls ``(tensors, options)`` that run side by side; if `chained`, the first tensor of each is the
+  first output of the one before; beside it ``<op>_group_bwd(calls, *, chained)``, the gradients of
+  calls ``(saved, grads, needs, options)``, if `chained` with the last link first, whose first
+  gradient is the first of the next call's;
 * ``DTYPES``: the dtypes it serves;
 * ``FEATURES``: which of the op's optional features it serves.
 

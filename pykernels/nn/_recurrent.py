@@ -9,16 +9,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from pykernels import _autocast, _checks
-from pykernels.functional import PackedWeights
+from pykernels.functional import PackedWeights, recurrent_group
 
 #: The first or last states of all layers and directions: h, or h and c.
 States = tuple[Tensor, ...]
+#: The weights of a layer and direction, its first states, the options of its op.
+Call = tuple[list[Tensor | None], States | None, dict[str, Any]]
 
 
 class Layers(torch.nn.RNNBase):
     """The forward pass of `RNN`, `GRU` and `LSTM`, which come after it in the order of bases."""
 
     _name: str  # what errors call the layer
+    _op: str
+    _gates: int
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run all layers.
@@ -99,24 +103,54 @@ class Layers(torch.nn.RNNBase):
     ) -> tuple[Tensor, list[Tensor]]:
         """All layers on x [T, B, I], or on the rows [N, I] with `batch_sizes` -> y, last states."""
         directions = 2 if self.bidirectional else 1
+        passes = [
+            (layer, reverse) for layer in range(self.num_layers) for reverse in range(directions)
+        ]
+        # A layer may follow the one below step by step if nothing comes between the two.
+        chained = directions == 1 and not (self.training and self.dropout)
+        size = len(passes) if chained else directions
         last: list[States] = []
-        for layer in range(self.num_layers):
-            if layer:
+        for begin in range(0, len(passes), size):
+            if begin:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
-            sides = []
-            for reverse in range(directions):
-                states = None if first is None else tuple(t[len(last)] for t in first)
-                weights = self._weights(layer, reverse)
-                options = {
+            calls = []
+            for i, (layer, reverse) in enumerate(passes[begin : begin + size], begin):
+                states = None if first is None else tuple(t[i] for t in first)
+                options = self._options | {
                     "reverse": bool(reverse),
                     "batch_sizes": batch_sizes,
                     "packed": frozen(self, (layer, reverse)),
                 }
-                y, states = self._layer(x, weights, states, options)
-                sides.append(y)
-                last.append(states)
-            x = sides[0] if directions == 1 else torch.cat(sides, -1)
+                calls.append((self._weights(layer, reverse), states, options))
+            ys, states = self._calls(x, calls, chained)
+            x = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
+            last += states
         return x, [torch.stack(parts) for parts in zip(*last, strict=True)]
+
+    def _calls(
+        self, x: Tensor, calls: list[Call], chained: bool
+    ) -> tuple[list[Tensor], list[States]]:
+        """Runs layers of a chain, or directions: side by side, or one after the other.
+
+        Returns:
+            The y of each direction, or of the last layer, and the last states of each call.
+        """
+        if len(calls) > 1:
+            found = recurrent_group(self._op, self._gates, x, calls, chained=chained)
+            if found is not None:
+                return found
+        ys, last = [], []
+        for weights, states, options in calls:
+            y, after = self._layer(x, weights, states, options)
+            x = y if chained else x
+            ys.append(y)
+            last.append(after)
+        return ys[-1:] if chained else ys, last
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What the op takes beside what all take."""
+        return {}
 
     def _layer(
         self,
@@ -127,7 +161,7 @@ class Layers(torch.nn.RNNBase):
     ) -> tuple[Tensor, States]:
         """One layer and direction -> y and the states after its last step.
 
-        `options` are what every function of `functional` takes.
+        `options` are those of the function in `functional`.
         """
         raise NotImplementedError
 

@@ -19,7 +19,7 @@ class GRU(Layers, torch.nn.GRU):
     differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
     """
 
-    _name = "GRU"
+    _name, _op, _gates = "GRU", "gru", 3
 
     def _layer(
         self,

@@ -20,7 +20,7 @@ class LSTM(Layers, torch.nn.LSTM):
     as `(h_n, c_n)`.
     """
 
-    _name = "LSTM"
+    _name, _op, _gates = "LSTM", "lstm", 4
 
     def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
         _checks.pair("LSTM", "hx", hx, "(h_0, c_0)")

@@ -21,7 +21,11 @@ class RNN(Layers, torch.nn.RNN):
     differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
     """
 
-    _name = "RNN"
+    _name, _op, _gates = "RNN", "rnn", 1
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"nonlinearity": self.nonlinearity}
 
     def _layer(
         self,
@@ -31,16 +35,8 @@ class RNN(Layers, torch.nn.RNN):
         options: dict[str, Any],
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, _ = weights
-        y, h_n = functional.rnn(
-            x,
-            w_ih,
-            w_hh,
-            b_ih,
-            b_hh,
-            None if states is None else states[0],
-            nonlinearity=self.nonlinearity,
-            **options,
-        )
+        h0 = None if states is None else states[0]
+        y, h_n = functional.rnn(x, w_ih, w_hh, b_ih, b_hh, h0, **options)
         return y, (h_n,)
 
 

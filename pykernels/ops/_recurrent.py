@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _backends, _checks
+from pykernels import _autocast, _backends, _checks
 from pykernels.ops import _autograd
 from pykernels.ops._packed import PackedWeights
 
@@ -17,6 +17,9 @@ from pykernels.ops._packed import PackedWeights
 _ROWS = {1: "H", 3: "3H", 4: "4H"}
 _WEIGHTS = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 _NONE: frozenset[str] = frozenset()
+#: Values of W_hh up to which calls run side by side: more do not stay in a core's own cache beside
+#: what else a step reads, while one call on all threads has each keep its part.
+_BESIDE = 3 * 2**16
 
 Function = type[torch.autograd.Function]
 
@@ -204,6 +207,184 @@ def _unrecorded(
         return {} if found is None else {"packed": found}
 
     return option
+
+
+class GroupFunction(torch.autograd.Function):
+    """Autograd over several calls of an op that run side by side; differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: str,
+        backend: ModuleType,
+        options: Sequence[dict[str, Any]],
+        chained: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        made = _run_group(op, backend, options, chained, tensors, keep=True)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *(t for _, saved in made for t in saved))
+        ctx.op, ctx.backend, ctx.options, ctx.chained = op, backend, options, chained
+        return _group_outputs([outputs for outputs, _ in made], chained)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs, saved, count = ctx.needs_input_grad[4:], ctx.saved_tensors, len(ctx.options)
+        tensors, saved = saved[: len(needs)], saved[len(needs) :]
+        with _autocast.disabled(tensors[0].device):
+            if torch.is_grad_enabled():
+                found = _differentiable(ctx, tensors, needs, grads)
+            else:
+                ys = [None] * (count - 1) + [grads[0]] if ctx.chained else grads[:count]
+                states = _split(grads[1 if ctx.chained else count :], count)
+                calls = [
+                    (kept, (y, *last), need, own)
+                    for kept, y, last, need, own in zip(
+                        _split(saved, count),
+                        ys,
+                        states,
+                        _split(needs, count),
+                        ctx.options,
+                        strict=True,
+                    )
+                ]
+                found = _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
+        found = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        return None, None, None, None, *found
+
+
+def group(
+    op: str,
+    gates: int,
+    x: Tensor,
+    calls: Sequence[tuple[Sequence[Tensor | None], tuple[Tensor, ...] | None, dict[str, Any]]],
+    *,
+    chained: bool,
+) -> tuple[list[Tensor], list[tuple[Tensor, ...]]] | None:
+    """Layers or directions of a module side by side, each on a thread.
+
+    Args:
+        op, gates: the op, and how many gates it has.
+        x: the input of all calls or, if `chained`, of the first.
+        calls: w_ih, w_hh, b_ih, b_hh, w_hr; the first states; the options of `functional.<op>`.
+        chained: whether each call takes the y of the one before.
+
+    Returns:
+        The y of each call, or of the last of a chain, and the last states of each; None where one
+        call after the other is as fast, or no backend has better.
+    """
+    options = [dict(own) for _, _, own in calls]
+    packed = [own.pop("packed") for own in options]
+    batch_sizes = options[0]["batch_sizes"]
+    w_hh, w_hr = calls[0][0][1], calls[0][0][4]
+    if torch.get_num_threads() < 2 or w_hh.numel() > _BESIDE:
+        return None
+    check_input(op, x, None, batch_sizes)
+    wanted = features(batch_sizes is not None, w_hr is not None)
+    backend = _backends.select(op, None, x.device, x.dtype, wanted)
+    if not hasattr(backend, f"{op}_group_fwd"):
+        return None
+    tensors: list[Tensor | None] = []
+    like = x
+    for (weights, states, _), own in zip(calls, options, strict=True):
+        *plain, w_hr = weights
+        check_tensors(op, gates, like, weights if op == "lstm" else plain, (), ())
+        if chained:
+            like = weights[1]  # as wide as y, which comes next
+        if op == "lstm":
+            own["return_cell_states"] = False
+            tensors += [x, *plain, *(states or (None, None)), w_hr]
+        else:
+            tensors += [x, *plain, *(states or (None,))]
+    count = len(calls)
+    if _autograd.wanted(tuple(tensors)):
+        flat = GroupFunction.apply(op, backend, options, chained, *tensors)
+    else:
+        for own, kept, each in zip(options, packed, _split(tensors, count), strict=True):
+            option = _unrecorded(op, backend, kept, each)
+            own |= {} if option is None else option()
+        made = _run_group(op, backend, options, chained, tuple(tensors), keep=False)
+        flat = _group_outputs([outputs for outputs, _ in made], chained)
+    ys = 1 if chained else count
+    return list(flat[:ys]), _split(flat[ys:], count)
+
+
+def _run_group(
+    op: str,
+    backend: ModuleType,
+    options: Sequence[dict[str, Any]],
+    chained: bool,
+    tensors: tuple[Tensor | None, ...],
+    *,
+    keep: bool,
+) -> list[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
+    """The outputs of each call and what it saved."""
+    calls = list(zip(_split(tensors, len(options)), options, strict=True))
+    with _autocast.disabled(tensors[0].device):
+        return getattr(backend, f"{op}_group_fwd")(calls, chained=chained, keep=keep)
+
+
+def _group_outputs(found: Sequence[tuple[Tensor, ...]], chained: bool) -> tuple[Tensor, ...]:
+    """All y, or that of the end of a chain, and the states of each call."""
+    ys = [y for y, *_ in found]
+    return *(ys[-1:] if chained else ys), *(state for _, *last in found for state in last)
+
+
+def _group_gradients(
+    op: str, backend: ModuleType, calls: list[tuple[Any, ...]], chained: bool
+) -> list[Tensor | None]:
+    """The gradients of all tensors of all calls."""
+    if chained:
+        # What a layer takes is what the one below gives, so its gradient is always needed.
+        calls = [
+            (saved, grads, (i > 0 or needs[0], *needs[1:]), own)
+            for i, (saved, grads, needs, own) in enumerate(calls)
+        ][::-1]
+    found = getattr(backend, f"{op}_group_bwd")(calls, chained=chained)
+    if chained:
+        found = found[::-1]
+        found = [found[0], *((None, *rest) for _, *rest in found[1:])]
+    return [grad for each in found for grad in each]
+
+
+def _differentiable(
+    ctx: Any,
+    tensors: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """The gradients by the reference's formulas, for autograd to differentiate again."""
+    run = getattr(_backends.module("reference", ctx.op), ctx.op)
+    # Aliases: what one tensor has to do with another is not this gradient's business.
+    results = 3 if ctx.op == "lstm" else 2
+    own = [t if t is None else t.view_as(t) for t in tensors]
+    outputs: list[tuple[Tensor, ...]] = []
+    for each, options in zip(_split(own, len(ctx.options)), ctx.options, strict=True):
+        x = outputs[-1][0] if ctx.chained and outputs else each[0]
+        options = {k: v for k, v in options.items() if k != "return_cell_states"}
+        outputs.append(run(x, *each[1:], **options)[:results])
+    given = [
+        (output, grad)
+        for output, grad in zip(_group_outputs(outputs, ctx.chained), grads, strict=True)
+        if grad is not None
+    ]
+    wanted = [t for t, need in zip(own, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in given],
+            wanted,
+            [grad for _, grad in given],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needs]
+
+
+def _split(values: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
+    """`count` tuples of the same length."""
+    size = len(values) // count
+    return [tuple(values[i * size : (i + 1) * size]) for i in range(count)]
 
 
 class _Rows:
