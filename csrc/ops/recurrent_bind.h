@@ -14,13 +14,13 @@ namespace pykernels {
 
 using RecurrentShape = std::array<int64_t, 5>;  // T, B, I, H, R
 
-// The rows of a batch. `batch_sizes` [T] says how many sequences reach each step; empty in a dense
-// batch.
+// The rows of a batch. `batch_sizes` [T] says how many sequences reach each step; it may be empty
+// in a dense batch.
 class Batch {
  public:
   Batch(const RecurrentShape& n, const std::vector<int64_t>& batch_sizes, bool reverse)
       : T_(n[0]), B_(n[1]), reverse_(reverse) {
-    if (batch_sizes.empty()) return;
+    if (batch_sizes.empty() || batch_sizes.back() == B_) return;  // dense: they never grow
     offsets_.push_back(0);
     for (const int64_t rows : batch_sizes) offsets_.push_back(offsets_.back() + rows);
   }

@@ -189,7 +189,11 @@ def step(
         input = input[None]
         states = tuple(None if state is None else state[None] for state in states)
     projection = (None,) if op == "lstm" else ()
-    tensors = (input[None], *weights, *states, *projection)
+    if "ragged" in chosen.FEATURES:
+        options["batch_sizes"] = (input.shape[0],)  # spares autograd a view
+    else:
+        input = input[None]
+    tensors = (input, *weights, *states, *projection)
     unrecorded = _unrecorded(op, chosen, packed, tensors)
     _, *after = _autograd.apply(function, op, chosen, options, tensors, unrecorded)
     return after if batched else [state[0] for state in after]
