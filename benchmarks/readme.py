@@ -44,7 +44,7 @@ CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     "gru": RECURRENT,
     "lstm": RECURRENT | {"all cell states": lambda s: s.return_cell_states},
     "attention": {
-        "full": lambda s: not s.is_causal and s.mask is None,
+        "full": lambda s: s.band == (None, None) and s.mask is None,
         "causal": lambda s: s.is_causal,
         "boolean mask, broadcast": lambda s: s.mask == "bool",
         "additive mask, broadcast": lambda s: s.mask == "float",
@@ -62,6 +62,7 @@ FEATURES = {
     "large_head": "head dims above 256 (float64: 128)",
     "mask_grad": "gradient of the mask",
     "dropout": "dropout",
+    "window": "window, causal rule aligned at the last key",
 }
 
 

@@ -661,7 +661,7 @@ def _options(
     q: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
-    is_causal: bool,
+    band: tuple[int | None, int | None],
     scale: float,
 ) -> dict[str, object]:
     """The constants of a launch with the block sizes of `tables`."""
@@ -675,7 +675,7 @@ def _options(
     return {
         "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
         "NEGATIVE": scale < 0,
-        "CAUSAL": is_causal,
+        "CAUSAL": band == (None, 0),
         "MASK": mask,
         "WIDE": q.dtype == compute_dtype(q.dtype) or mask == "float",
         "BLOCK_M": config.block_m,
@@ -708,7 +708,7 @@ def attention_fwd(
     v: Tensor,
     attn_mask: Tensor | None,
     *,
-    is_causal: bool,
+    band: tuple[int | None, int | None],
     scale: float,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -720,7 +720,7 @@ def attention_fwd(
         v: [B, N_kv, S_k, D_v].
         attn_mask: None, or [B, N, S_q, S_k] of any strides, bool (True: attend) or added to the
             scores.
-        is_causal: query i sees keys j <= i.
+        band: (None, 0), where query i sees keys j <= i, or (None, None).
         scale: what the scores are multiplied by.
 
     Returns:
@@ -734,7 +734,7 @@ def attention_fwd(
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
     if lse.numel() > 0:
-        options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, is_causal, scale)
+        options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, band, scale)
         with on_device_of(q):
             attention_fwd_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
                 q,
@@ -761,7 +761,7 @@ def attention_bwd(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],
     *,
-    is_causal: bool,
+    band: tuple[int | None, int | None],
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -770,7 +770,7 @@ def attention_bwd(
     Args:
         saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, out, lse).
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
-        is_causal, scale: as in `attention_fwd`.
+        band, scale: as in `attention_fwd`.
         needs: which of the four gradients are wanted; that of the mask is not served.
 
     Returns:
@@ -813,7 +813,7 @@ def attention_bwd(
     if needs[0]:
         dq = empty_rows_like(q)
         if dq.numel() > 0:
-            options = _options(_configs.ATTENTION_DQ, q, v, attn_mask, is_causal, scale)
+            options = _options(_configs.ATTENTION_DQ, q, v, attn_mask, band, scale)
             with on_device_of(q):
                 attention_bwd_dq_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
                     q,
@@ -839,7 +839,7 @@ def attention_bwd(
     if needs[1] or needs[2]:
         dk, dv = empty_rows_like(k), empty_rows_like(v)
         if dk.numel() > 0:
-            options = _options(_configs.ATTENTION_DKV, q, v, attn_mask, is_causal, scale)
+            options = _options(_configs.ATTENTION_DKV, q, v, attn_mask, band, scale)
             with on_device_of(q):
                 attention_bwd_dkv_kernel[(triton.cdiv(S_k, options["BLOCK_N"]) * B * N_kv,)](
                     q,

@@ -157,6 +157,8 @@ def test_any_sizes(data):
         n_kv=n_kv,
         d_v=choose(d, d, draw(1, 40)),
         is_causal=choose(False, True),
+        window=choose(None, None, (draw(0, 60), draw(0, 60)), (draw(0, 200), None)),
+        causal_alignment=choose("top-left", "bottom-right"),
         scale=choose(None, 0.1, -0.2),
         mask=choose(None, "bool", "float"),
         mask_shape=tuple(choose(letter, "1") for letter in ("B", "N", "S_q", "S_k")),

@@ -416,6 +416,19 @@ ATTENTION = [
     ),
     ({"attn_mask": [[True]]}, TypeError, "attention: `attn_mask` must be a Tensor, got list"),
     ({"scale": "big"}, TypeError, "attention: `scale` must be a number, got str"),
+    ({"window": 3}, TypeError, r"attention: `window` must be a pair \(left, right\), got 3"),
+    ({"window": (1, 2, 3)}, TypeError, r"attention: `window` must be a pair \(left, right\)"),
+    ({"window": (1.0, 2)}, TypeError, r"attention: `window` must be of integers or None"),
+    (
+        {"window": (3, -1)},
+        ValueError,
+        r"attention: `window` must be of sides of at least 0, or None, got \(3, -1\)",
+    ),
+    (
+        {"causal_alignment": "left"},
+        ValueError,
+        "attention: `causal_alignment` must be .*top-left.*, got 'left'",
+    ),
 ]
 
 

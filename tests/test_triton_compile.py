@@ -221,7 +221,7 @@ def launch_attention(case, dtype):
         "float": torch.zeros(case.queries, 64, dtype=dtype),
     }[case.mask]
     mask = None if mask is None else mask.expand(1, case.heads, case.queries, 64)
-    options = {"is_causal": case.is_causal, "scale": 0.125}
+    options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125}
     outputs, saved = attention.attention_fwd(q, k, k, mask, **options)
     attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
 

@@ -5,7 +5,7 @@
 // measures it:
 //
 //              exp    exp2   exp2_softmax   tanh   sigmoid
-//   bound      1.0    1.25   2.5            2.5    2.5
+//   bound      1.05   1.25   2.5            2.5    2.5
 //
 // NaN gives NaN; +-inf give the limits. The polynomials are minimax fits (Remez) to the relative
 // error, made for this file; the range reduction is W. J. Cody and W. Waite's ("Software Manual for

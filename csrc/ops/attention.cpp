@@ -46,9 +46,11 @@ constexpr int64_t kRowPad = 16;
 // Bytes of widened queries and of outputs that one thread keeps while all keys go past.
 constexpr int64_t kQueryBytes = 1024 * 1024;
 
-// The keys before `limit` that a query may see.
-PK_INLINE int64_t visible_keys(const AttentionSizes& n, int64_t query, int64_t limit) {
-  return n.causal ? std::min(query + 1, limit) : limit;
+// The keys out of `keys` that any of some queries may see, counted from keys.begin; empty if none.
+PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys) {
+  const int64_t begin = std::max(keys.begin, queries.begin + n.first) - keys.begin;
+  const int64_t end = std::min(keys.end, queries.end + n.last) - keys.begin;
+  return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
 // Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
@@ -63,23 +65,23 @@ T score_unit(const AttentionSizes& n, const AttentionMask& mask) {
   return scale_waits<T>(n, mask) ? T(n.scale) : T(1);
 }
 
-// Brings one row of products with keys [first, first + count) into the unit, masked.
+// Brings `part` of one row of products, of keys from `first` on, into the unit, masked.
 template <class S, class T>
 void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b, int64_t h,
-                   int64_t i, int64_t first, int64_t count, T* scores) {
+                   int64_t i, int64_t first, Range part, T* scores) {
   const int64_t start = b * mask.batch + h * mask.head + i * mask.row + first * mask.column;
   const T scale = static_cast<T>(n.scale);
   if (mask.kind == AttentionMask::kAdditive) {
     const S* const bias = static_cast<const S*>(mask.data) + start;
-    for (int64_t j = 0; j < count; ++j)
+    for (int64_t j = part.begin; j < part.end; ++j)
       scores[j] = scores[j] * scale + widen(bias[j * mask.column]);
     return;
   }
   if (!scale_waits<T>(n, mask))
-    for (int64_t j = 0; j < count; ++j) scores[j] *= scale;
+    for (int64_t j = part.begin; j < part.end; ++j) scores[j] *= scale;
   if (mask.kind == AttentionMask::kBoolean) {
     const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
-    for (int64_t j = 0; j < count; ++j)
+    for (int64_t j = part.begin; j < part.end; ++j)
       scores[j] = attend[j * mask.column] ? scores[j] : -kInfinity<T>;
   }
 }
@@ -212,25 +214,35 @@ class Forward {
     std::fill(maximum, maximum + rows, -kInfinity<T>);
     std::fill(sum, sum + rows, T(0));
 
-    const int64_t keys_end = visible_keys(n_, i0 + length - 1, n_.S_k);
-    for (int64_t j0 = 0; j0 < keys_end; j0 += kKeyBlock) {
-      const int64_t keys = std::min(kKeyBlock, keys_end - j0);
+    const Range all = visible_keys(n_, {i0, i0 + length}, {0, n_.S_k});
+    for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
+      const int64_t keys = std::min(kKeyBlock, all.end - j0);
       pack_alone<T>(View<S>{p_.k.at(b, g, j0), 1, p_.k.row}, n_.D, keys, packed_k);
       pack_alone<T>(View<S>{p_.v.at(b, g, j0), p_.v.row, 1}, keys, n_.D_v, packed_v);
       for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
         const int64_t count = std::min(kScoreRows, rows - r0);
-        int64_t mine[kScoreRows];  // keys of this block that a row sees
-        int64_t seen = 0;          // and that any of these rows sees
+        Range mine[kScoreRows];  // keys of this block that a row sees
+        Range seen{keys, 0};     // and that any of these rows sees
         for (int64_t r = 0; r < count; ++r) {
-          mine[r] = n_.causal ? std::max<int64_t>(0, std::min(query(r0 + r) + 1 - j0, keys)) : keys;
-          seen = std::max(seen, mine[r]);
+          const int64_t i = query(r0 + r);
+          mine[r] = visible_keys(n_, {i, i + 1}, {j0, j0 + keys});
+          if (mine[r].size() == 0) continue;
+          seen = {std::min(seen.begin, mine[r].begin), std::max(seen.end, mine[r].end)};
         }
-        if (seen == 0) continue;
-        multiply_in_chains(count, seen, n_.D, queries + r0 * n_.D, packed_k, scores, score_row);
+        if (seen.size() <= 0) continue;
+        seen.begin -= seen.begin % kPanel<T>;
+        multiply_in_chains(count, seen.size(), n_.D, queries + r0 * n_.D,
+                           packed_k + seen.begin * n_.D, scores, score_row);
         for (int64_t r = 0; r < count; ++r) {
           T* const row = scores + r * score_row;
-          finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0, mine[r], row);
-          top[r] = row_maximum(row, mine[r], maximum[r0 + r]);
+          // From here on a row begins at the first key that any row sees.
+          mine[r] = mine[r].size() == 0
+                        ? Range{0, 0}
+                        : Range{mine[r].begin - seen.begin, mine[r].end - seen.begin};
+          std::fill(row, row + mine[r].begin, -kInfinity<T>);
+          finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0 + seen.begin, mine[r],
+                           row);
+          top[r] = row_maximum(row, mine[r].end, maximum[r0 + r]);
         }
         // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to
         // scale.
@@ -241,12 +253,12 @@ class Forward {
         }
         for (int64_t r = 0; r < count; ++r) {
           if (factor[r] != 1) scale_row(out + (r0 + r) * out_width_, out_width_, factor[r]);
-          sum[r0 + r] =
-              sum[r0 + r] * factor[r] + weigh(scores + r * score_row, mine[r], seen, top[r], rate);
+          sum[r0 + r] = sum[r0 + r] * factor[r] +
+                        weigh(scores + r * score_row, mine[r].end, seen.size(), top[r], rate);
           maximum[r0 + r] = top[r];
         }
-        multiply(count, n_.D_v, seen, scores, score_row, 1, packed_v, keys, true,
-                 out + r0 * out_width_, out_width_);
+        multiply(count, n_.D_v, seen.size(), scores, score_row, 1,
+                 packed_v + seen.begin * kPanel<T>, keys, true, out + r0 * out_width_, out_width_);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -380,19 +392,22 @@ class Backward {
       std::fill(dk, dk + keys * width_, T(0));
       std::fill(dv, dv + keys * v_width_, T(0));
       for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-        // Earlier queries see none of these keys in a causal mask.
-        for (int64_t i0 = n_.causal ? j0 : 0; i0 < n_.S_q; i0 += kBackwardRows) {
-          const int64_t count = std::min(kBackwardRows, n_.S_q - i0);
-          const int64_t seen = visible_keys(n_, i0 + count - 1, j0 + keys) - j0;
-          weights(b, h, i0, count, j0, keys, seen, keys_t, values_t, rows);
+        // The queries that see any of these keys.
+        const int64_t end = std::min(n_.S_q, j0 + keys - n_.first);
+        for (int64_t i0 = std::max<int64_t>(0, j0 - n_.last); i0 < end; i0 += kBackwardRows) {
+          const int64_t count = std::min(kBackwardRows, end - i0);
+          Range seen = visible_keys(n_, {i0, i0 + count}, {j0, j0 + keys});
+          seen.begin -= seen.begin % kPanel<T>;
+          weights(b, h, i0, count, j0, seen, keys_t, values_t, rows);
           if (p_.dv)
-            multiply(seen, n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels, count, true,
-                     dv, v_width_);
+            multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels,
+                     count, true, dv + seen.begin * v_width_, v_width_);
           if (p_.dk)
-            multiply(seen, n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count, true,
-                     dk, width_);
+            multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
+                     true, dk + seen.begin * width_, width_);
           if (p_.dq)
-            multiply(count, n_.D, seen, rows.dscores, kTileLine, 1, keys_scaled, keys, true,
+            multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
+                     keys_scaled + seen.begin * kPanel<T>, keys, true,
                      dq_ + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
         }
       }
@@ -432,33 +447,39 @@ class Backward {
     return heads >= 2 * threads || heads % threads == 0 ? 1 : std::min<int64_t>(threads, blocks);
   }
 
-  // P and dS of queries [i0, i0 + count) by keys [j0, j0 + seen).
-  void weights(int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, int64_t keys,
-               int64_t seen, const T* keys_t, const T* values_t, const Rows& rows) const {
+  // P and dS of queries [i0, i0 + count) by the keys j0 + `seen`.
+  void weights(int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0, Range seen,
+               const T* keys_t, const T* values_t, const Rows& rows) const {
     const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
     const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
     copy_rows(q.data, q.row, count, n_.D, rows.queries);
     copy_rows(dout.data, dout.row, count, n_.D_v, rows.douts);
     pack_alone<T>(q, count, n_.D, rows.query_panels);
     pack_alone<T>(dout, count, n_.D_v, rows.dout_panels);
-    multiply_in_chains(count, seen, n_.D, rows.queries, keys_t, rows.weights, kTileLine);
-    multiply_in_chains(count, seen, n_.D_v, rows.douts, values_t, rows.dscores, kTileLine);
+    multiply_in_chains(count, seen.size(), n_.D, rows.queries, keys_t + seen.begin * n_.D,
+                       rows.weights, kTileLine);
+    multiply_in_chains(count, seen.size(), n_.D_v, rows.douts, values_t + seen.begin * n_.D_v,
+                       rows.dscores, kTileLine);
     const T rate = score_unit<T>(n_, p_.mask) * T(kLog2E);
     for (int64_t r = 0; r < count; ++r) {
       T* const weight = rows.weights + r * kTileLine;
       T* const dscore = rows.dscores + r * kTileLine;
-      const int64_t mine = std::max<int64_t>(0, visible_keys(n_, i0 + r, j0 + keys) - j0);
-      finish_scores<S>(n_, p_.mask, b, h, i0 + r, j0, mine, weight);
-      const int64_t at = (b * n_.N + h) * n_.S_q + i0 + r;
+      const int64_t first = j0 + seen.begin, i = i0 + r;
+      const Range mine = visible_keys(n_, {i, i + 1}, {first, first + seen.size()});
+      finish_scores<S>(n_, p_.mask, b, h, i, first, mine, weight);
+      std::fill(weight, weight + mine.begin, -kInfinity<T>);
+      const int64_t at = (b * n_.N + h) * n_.S_q + i;
       const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
       const vec<T> delta = broadcast(delta_.get()[at]);
-      for (int64_t j = 0; j < mine; j += lanes<T>) {
+      for (int64_t j = 0; j < mine.end; j += lanes<T>) {
         const vec<T> p = exp2_softmax<T>((load(weight + j) - top) * rate) * inverse;
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }
-      fill(weight, mine, seen, T(0));
-      fill(dscore, mine, seen, T(0));
+      // What an unseen key has may be NaN.
+      std::fill(dscore, dscore + mine.begin, T(0));
+      fill(weight, mine.end, seen.size(), T(0));
+      fill(dscore, mine.end, seen.size(), T(0));
     }
   }
 
@@ -505,11 +526,12 @@ void attention_backward(int threads, const AttentionBackward<S>& p) {
 namespace {
 
 using Sizes = std::array<int64_t, 7>;  // B, N, N_kv, S_q, S_k, D, D_v
+using Band = std::array<int64_t, 2>;   // the first and last j - i that is seen
 using Strided = std::pair<Address, std::array<int64_t, 3>>;
 using StridedMask = std::tuple<int, Address, std::array<int64_t, 4>>;
 
-AttentionSizes sizes(const Sizes& n, bool causal, double scale) {
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], causal, scale};
+AttentionSizes sizes(const Sizes& n, const Band& band, double scale) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], band[0], band[1], scale};
 }
 
 template <class S>
@@ -537,26 +559,26 @@ AttentionMask mask_of(const StridedMask& rows) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                const std::array<Strided, 3>& qkv, const StridedMask& mask,
-                                Address out, Address lse, Address rows) {
+  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, const Band& band,
+                                double scale, const std::array<Strided, 3>& qkv,
+                                const StridedMask& mask, Address out, Address lse, Address rows) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
       attention_forward<S>(
-          threads, {sizes(n, causal, scale), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
+          threads, {sizes(n, band, scale), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
                     mask_of(mask), pointer<S>(out), pointer<T>(lse), rows_of(pointer<T>(rows), n)});
     });
   });
-  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, bool causal, double scale,
-                                 const std::array<Strided, 4>& in, const StridedMask& mask,
-                                 const std::array<Address, 3>& of_rows,
+  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Band& band,
+                                 double scale, const std::array<Strided, 4>& in,
+                                 const StridedMask& mask, const std::array<Address, 3>& of_rows,
                                  const std::array<Address, 3>& grads) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
       attention_backward<S>(
-          threads, {sizes(n, causal, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
+          threads, {sizes(n, band, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
                     mask_of(mask), pointer<S>(of_rows[0]), rows_of(pointer<const T>(of_rows[1]), n),
                     heads<S>(in[3]), pointer<T>(of_rows[2]), pointer<S>(grads[0]),
                     pointer<S>(grads[1]), pointer<S>(grads[2])});

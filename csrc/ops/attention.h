@@ -7,7 +7,7 @@ namespace pykernels {
 
 struct AttentionSizes {
   int64_t B, N, N_kv, S_q, S_k, D, D_v;  // N is a multiple of N_kv
-  bool causal;                           // query i sees keys j <= i only
+  int64_t first, last;                   // query i sees keys j only where first <= j - i <= last
   double scale;
 };
 

@@ -9,7 +9,11 @@ from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous, plain
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES = frozenset({"v_head_dim", "large_head"})
+FEATURES = frozenset({"large_head", "v_head_dim", "window"})
+
+
+#: The first and last j - i at which query i sees key j; None for no bound.
+Band = tuple[int | None, int | None]
 
 
 def attention_fwd(
@@ -18,7 +22,7 @@ def attention_fwd(
     v: Tensor,
     attn_mask: Tensor | None,
     *,
-    is_causal: bool,
+    band: Band,
     scale: float,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -33,7 +37,7 @@ def attention_fwd(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
         _sizes(q, k, v),
-        is_causal,
+        _band(band, q, k),
         scale,
         [_strided(t) for t in rows],
         _mask(mask),
@@ -48,7 +52,7 @@ def attention_bwd(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],
     *,
-    is_causal: bool,
+    band: Band,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
@@ -67,7 +71,7 @@ def attention_bwd(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
         _sizes(q, k, v),
-        is_causal,
+        _band(band, q, k),
         scale,
         [_strided(t) for t in rows],
         _mask(mask),
@@ -81,6 +85,16 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     """B, N, N_kv, S_q, S_k, D, D_v."""
     B, N, S_q, D = q.shape
     return B, N, k.shape[1], S_q, k.shape[2], D, v.shape[3]
+
+
+def _band(band: Band, q: Tensor, k: Tensor) -> tuple[int, int]:
+    """The band in numbers, where a bound that is not there is one that hides nothing."""
+    first, last = band
+    S_q, S_k = q.shape[2], k.shape[2]
+    return (
+        -S_q if first is None else max(first, -S_q),
+        S_k if last is None else min(last, S_k),
+    )
 
 
 def _rows(tensor: Tensor) -> Tensor:

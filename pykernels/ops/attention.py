@@ -32,11 +32,33 @@ class AttentionFunction(torch.autograd.Function):
 LARGE_HEAD = 1024
 
 
-def features(dtype: torch.dtype, D: int, D_v: int) -> frozenset[str]:
-    """The optional features that heads of these sizes ask of a backend."""
+#: The first and last j - i at which query i sees key j; None for no bound.
+Band = tuple[int | None, int | None]
+ALIGNMENTS = ("top-left", "bottom-right")
+
+
+def features(dtype: torch.dtype, D: int, D_v: int, band: Band) -> frozenset[str]:
+    """The optional features that heads of these sizes and this band ask of a backend."""
     large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
-    asked = {"v_head_dim": D_v != D, "large_head": large}
+    window = band not in ((None, None), (None, 0))
+    asked = {"v_head_dim": D_v != D, "large_head": large, "window": window}
     return frozenset(name for name, is_asked in asked.items() if is_asked)
+
+
+def band_of(
+    S_q: int,
+    S_k: int,
+    is_causal: bool,
+    window: tuple[int | None, int | None] | None,
+    causal_alignment: str,
+) -> Band:
+    """Which keys the causal rule and a window leave to each query."""
+    diagonal = S_k - S_q if causal_alignment == "bottom-right" else 0
+    left, right = (None, None) if window is None else window
+    if is_causal:
+        right = 0  # a window's is at least that
+    first = None if left is None else diagonal - left
+    return first, None if right is None else diagonal + right
 
 
 def attention(
@@ -46,6 +68,8 @@ def attention(
     attn_mask: Tensor | None = None,
     *,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
@@ -65,8 +89,12 @@ def attention(
         v: values, [B, N_kv, S_k, D_v].
         attn_mask: broadcastable to [B, N, S_q, S_k]: boolean, True where a query may see a key, or
             of q's dtype and added to the scores.
-        is_causal: query i sees the keys j <= i only (top-left aligned, as torch); with `attn_mask`
-            both apply.
+        is_causal: query i sees no key behind its own place, which is key i or as
+            `causal_alignment` has it; with `attn_mask` and `window` all apply.
+        window: (left, right): a query sees so many keys before its own place and behind it, all
+            where None. Keys outside cost no time.
+        causal_alignment: what the own place of query i is: key i ("top-left", as torch), or, so
+            that the last query stands at the last key, key i + S_k - S_q ("bottom-right").
         scale: 1/sqrt(D) if None.
         enable_gqa: let N be a multiple of N_kv; query head n reads head n // (N // N_kv).
         return_lse: return ``(out, lse)``.
@@ -78,8 +106,10 @@ def attention(
         A query that sees no key gets out = 0, lse = -inf and no gradient.
 
     Raises:
-        TypeError: something is no tensor, dtypes differ or are not floating, scale is no number.
-        ValueError: a rank, size, device or backend is wrong; D is zero.
+        TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
+            window is no pair of integers.
+        ValueError: a rank, size, device, alignment or backend is wrong; D is zero; window is
+            negative.
     """
     op = "attention"
     for name, value, axes in (
@@ -106,7 +136,11 @@ def attention(
         _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
         mask = attn_mask.expand(B, N, S_q, S_k)
     _check_scale(op, scale)
-    out, lse = _run(q, k, v, mask, is_causal, scale, backend)
+    if window is not None:
+        _check_window(op, window)
+    _checks.choice(op, "causal_alignment", causal_alignment, ALIGNMENTS)
+    band = band_of(S_q, S_k, is_causal, window, causal_alignment)
+    out, lse = _run(q, k, v, mask, band, scale, backend)
     return (out, lse) if return_lse else out
 
 
@@ -168,15 +202,14 @@ def scaled_dot_product_attention(
     q = _fold(query, lead, heads, S_q, D)
     k = _fold(key, lead, kv_heads, S_k, D)
     v = _fold(value, lead, kv_heads, S_k, D_v)
+    band = (None, 0) if is_causal else (None, None)
     if dropout_p > 0:
         # Only the formula drops weights, and autograd differentiates it: the draw is its own.
         formula = _backends.select("attention", None, q.device, q.dtype, frozenset({"dropout"}))
         with _autocast.disabled(q.device):
-            out = formula.attention(
-                q, k, v, attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p
-            )
+            out = formula.attention(q, k, v, attn_mask, band=band, scale=scale, dropout_p=dropout_p)
     else:
-        out, _ = _run(q, k, v, attn_mask, is_causal, scale, None)
+        out, _ = _run(q, k, v, attn_mask, band, scale, None)
     return out.reshape(*(*lead, heads)[2:], S_q, D_v)
 
 
@@ -229,6 +262,17 @@ def _check_mask(op: str, attn_mask: Tensor, like: Tensor) -> None:
     _checks.device(op, "attn_mask", attn_mask, like)
 
 
+def _check_window(op: str, window: Any) -> None:
+    """`window` is a pair of integers from 0 on, or None."""
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: `window` must be a pair (left, right), got {window!r}")
+    for side in window:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+            raise TypeError(f"{op}: `window` must be of integers or None, got {window!r}")
+        if side is not None and side < 0:
+            _checks.fail(op, "window", "of sides of at least 0, or None", window)
+
+
 def _check_scale(op: str, scale: float | None) -> None:
     if scale is not None:
         _checks.number(op, "scale", scale)
@@ -239,16 +283,16 @@ def _run(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    is_causal: bool,
+    band: Band,
     scale: float | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    wanted = features(q.dtype, q.shape[-1], v.shape[-1])
+    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
     options = {
-        "is_causal": bool(is_causal),
+        "band": band,
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
     }
     return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask))

@@ -3,8 +3,10 @@
     S = scale * Q K^T + mask        P = softmax(S)        out = P V        lse = log sum exp(S)
 
 A. Vaswani et al., "Attention is all you need" (2017). The whole [S_q, S_k] matrix is built. A query
-that may see no key gets out = 0, lse = -inf and no gradient. Axes: B batch, N heads, S_q queries,
-S_k keys, D head dim; with N_kv < N heads of K and V, query head n reads head n // (N // N_kv).
+that may see no key gets out = 0, lse = -inf and no gradient. A band (first, last) lets query i see
+key j only where first <= j - i <= last, with None for no bound: (None, 0) is the causal rule. Axes:
+B batch, N heads, S_q queries, S_k keys, D head dim; with N_kv < N heads of K and V, query head n
+reads head n // (N // N_kv).
 """
 
 import math
@@ -12,10 +14,13 @@ import math
 import torch
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-FEATURES = frozenset({"dropout", "large_head", "mask_grad", "v_head_dim"})
+FEATURES = frozenset({"dropout", "large_head", "mask_grad", "v_head_dim", "window"})
+
+#: Every query sees every key.
+ALL = (None, None)
 
 
-def scores(q, k, attn_mask=None, *, is_causal=False, scale=None):
+def scores(q, k, attn_mask=None, *, band=ALL, scale=None):
     """``S [B, N, S_q, S_k]``; -inf where a query may not see a key."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     s = scale * (q @ repeat_heads(k, q).transpose(-2, -1))
@@ -23,17 +28,19 @@ def scores(q, k, attn_mask=None, *, is_causal=False, scale=None):
         s = s.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         s = s + attn_mask
-    if is_causal:
-        visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril()
-        s = s.masked_fill(~visible, -math.inf)
-    return s
+    return s.masked_fill(~visible(s, *band), -math.inf)
 
 
-def attention(
-    q, k, v, attn_mask=None, *, is_causal=False, scale=None, return_lse=False, dropout_p=0.0
-):
+def visible(s, first, last):
+    """Which keys each query sees, ``[S_q, S_k]``."""
+    seen = torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device)
+    seen = seen if first is None else seen.triu(first)
+    return seen if last is None else seen.tril(last)
+
+
+def attention(q, k, v, attn_mask=None, *, band=ALL, scale=None, return_lse=False, dropout_p=0.0):
     """``out [B, N, S_q, D_v]`` and, on request, ``lse [B, N, S_q]``; differentiable by autograd."""
-    s = scores(q, k, attn_mask, is_causal=is_causal, scale=scale)
+    s = scores(q, k, attn_mask, band=band, scale=scale)
     p = torch.dropout(probabilities(s), dropout_p, train=True)
     out = p @ repeat_heads(v, q)
     return (out, logsumexp(s)) if return_lse else out
@@ -56,15 +63,15 @@ def repeat_heads(kv, q):
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) if kv.shape[1] else kv
 
 
-def attention_fwd(q, k, v, attn_mask, *, is_causal, scale, keep=True):
+def attention_fwd(q, k, v, attn_mask, *, band, scale, keep=True):
     """See `pykernels._backends` for the contract."""
     with torch.no_grad():
-        out, lse = attention(q, k, v, attn_mask, is_causal=is_causal, scale=scale, return_lse=True)
+        out, lse = attention(q, k, v, attn_mask, band=band, scale=scale, return_lse=True)
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     return (out, lse), (q, k, v, attn_mask, out, lse)
 
 
-def attention_bwd(saved, grads, *, is_causal, scale, needs):
+def attention_bwd(saved, grads, *, band, scale, needs):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
@@ -73,7 +80,7 @@ def attention_bwd(saved, grads, *, is_causal, scale, needs):
     q, k, v, attn_mask, out, _ = saved  # and lse, or what a backend keeps in its place
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    p = probabilities(scores(q, k, attn_mask, is_causal=is_causal, scale=scale))
+    p = probabilities(scores(q, k, attn_mask, band=band, scale=scale))
     delta = (out * dout).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None].to(q.dtype)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pykernels.ops import _recurrent
-from pykernels.ops.attention import features
+from pykernels.ops.attention import band_of, features
 
 LAYOUTS = ("contiguous", "transposed", "expanded", "offset", "strided", "huge")
 
@@ -240,6 +240,8 @@ class AttentionSpec:
     n_kv: int = -1  # -1: as many key heads as query heads
     d_v: int = -1  # -1: D
     is_causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    causal_alignment: str = "top-left"
     scale: float | None = None
     mask: str | None = None
     mask_shape: tuple[str, ...] = ("S_q", "S_k")
@@ -271,12 +273,19 @@ class AttentionSpec:
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        return features(dtype, self.d, self.d_v)
+        return features(dtype, self.d, self.d_v, self.band)
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """The first and last j - i at which query i sees key j."""
+        return band_of(self.s_q, self.s_k, self.is_causal, self.window, self.causal_alignment)
 
     @property
     def options(self) -> dict[str, Any]:
         return {
             "is_causal": self.is_causal,
+            "window": self.window,
+            "causal_alignment": self.causal_alignment,
             "scale": self.scale,
             "enable_gqa": self.n_kv != self.n,
         }
@@ -686,6 +695,77 @@ ATTENTION_SPECS: list[AttentionSpec] = [
     # --- plain
     _attention("plain", "the ordinary case, small", TINY, (2, 2, 5, 4)),
     _attention("causal", "each query sees itself and before", TINY, (2, 2, 5, 4), is_causal=True),
+    # --- bands
+    _attention("window", "three keys back, one ahead", TINY, (2, 2, 9, 4), window=(3, 1)),
+    _attention("window-self", "each query sees itself", TINY, (1, 2, 5, 4), window=(0, 0)),
+    _attention("window-left", "no bound ahead", SMALL, (1, 2, 40, 8), window=(5, None)),
+    _attention("window-right", "no bound back", SMALL, (1, 2, 40, 8), window=(None, 5)),
+    _attention("window-wide", "wider than the keys", SMALL, (1, 2, 7, 8), window=(99, 99)),
+    _attention(
+        "window-causal",
+        "both rules",
+        SMALL,
+        (2, 4, 150, 16),
+        n_kv=2,
+        window=(20, 7),
+        is_causal=True,
+    ),
+    _attention(
+        "window-tiles", "ends inside of tiles", HOSTILE, (1, 1, 700, 16), s_k=900, window=(130, 65)
+    ),
+    _attention(
+        "window-aligned",
+        "aligned at the last key",
+        SMALL,
+        (1, 2, 70, 16),
+        s_k=200,
+        window=(33, 3),
+        causal_alignment="bottom-right",
+    ),
+    _attention(
+        "causal-aligned",
+        "as in a cache",
+        SMALL,
+        (1, 2, 5, 8),
+        s_k=37,
+        is_causal=True,
+        causal_alignment="bottom-right",
+    ),
+    _attention(
+        "causal-aligned-kv-shorter",
+        "early queries see no key",
+        SMALL,
+        (1, 2, 37, 8),
+        s_k=5,
+        is_causal=True,
+        causal_alignment="bottom-right",
+    ),
+    _attention(
+        "window-blind",
+        "late queries see no key",
+        SMALL,
+        (1, 2, 60, 8),
+        s_k=20,
+        window=(4, 2),
+    ),
+    _attention(
+        "window-mask",
+        "with a mask",
+        SMALL,
+        (2, 2, 50, 8),
+        window=(9, 4),
+        mask="float",
+        dead_rows=True,
+    ),
+    _attention(
+        "window-bool",
+        "with a mask",
+        SMALL,
+        (2, 2, 50, 8),
+        window=(9, 4),
+        mask="bool",
+        dead_rows=True,
+    ),
     _attention("scale", "an explicit scale", TINY, (1, 2, 5, 4), scale=0.3),
     _attention(
         "scale-negative", "a scale below zero flips the maximum", SMALL, (1, 2, 9, 8), scale=-0.5

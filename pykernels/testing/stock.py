@@ -163,6 +163,8 @@ def attention(
     attn_mask: Tensor | None = None,
     *,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
@@ -173,14 +175,23 @@ def attention(
     for rows that see no key on some paths, such rows are then computed unmasked and set to what
     this package defines: out = 0, lse = -inf, no gradient.
     """
-    if not return_lse:
+    if not return_lse and window is None and causal_alignment == "top-left":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
     s_q, s_k = q.shape[2], k.shape[2]
     keep = torch.ones(s_q, s_k, dtype=torch.bool, device=q.device)
+    key = torch.arange(s_k, device=q.device)
+    own = torch.arange(s_q, device=q.device)[:, None]
+    if causal_alignment == "bottom-right":
+        own = own + s_k - s_q
+    left, right = (None, None) if window is None else window
     if is_causal:
-        keep = keep.tril()
+        keep = keep & (key <= own)
+    if left is not None:
+        keep = keep & (key >= own - left)
+    if right is not None:
+        keep = keep & (key <= own + right)
     if attn_mask is not None:
         keep = keep & (attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf)
     alive = keep.any(-1, keepdim=True)  # [..., S_q, 1]
@@ -188,7 +199,7 @@ def attention(
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         mask = torch.where(keep & alive, attn_mask, torch.where(keep, 0.0, -math.inf).to(q.dtype))
     else:
-        mask = keep if attn_mask is not None or is_causal else None
+        mask = keep if attn_mask is not None or not keep.all() else None
 
     out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
     k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) if enable_gqa else k
@@ -196,4 +207,7 @@ def attention(
     if mask is not None:
         scores = scores.masked_fill(~keep, -math.inf) if mask is keep else scores + mask
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
-    return torch.where(alive, out, 0.0), torch.where(alive.squeeze(-1), lse, -math.inf)
+    out = torch.where(alive, out, 0.0)
+    if not return_lse:
+        return out
+    return out, torch.where(alive.squeeze(-1), lse, -math.inf)
