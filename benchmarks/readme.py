@@ -62,6 +62,7 @@ FEATURES = {
     "large_head": "head dims above 256 (float64: 128)",
     "mask_grad": "gradient of the mask",
     "dropout": "dropout",
+    "softcap": "capped scores",
     "window": "window, causal rule aligned at the last key",
 }
 

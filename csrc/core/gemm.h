@@ -15,7 +15,7 @@ namespace pykernels {
 constexpr int kPanelVecs = 2;
 
 template <class T>
-constexpr int kPanel = kPanelVecs* lanes<T>;
+constexpr int kPanel = kPanelVecs * lanes<T>;
 
 // A tile has at most this many rows: its accumulators, one panel's registers of B and one broadcast
 // of A fill the register file (6 x 2 + 2 + 1 of 16, 14 x 2 + 2 + 1 of 32).
@@ -63,7 +63,7 @@ constexpr int64_t panels_of(int64_t rows) {
 
 // Values in the largest tile.
 template <class T>
-constexpr int64_t kTileSize = kTileRows* kPanel<T>;
+constexpr int64_t kTileSize = kTileRows * kPanel<T>;
 
 // `rows` cut into tiles as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4. Runs body(row, count).
 template <class Body>

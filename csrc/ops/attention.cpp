@@ -56,7 +56,8 @@ PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys)
 // Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
 template <class T>
 bool scale_waits(const AttentionSizes& n, const AttentionMask& mask) {
-  return mask.kind != AttentionMask::kAdditive && T(n.scale) >= std::numeric_limits<T>::min();
+  return mask.kind != AttentionMask::kAdditive && n.softcap == 0 &&
+         T(n.scale) >= std::numeric_limits<T>::min();
 }
 
 // What one unit of the scores in memory is worth.
@@ -65,12 +66,30 @@ T score_unit(const AttentionSizes& n, const AttentionMask& mask) {
   return scale_waits<T>(n, mask) ? T(n.scale) : T(1);
 }
 
-// Brings `part` of one row of products, of keys from `first` on, into the unit, masked.
+// `part` of one row of products to capped scores, and `slopes`, where asked for, to what a score
+// grows by as the scaled product does: tanh' = 1 - tanh^2, which is 4 e / (1 + e)^2 with
+// e = exp(-2 |x|), where nothing cancels. In whole registers.
+template <class T>
+void cap_scores(const AttentionSizes& n, Range part, T* scores, T* slopes) {
+  const T cap = T(n.softcap), rate = T(n.scale / n.softcap);
+  for (int64_t j = part.begin / lanes<T> * lanes<T>; j < part.end; j += lanes<T>) {
+    const vec<T> x = load(scores + j) * rate;
+    store(scores + j, cap * tanh<T>(x));
+    if (slopes) {
+      const vec<T> e = exp<T>(-2 * max(x, -x));
+      store(slopes + j, 4 * e / ((1 + e) * (1 + e)));
+    }
+  }
+}
+
+// Brings `part` of one row of products, of keys from `first` on, into the unit, masked; `slopes` as
+// cap_scores has it.
 template <class S, class T>
 void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b, int64_t h,
-                   int64_t i, int64_t first, Range part, T* scores) {
+                   int64_t i, int64_t first, Range part, T* scores, T* slopes = nullptr) {
   const int64_t start = b * mask.batch + h * mask.head + i * mask.row + first * mask.column;
-  const T scale = static_cast<T>(n.scale);
+  if (n.softcap > 0) cap_scores(n, part, scores, slopes);
+  const T scale = n.softcap > 0 ? T(1) : static_cast<T>(n.scale);
   if (mask.kind == AttentionMask::kAdditive) {
     const S* const bias = static_cast<const S*>(mask.data) + start;
     for (int64_t j = part.begin; j < part.end; ++j)
@@ -239,9 +258,9 @@ class Forward {
           mine[r] = mine[r].size() == 0
                         ? Range{0, 0}
                         : Range{mine[r].begin - seen.begin, mine[r].end - seen.begin};
-          std::fill(row, row + mine[r].begin, -kInfinity<T>);
           finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0 + seen.begin, mine[r],
                            row);
+          std::fill(row, row + mine[r].begin, -kInfinity<T>);
           top[r] = row_maximum(row, mine[r].end, maximum[r0 + r]);
         }
         // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to
@@ -466,7 +485,8 @@ class Backward {
       T* const dscore = rows.dscores + r * kTileLine;
       const int64_t first = j0 + seen.begin, i = i0 + r;
       const Range mine = visible_keys(n_, {i, i + 1}, {first, first + seen.size()});
-      finish_scores<S>(n_, p_.mask, b, h, i, first, mine, weight);
+      alignas(kCacheLine) T slopes[kTileLine];
+      finish_scores<S>(n_, p_.mask, b, h, i, first, mine, weight, slopes);
       std::fill(weight, weight + mine.begin, -kInfinity<T>);
       const int64_t at = (b * n_.N + h) * n_.S_q + i;
       const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
@@ -476,6 +496,9 @@ class Backward {
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }
+      if (n_.softcap > 0)
+        for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
+          store(dscore + j, load(dscore + j) * load(slopes + j));
       // What an unseen key has may be NaN.
       std::fill(dscore, dscore + mine.begin, T(0));
       fill(weight, mine.end, seen.size(), T(0));
@@ -527,11 +550,12 @@ namespace {
 
 using Sizes = std::array<int64_t, 7>;  // B, N, N_kv, S_q, S_k, D, D_v
 using Band = std::array<int64_t, 2>;   // the first and last j - i that is seen
+using Scores = std::array<double, 2>;  // the scale and the softcap
 using Strided = std::pair<Address, std::array<int64_t, 3>>;
 using StridedMask = std::tuple<int, Address, std::array<int64_t, 4>>;
 
-AttentionSizes sizes(const Sizes& n, const Band& band, double scale) {
-  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], band[0], band[1], scale};
+AttentionSizes sizes(const Sizes& n, const Band& band, const Scores& scores) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], band[0], band[1], scores[0], scores[1]};
 }
 
 template <class S>
@@ -560,25 +584,25 @@ AttentionMask mask_of(const StridedMask& rows) {
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", [](int dtype, int threads, const Sizes& n, const Band& band,
-                                double scale, const std::array<Strided, 3>& qkv,
+                                const Scores& scores, const std::array<Strided, 3>& qkv,
                                 const StridedMask& mask, Address out, Address lse, Address rows) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
       attention_forward<S>(
-          threads, {sizes(n, band, scale), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
+          threads, {sizes(n, band, scores), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
                     mask_of(mask), pointer<S>(out), pointer<T>(lse), rows_of(pointer<T>(rows), n)});
     });
   });
   m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Band& band,
-                                 double scale, const std::array<Strided, 4>& in,
+                                 const Scores& scores, const std::array<Strided, 4>& in,
                                  const StridedMask& mask, const std::array<Address, 3>& of_rows,
                                  const std::array<Address, 3>& grads) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
       attention_backward<S>(
-          threads, {sizes(n, band, scale), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
+          threads, {sizes(n, band, scores), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
                     mask_of(mask), pointer<S>(of_rows[0]), rows_of(pointer<const T>(of_rows[1]), n),
                     heads<S>(in[3]), pointer<T>(of_rows[2]), pointer<S>(grads[0]),
                     pointer<S>(grads[1]), pointer<S>(grads[2])});

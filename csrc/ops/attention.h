@@ -9,6 +9,7 @@ struct AttentionSizes {
   int64_t B, N, N_kv, S_q, S_k, D, D_v;  // N is a multiple of N_kv
   int64_t first, last;                   // query i sees keys j only where first <= j - i <= last
   double scale;
+  double softcap;  // scores become softcap tanh(score / softcap); 0 for not
 };
 
 // A tensor [B, heads, rows, columns] whose columns are contiguous; strides in elements.

@@ -64,15 +64,15 @@ void forward(int dtype, int threads, bool relu, bool chained,
 
 void backward(int dtype, int threads, bool relu, bool chained,
               const std::vector<BackwardCall>& calls) {
-  run_passes(
-      dtype, threads, chained, calls,
-      [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
-        using S = typename decltype(tag)::type;
-        const auto& [shape, batch_sizes, reverse, in, out] = call;
-        using Cell = RnnBackwardCell<compute_t<S>, S>;
-        const auto p = recurrent_backward<S>(shape, batch, link, in, out);
-        return std::make_unique<BackwardPass<S, Cell>>(threads, p, Cell{relu, p.sizes.H, p.y});
-      });
+  run_passes(dtype, threads, chained, calls,
+             [&](auto tag, const auto& call, const Batch& batch, int threads, const Link& link) {
+               using S = typename decltype(tag)::type;
+               const auto& [shape, batch_sizes, reverse, in, out] = call;
+               using Cell = RnnBackwardCell<compute_t<S>, S>;
+               const auto p = recurrent_backward<S>(shape, batch, link, in, out);
+               return std::make_unique<BackwardPass<S, Cell>>(threads, p,
+                                                              Cell{relu, p.sizes.H, p.y});
+             });
 }
 
 void step(const StepCall& call) {

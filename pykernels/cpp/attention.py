@@ -9,7 +9,7 @@ from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous, plain
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES = frozenset({"large_head", "v_head_dim", "window"})
+FEATURES = frozenset({"large_head", "softcap", "v_head_dim", "window"})
 
 
 #: The first and last j - i at which query i sees key j; None for no bound.
@@ -24,6 +24,7 @@ def attention_fwd(
     *,
     band: Band,
     scale: float,
+    softcap: float = 0.0,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
@@ -38,7 +39,7 @@ def attention_fwd(
         torch.get_num_threads(),
         _sizes(q, k, v),
         _band(band, q, k),
-        scale,
+        (scale, softcap),
         [_strided(t) for t in rows],
         _mask(mask),
         address(out),
@@ -54,6 +55,7 @@ def attention_bwd(
     *,
     band: Band,
     scale: float,
+    softcap: float = 0.0,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract; `attn_mask` gets no gradient here."""
@@ -72,7 +74,7 @@ def attention_bwd(
         torch.get_num_threads(),
         _sizes(q, k, v),
         _band(band, q, k),
-        scale,
+        (scale, softcap),
         [_strided(t) for t in rows],
         _mask(mask),
         [address(t) for t in (out, row_stats, dlse)],

@@ -239,7 +239,7 @@ class GroupFunction(torch.autograd.Function):
             if torch.is_grad_enabled():
                 found = _differentiable(ctx, tensors, needs, grads)
             else:
-                ys = [None] * (count - 1) + [grads[0]] if ctx.chained else grads[:count]
+                ys = (*[None] * (count - 1), grads[0]) if ctx.chained else grads[:count]
                 states = _split(grads[1 if ctx.chained else count :], count)
                 calls = [
                     (kept, (y, *last), need, own)
@@ -253,15 +253,15 @@ class GroupFunction(torch.autograd.Function):
                     )
                 ]
                 found = _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
-        found = (grad if need else None for grad, need in zip(found, needs, strict=True))
-        return None, None, None, None, *found
+        wanted = (grad if need else None for grad, need in zip(found, needs, strict=True))
+        return None, None, None, None, *wanted
 
 
 def group(
     op: str,
     gates: int,
     x: Tensor,
-    calls: Sequence[tuple[Sequence[Tensor | None], tuple[Tensor, ...] | None, dict[str, Any]]],
+    calls: Sequence[tuple[Sequence[Any], tuple[Tensor, ...] | None, dict[str, Any]]],
     *,
     chained: bool,
 ) -> tuple[list[Tensor], list[tuple[Tensor, ...]]] | None:
@@ -318,7 +318,7 @@ def _run_group(
     backend: ModuleType,
     options: Sequence[dict[str, Any]],
     chained: bool,
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     *,
     keep: bool,
 ) -> list[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
@@ -359,9 +359,9 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients by the reference's formulas, for autograd to differentiate again."""
     run = getattr(_backends.module("reference", ctx.op), ctx.op)
-    # Aliases: what one tensor has to do with another is not this gradient's business.
     results = 3 if ctx.op == "lstm" else 2
-    own = [t if t is None else t.view_as(t) for t in tensors]
+    # Aliases: what one tensor has to do with another is not this gradient's business.
+    own: list[Any] = [t if t is None else t.view_as(t) for t in tensors]
     outputs: list[tuple[Tensor, ...]] = []
     for each, options in zip(_split(own, len(ctx.options)), ctx.options, strict=True):
         x = outputs[-1][0] if ctx.chained and outputs else each[0]

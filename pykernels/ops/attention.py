@@ -37,11 +37,13 @@ Band = tuple[int | None, int | None]
 ALIGNMENTS = ("top-left", "bottom-right")
 
 
-def features(dtype: torch.dtype, D: int, D_v: int, band: Band) -> frozenset[str]:
-    """The optional features that heads of these sizes and this band ask of a backend."""
+def features(
+    dtype: torch.dtype, D: int, D_v: int, band: Band, softcap: float = 0.0
+) -> frozenset[str]:
+    """The optional features that heads of these sizes, a band and a cap ask of a backend."""
     large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
     window = band not in ((None, None), (None, 0))
-    asked = {"v_head_dim": D_v != D, "large_head": large, "window": window}
+    asked = {"v_head_dim": D_v != D, "large_head": large, "window": window, "softcap": softcap > 0}
     return frozenset(name for name, is_asked in asked.items() if is_asked)
 
 
@@ -71,6 +73,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     causal_alignment: str = "top-left",
     scale: float | None = None,
+    softcap: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
@@ -96,6 +99,8 @@ def attention(
         causal_alignment: what the own place of query i is: key i ("top-left", as torch), or, so
             that the last query stands at the last key, key i + S_k - S_q ("bottom-right").
         scale: 1/sqrt(D) if None.
+        softcap: c > 0 makes c * tanh(score / c) of the scaled scores, before any mask (Gemma Team,
+            "Gemma 2", 2024); 0 leaves them alone.
         enable_gqa: let N be a multiple of N_kv; query head n reads head n // (N // N_kv).
         return_lse: return ``(out, lse)``.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
@@ -138,9 +143,12 @@ def attention(
     _check_scale(op, scale)
     if window is not None:
         _check_window(op, window)
+    _checks.number(op, "softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        _checks.fail(op, "softcap", "at least 0 and finite", softcap)
     _checks.choice(op, "causal_alignment", causal_alignment, ALIGNMENTS)
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
-    out, lse = _run(q, k, v, mask, band, scale, backend)
+    out, lse = _run(q, k, v, mask, band, scale, backend, softcap)
     return (out, lse) if return_lse else out
 
 
@@ -286,8 +294,9 @@ def _run(
     band: Band,
     scale: float | None,
     backend: str | None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band)
+    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band, softcap)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
@@ -295,4 +304,6 @@ def _run(
         "band": band,
         "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
     }
+    if softcap:
+        options["softcap"] = float(softcap)
     return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask))

@@ -1,10 +1,11 @@
 """Scaled dot-product attention and its gradient, as the paper writes them.
 
-    S = scale * Q K^T + mask        P = softmax(S)        out = P V        lse = log sum exp(S)
+    S = c(scale * Q K^T) + mask     P = softmax(S)        out = P V        lse = log sum exp(S)
 
 A. Vaswani et al., "Attention is all you need" (2017). The whole [S_q, S_k] matrix is built. A query
 that may see no key gets out = 0, lse = -inf and no gradient. A band (first, last) lets query i see
-key j only where first <= j - i <= last, with None for no bound: (None, 0) is the causal rule. Axes:
+key j only where first <= j - i <= last, with None for no bound: (None, 0) is the causal rule. The
+function c is c(x) = softcap * tanh(x / softcap), or c(x) = x where softcap is 0. Axes:
 B batch, N heads, S_q queries, S_k keys, D head dim; with N_kv < N heads of K and V, query head n
 reads head n // (N // N_kv).
 """
@@ -14,16 +15,18 @@ import math
 import torch
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-FEATURES = frozenset({"dropout", "large_head", "mask_grad", "v_head_dim", "window"})
+FEATURES = frozenset({"dropout", "large_head", "mask_grad", "softcap", "v_head_dim", "window"})
 
 #: Every query sees every key.
 ALL = (None, None)
 
 
-def scores(q, k, attn_mask=None, *, band=ALL, scale=None):
+def scores(q, k, attn_mask=None, *, band=ALL, scale=None, softcap=0.0):
     """``S [B, N, S_q, S_k]``; -inf where a query may not see a key."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     s = scale * (q @ repeat_heads(k, q).transpose(-2, -1))
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         s = s.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
@@ -38,9 +41,20 @@ def visible(s, first, last):
     return seen if last is None else seen.tril(last)
 
 
-def attention(q, k, v, attn_mask=None, *, band=ALL, scale=None, return_lse=False, dropout_p=0.0):
+def attention(
+    q,
+    k,
+    v,
+    attn_mask=None,
+    *,
+    band=ALL,
+    scale=None,
+    softcap=0.0,
+    return_lse=False,
+    dropout_p=0.0,
+):
     """``out [B, N, S_q, D_v]`` and, on request, ``lse [B, N, S_q]``; differentiable by autograd."""
-    s = scores(q, k, attn_mask, band=band, scale=scale)
+    s = scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap)
     p = torch.dropout(probabilities(s), dropout_p, train=True)
     out = p @ repeat_heads(v, q)
     return (out, logsumexp(s)) if return_lse else out
@@ -63,32 +77,39 @@ def repeat_heads(kv, q):
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) if kv.shape[1] else kv
 
 
-def attention_fwd(q, k, v, attn_mask, *, band, scale, keep=True):
+def attention_fwd(q, k, v, attn_mask, *, band, scale, softcap=0.0, keep=True):
     """See `pykernels._backends` for the contract."""
     with torch.no_grad():
-        out, lse = attention(q, k, v, attn_mask, band=band, scale=scale, return_lse=True)
+        out, lse = attention(
+            q, k, v, attn_mask, band=band, scale=scale, softcap=softcap, return_lse=True
+        )
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
     return (out, lse), (q, k, v, attn_mask, out, lse)
 
 
-def attention_bwd(saved, grads, *, band, scale, needs):
+def attention_bwd(saved, grads, *, band, scale, softcap=0.0, needs):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
-    dQ = scale * dS K    dK = scale * dS^T Q  dmask = dS summed over what was broadcast
+    dQ = scale * dS' K   dK = scale * dS'^T Q  dmask = dS summed over what was broadcast
+
+    where dS' is dS times the slope of the cap, 1 - tanh^2.
     """
     q, k, v, attn_mask, out, _ = saved  # and lse, or what a backend keeps in its place
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    p = probabilities(scores(q, k, attn_mask, band=band, scale=scale))
+    p = probabilities(scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap))
     delta = (out * dout).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None].to(q.dtype)
     ds = p * (dout @ repeat_heads(v, q).transpose(-2, -1) - delta)
+    dmask = ds
+    if softcap:
+        ds = ds * (1 - (scores(q, k, scale=scale, softcap=softcap) / softcap) ** 2)
     dq = scale * (ds @ repeat_heads(k, q))
     dk = sum_groups(scale * (ds.transpose(-2, -1) @ q), k)
     dv = sum_groups(p.transpose(-2, -1) @ dout, v)
-    return dq, dk, dv, ds if needs[3] else None
+    return dq, dk, dv, dmask if needs[3] else None
 
 
 def sum_groups(grad, kv):

@@ -243,6 +243,7 @@ class AttentionSpec:
     window: tuple[int | None, int | None] | None = None
     causal_alignment: str = "top-left"
     scale: float | None = None
+    softcap: float = 0.0
     mask: str | None = None
     mask_shape: tuple[str, ...] = ("S_q", "S_k")
     dead_rows: bool = False
@@ -273,7 +274,7 @@ class AttentionSpec:
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        return features(dtype, self.d, self.d_v, self.band)
+        return features(dtype, self.d, self.d_v, self.band, self.softcap)
 
     @property
     def band(self) -> tuple[int | None, int | None]:
@@ -287,6 +288,7 @@ class AttentionSpec:
             "window": self.window,
             "causal_alignment": self.causal_alignment,
             "scale": self.scale,
+            "softcap": self.softcap,
             "enable_gqa": self.n_kv != self.n,
         }
 
@@ -765,6 +767,38 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         window=(9, 4),
         mask="bool",
         dead_rows=True,
+    ),
+    # --- capped scores
+    _attention("softcap", "a cap that bites", TINY, (1, 2, 5, 4), softcap=0.7),
+    _attention("softcap-wide", "Gemma's cap", SMALL, (1, 2, 40, 16), softcap=50.0, gain=20.0),
+    _attention(
+        "softcap-window",
+        "with a window, shared heads and a scale",
+        SMALL,
+        (1, 4, 70, 16),
+        n_kv=2,
+        softcap=3.0,
+        scale=-0.4,
+        window=(20, 5),
+        gain=4.0,
+    ),
+    _attention(
+        "softcap-float",
+        "with a mask",
+        SMALL,
+        (2, 2, 30, 8),
+        softcap=2.0,
+        mask="float",
+        dead_rows=True,
+    ),
+    _attention(
+        "softcap-bool",
+        "with a mask",
+        SMALL,
+        (2, 2, 30, 8),
+        softcap=2.0,
+        mask="bool",
+        is_causal=True,
     ),
     _attention("scale", "an explicit scale", TINY, (1, 2, 5, 4), scale=0.3),
     _attention(

@@ -166,16 +166,17 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     causal_alignment: str = "top-left",
     scale: float | None = None,
+    softcap: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention -> out [B, N, S_q, D_v].
 
-    With `return_lse` also lse [B, N, S_q], in plain torch; and as stock torch gives NaN gradients
-    for rows that see no key on some paths, such rows are then computed unmasked and set to what
-    this package defines: out = 0, lse = -inf, no gradient.
+    With `return_lse` also lse [B, N, S_q], in plain torch, as is out with `softcap`; and as stock
+    torch gives NaN gradients for rows that see no key on some paths, such rows are then computed
+    unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
     """
-    if not return_lse and window is None and causal_alignment == "top-left":
+    if not return_lse and not softcap and window is None and causal_alignment == "top-left":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -201,11 +202,17 @@ def attention(
     else:
         mask = keep if attn_mask is not None or not keep.all() else None
 
-    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
-    k = k.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) if enable_gqa else k
+    if not softcap:
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~keep, -math.inf) if mask is keep else scores + mask
+    if softcap:  # which torch's function lacks
+        out = scores.softmax(-1) @ v
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     if not return_lse:
