@@ -54,8 +54,15 @@ def test_every_backend_serves_its_dtypes(backend, op):
     assert {torch.float16, torch.bfloat16, torch.float32, torch.float64} == module.DTYPES
     # written out: a test of a feature that a backend forgot to list would skip in silence
     assert {
-        ("attention", "reference"): {"dropout", "large_head", "mask_grad", "v_head_dim"},
-        ("attention", "cpp"): {"large_head", "v_head_dim"},
+        ("attention", "reference"): {
+            "dropout",
+            "large_head",
+            "mask_grad",
+            "softcap",
+            "v_head_dim",
+            "window",
+        },
+        ("attention", "cpp"): {"large_head", "softcap", "v_head_dim", "window"},
         ("attention", "triton"): {"v_head_dim"},
         ("rnn", "reference"): {"ragged"},
         ("rnn", "cpp"): {"ragged"},
