@@ -699,6 +699,7 @@ def _operands(
     if attn_mask is None:
         return q, k, v, None, (*steps, 0, 0, 0, 0)
     mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+    mask = mask.expand(*q.shape[:3], k.shape[2])
     return q, k, v, mask, (*steps, *mask.stride())
 
 

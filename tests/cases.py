@@ -117,9 +117,9 @@ def check(spec, backend, dtype):
 def leaves(spec, dtype, backend, needing=None):
     """Inputs as leaves; those named in `needing` (default: all floating ones) need a gradient."""
     made = spec.inputs(dtype, device(backend))
+    differentiable = evaluate.differentiable(spec, made)
     for name, t in made.items():
-        floating = t.is_floating_point() and name != "attn_mask"
-        t.requires_grad_(floating and (needing is None or name in needing))
+        t.requires_grad_(name in differentiable and (needing is None or name in needing))
     return made
 
 

@@ -283,34 +283,34 @@ def test_merging_pieces_by_lse(backend):
 
 
 @pytest.mark.parametrize(
-    "mask_shape", [("S_q", "S_k"), ("B", "1", "1", "S_k"), ("1", "N", "1", "S_k")]
+    "mask_shape", [(5, 7), (3, 1, 7), (2, 1, 1, 5, 7), (4, 1, 5, 1), (2, 4, 3, 5, 7)]
 )
-def test_gradient_of_a_float_mask(mask_shape):
-    """Served by the reference, which is chosen for it; a bias that broadcasts gets the sum."""
-    spec = AttentionSpec(
-        "attention-mask-grad", "drawn", 2, 3, 7, 5, mask="float", mask_shape=mask_shape
-    )
-    upstream = None
-    results = {}
-    for name, op, dtype in (
-        ("truth", stock.attention, torch.float64),
-        ("stock", stock.attention, torch.float32),
-        ("ours", functional.attention, torch.float32),
+def test_gradient_of_a_learned_mask_behind_more_batch_axes(mask_shape):
+    """[2, 4, N, S, D]: what torch's function adds up over the axes that the mask lacks."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 3, 5, 8)
+    k, v = torch.randn(2, 2, 4, 3, 7, 8)
+    mask, upstream = torch.randn(mask_shape), torch.randn(2, 4, 3, 5, 8)
+
+    def gradients(op, dtype):
+        given = [t.to(dtype).requires_grad_() for t in (q, k, v, mask)]
+        return torch.autograd.grad(op(*given), given, upstream.to(dtype))
+
+    stocks = F.scaled_dot_product_attention
+    truth, usual = (gradients(stocks, dtype) for dtype in (torch.float64, torch.float32))
+    for name, found, *sides in zip(
+        ("dq", "dk", "dv", "dattn_mask"),
+        gradients(functional.scaled_dot_product_attention, torch.float32),
+        truth,
+        usual,
+        strict=True,
     ):
-        made = {key: t.to(dtype) for key, t in spec.inputs(torch.float32).items()}
-        made["attn_mask"].requires_grad_()
-        out = op(**made)
-        upstream = torch.randn(out.shape) if upstream is None else upstream
-        results[name] = torch.autograd.grad(out, made["attn_mask"], upstream.to(dtype))[0]
-    assert_close(results["ours"], results["truth"], results["stock"], "dattn_mask")
-    made["attn_mask"] = made["attn_mask"].detach().requires_grad_()
-    with pytest.raises(
-        ValueError, match=r"backend 'cpp' cannot serve this call: .*; these can: reference"
-    ):
-        functional.attention(**made, backend="cpp")
+        assert_close(found, *sides, name)
 
 
-@pytest.mark.parametrize("name", ["attention-s1", "attention-gqa", "attention-mask-dead"])
+@pytest.mark.parametrize(
+    "name", ["attention-s1", "attention-gqa", "attention-mask-dead", "attention-learned-2d"]
+)
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_second_derivative(name, backend):
     gradcheck(find(name), backend, torch.autograd.gradgradcheck)
@@ -482,6 +482,8 @@ def test_harness_rejects_mutants(monkeypatch):
     ]
     mutants += [("attention_bwd", forget(i)) for i in range(2)]
     rejects_mutants(find("attention-plain"), monkeypatch, mutants)
+    mutants = [("attention_bwd", scaled_gradient(3, factor)) for factor in (0.0, 1.001)]
+    rejects_mutants(find("attention-learned-2d"), monkeypatch, mutants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

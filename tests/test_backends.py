@@ -62,7 +62,7 @@ def test_every_backend_serves_its_dtypes(backend, op):
             "v_head_dim",
             "window",
         },
-        ("attention", "cpp"): {"large_head", "softcap", "v_head_dim", "window"},
+        ("attention", "cpp"): {"large_head", "mask_grad", "softcap", "v_head_dim", "window"},
         ("attention", "triton"): {"v_head_dim"},
         ("rnn", "reference"): {"ragged"},
         ("rnn", "cpp"): {"ragged"},
@@ -82,7 +82,7 @@ def test_default_is_the_fastest():
 
 
 def test_features_decide():
-    assert chosen(op="attention", features=frozenset({"mask_grad"})) == "reference"
+    assert chosen(op="attention", features=frozenset({"dropout"})) == "reference"
     assert chosen(op="attention", features=frozenset({"v_head_dim"})) == "cpp"
 
 
@@ -141,8 +141,8 @@ def test_backward_stays_on_the_backend_of_its_forward():
             "no backend can",
         ),
         (
-            lambda: chosen("cpp", op="attention", features=frozenset({"mask_grad"})),
-            "attention: backend 'cpp' cannot serve this call: it does not serve mask_grad; "
+            lambda: chosen("cpp", op="attention", features=frozenset({"dropout"})),
+            "attention: backend 'cpp' cannot serve this call: it does not serve dropout; "
             "these can: reference",
         ),
         (

@@ -344,7 +344,8 @@ class Forward {
 //
 // where dQ and dK take the scale. An item is one head of K and V, or every `splits`-th block of its
 // keys where there are fewer heads than threads; each split adds to a dQ of its own, and these are
-// summed in order at the end.
+// summed in order at the end. All that adds to one element of the mask's gradient is one item:
+// where sequences or heads share a mask, the item goes through them all.
 template <class S>
 class Backward {
   using T = compute_t<S>;
@@ -352,8 +353,10 @@ class Backward {
  public:
   Backward(int threads, const AttentionBackward<S>& p)
       : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
-        width_(round_up(n_.D, kPanel<T>)), v_width_(round_up(n_.D_v, kPanel<T>)),
-        splits_(choose_splits(threads)), dq_size_(n_.B * n_.N * n_.S_q * width_),
+        batches_(p.dmask.data && p.dmask.batch == 0 ? n_.B : 1),
+        heads_(p.dmask.data && p.dmask.head == 0 ? n_.N_kv : 1), width_(round_up(n_.D, kPanel<T>)),
+        v_width_(round_up(n_.D_v, kPanel<T>)), splits_(choose_splits(threads)),
+        dq_size_(n_.B * n_.N * n_.S_q * width_),
         in_place_(std::is_same_v<S, T> && splits_ == 1 && width_ == n_.D),
         per_thread_(
             Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
@@ -366,7 +369,7 @@ class Backward {
         dq_scratch_(p.dq && !in_place_ ? splits_ * dq_size_ : 0),
         dq_(in_place_ ? reinterpret_cast<T*>(p.dq) : dq_scratch_.get()) {}
 
-  int64_t items() const { return n_.B * n_.N_kv * splits_; }
+  int64_t items() const { return groups() * splits_; }
 
   // Before any item: this thread's share of delta, and of a cleared dQ.
   void prepare(const Team& team) const {
@@ -386,11 +389,12 @@ class Backward {
 
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
-    T* const keys_t = arena.take(kBackwardKeys * n_.D);      // K^T
-    T* const values_t = arena.take(kBackwardKeys * n_.D_v);  // V^T
-    T* const keys_scaled = arena.take(kBackwardKeys * width_);
-    T* const dk = arena.take(kBackwardKeys * width_);
-    T* const dv = arena.take(kBackwardKeys * v_width_);
+    Tile tile;
+    tile.keys_t = arena.take(kBackwardKeys * n_.D);
+    tile.values_t = arena.take(kBackwardKeys * n_.D_v);
+    tile.keys_scaled = arena.take(kBackwardKeys * width_);
+    tile.dk = arena.take(kBackwardKeys * width_);
+    tile.dv = arena.take(kBackwardKeys * v_width_);
     Rows rows;
     rows.queries = arena.take(kBackwardRows * n_.D);
     rows.douts = arena.take(kBackwardRows * n_.D_v);
@@ -399,41 +403,10 @@ class Backward {
     rows.weights = arena.take(kBackwardRows * kTileLine);
     rows.dscores = arena.take(kBackwardRows * kTileLine);
 
-    const int64_t b = item / splits_ / n_.N_kv, g = item / splits_ % n_.N_kv;
-    const int64_t split = item % splits_;
-    for (int64_t j0 = split * kBackwardKeys; j0 < n_.S_k; j0 += splits_ * kBackwardKeys) {
-      const int64_t keys = std::min(kBackwardKeys, n_.S_k - j0);
-      const S* const k = p_.k.at(b, g, j0);
-      pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, keys_t);
-      pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, values_t);
-      pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, keys_scaled);
-      scale_row(keys_scaled, keys * width_, T(n_.scale));
-      std::fill(dk, dk + keys * width_, T(0));
-      std::fill(dv, dv + keys * v_width_, T(0));
-      for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-        // The queries that see any of these keys.
-        const int64_t end = std::min(n_.S_q, j0 + keys - n_.first);
-        for (int64_t i0 = std::max<int64_t>(0, j0 - n_.last); i0 < end; i0 += kBackwardRows) {
-          const int64_t count = std::min(kBackwardRows, end - i0);
-          Range seen = visible_keys(n_, {i0, i0 + count}, {j0, j0 + keys});
-          seen.begin -= seen.begin % kPanel<T>;
-          weights(b, h, i0, count, j0, seen, keys_t, values_t, rows);
-          if (p_.dv)
-            multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels,
-                     count, true, dv + seen.begin * v_width_, v_width_);
-          if (p_.dk)
-            multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
-                     true, dk + seen.begin * width_, width_);
-          if (p_.dq)
-            multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
-                     keys_scaled + seen.begin * kPanel<T>, keys, true,
-                     dq_ + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
-        }
-      }
-      const int64_t at = (b * n_.N_kv + g) * n_.S_k + j0;
-      if (p_.dk) write(dk, keys, n_.D, width_, T(n_.scale), p_.dk + at * n_.D);
-      if (p_.dv) write(dv, keys, n_.D_v, v_width_, T(1), p_.dv + at * n_.D_v);
-    }
+    const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // items over the heads
+    const int64_t b0 = item / splits_ / wide * batches_, g0 = item / splits_ % wide * heads_;
+    for (int64_t b = b0; b < b0 + batches_; ++b)
+      for (int64_t g = g0; g < g0 + heads_; ++g) run_head(b, g, item % splits_, tile, rows);
   }
 
   // After all items: this thread's share of dQ, the splits added in order.
@@ -453,6 +426,12 @@ class Backward {
   // Values from one row of scores to the next.
   static constexpr int64_t kTileLine = kBackwardKeys + kRowPad;
 
+  // What a block of keys is packed into, and its gradients.
+  struct Tile {
+    T *keys_t, *values_t;  // K^T and V^T
+    T *keys_scaled, *dk, *dv;
+  };
+
   // What a block of queries is packed into, and the two matrices of its scores.
   struct Rows {
     T *queries, *douts;             // rows
@@ -460,10 +439,50 @@ class Backward {
     T *weights, *dscores;           // [rows, kTileLine]: P and dS
   };
 
+  // The heads of K and V, or the sets of them that share a mask.
+  int64_t groups() const { return n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_); }
+
   int64_t choose_splits(int threads) const {
-    const int64_t heads = std::max<int64_t>(1, n_.B * n_.N_kv);
+    const int64_t heads = std::max<int64_t>(1, groups());
     const int64_t blocks = std::max<int64_t>(1, ceil_div(n_.S_k, kBackwardKeys));
     return heads >= 2 * threads || heads % threads == 0 ? 1 : std::min<int64_t>(threads, blocks);
+  }
+
+  // The share of `split` in the gradients of one head of K and V.
+  void run_head(int64_t b, int64_t g, int64_t split, const Tile& tile, const Rows& rows) const {
+    for (int64_t j0 = split * kBackwardKeys; j0 < n_.S_k; j0 += splits_ * kBackwardKeys) {
+      const int64_t keys = std::min(kBackwardKeys, n_.S_k - j0);
+      const S* const k = p_.k.at(b, g, j0);
+      pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, tile.keys_t);
+      pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, tile.values_t);
+      pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, tile.keys_scaled);
+      scale_row(tile.keys_scaled, keys * width_, T(n_.scale));
+      std::fill(tile.dk, tile.dk + keys * width_, T(0));
+      std::fill(tile.dv, tile.dv + keys * v_width_, T(0));
+      for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
+        // The queries that see any of these keys.
+        const int64_t end = std::min(n_.S_q, j0 + keys - n_.first);
+        for (int64_t i0 = std::max<int64_t>(0, j0 - n_.last); i0 < end; i0 += kBackwardRows) {
+          const int64_t count = std::min(kBackwardRows, end - i0);
+          Range seen = visible_keys(n_, {i0, i0 + count}, {j0, j0 + keys});
+          seen.begin -= seen.begin % kPanel<T>;
+          weights(b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, rows);
+          if (p_.dv)
+            multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels,
+                     count, true, tile.dv + seen.begin * v_width_, v_width_);
+          if (p_.dk)
+            multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
+                     true, tile.dk + seen.begin * width_, width_);
+          if (p_.dq)
+            multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
+                     tile.keys_scaled + seen.begin * kPanel<T>, keys, true,
+                     dq_ + split * dq_size_ + ((b * n_.N + h) * n_.S_q + i0) * width_, width_);
+        }
+      }
+      const int64_t at = (b * n_.N_kv + g) * n_.S_k + j0;
+      if (p_.dk) write(tile.dk, keys, n_.D, width_, T(n_.scale), p_.dk + at * n_.D);
+      if (p_.dv) write(tile.dv, keys, n_.D_v, v_width_, T(1), p_.dv + at * n_.D_v);
+    }
   }
 
   // P and dS of queries [i0, i0 + count) by the keys j0 + `seen`.
@@ -496,6 +515,10 @@ class Backward {
         store(weight + j, p);
         store(dscore + j, p * (load(dscore + j) - delta));
       }
+      if (p_.dmask.data) {
+        T* const to = p_.dmask.at(b, h, i) + first;
+        for (int64_t j = mine.begin; j < mine.end; ++j) to[j] += dscore[j];
+      }
       if (n_.softcap > 0)
         for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
           store(dscore + j, load(dscore + j) * load(slopes + j));
@@ -515,7 +538,9 @@ class Backward {
 
   const AttentionBackward<S>& p_;
   const AttentionSizes& n_;
-  const int64_t group_, width_, v_width_, splits_, dq_size_;
+  const int64_t group_;
+  const int64_t batches_, heads_;  // sequences and heads of K and V that one item goes through
+  const int64_t width_, v_width_, splits_, dq_size_;
   const bool in_place_;  // dQ is summed where it is wanted
   const int64_t per_thread_;
   const Scratch<T> scratch_, delta_, dq_scratch_;
@@ -559,9 +584,9 @@ AttentionSizes sizes(const Sizes& n, const Band& band, const Scores& scores) {
 }
 
 template <class S>
-Heads<const S> heads(const Strided& rows) {
+Heads<S> heads(const Strided& rows) {
   const auto& [data, strides] = rows;
-  return {pointer<const S>(data), strides[0], strides[1], strides[2]};
+  return {pointer<S>(data), strides[0], strides[1], strides[2]};
 }
 
 // From [2, B, N, S_q].
@@ -589,23 +614,25 @@ void bind_attention(py::module_& m) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
-      attention_forward<S>(
-          threads, {sizes(n, band, scores), heads<S>(qkv[0]), heads<S>(qkv[1]), heads<S>(qkv[2]),
-                    mask_of(mask), pointer<S>(out), pointer<T>(lse), rows_of(pointer<T>(rows), n)});
+      attention_forward<S>(threads,
+                           {sizes(n, band, scores), heads<const S>(qkv[0]), heads<const S>(qkv[1]),
+                            heads<const S>(qkv[2]), mask_of(mask), pointer<S>(out), pointer<T>(lse),
+                            rows_of(pointer<T>(rows), n)});
     });
   });
   m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Band& band,
                                  const Scores& scores, const std::array<Strided, 4>& in,
                                  const StridedMask& mask, const std::array<Address, 3>& of_rows,
-                                 const std::array<Address, 3>& grads) {
+                                 const std::array<Address, 3>& grads, const Strided& dmask) {
     dispatch(dtype, [&](auto tag) {
       using S = typename decltype(tag)::type;
       using T = compute_t<S>;
       attention_backward<S>(
-          threads, {sizes(n, band, scores), heads<S>(in[0]), heads<S>(in[1]), heads<S>(in[2]),
-                    mask_of(mask), pointer<S>(of_rows[0]), rows_of(pointer<const T>(of_rows[1]), n),
-                    heads<S>(in[3]), pointer<T>(of_rows[2]), pointer<S>(grads[0]),
-                    pointer<S>(grads[1]), pointer<S>(grads[2])});
+          threads,
+          {sizes(n, band, scores), heads<const S>(in[0]), heads<const S>(in[1]),
+           heads<const S>(in[2]), mask_of(mask), pointer<S>(of_rows[0]),
+           rows_of(pointer<const T>(of_rows[1]), n), heads<const S>(in[3]), pointer<T>(of_rows[2]),
+           pointer<S>(grads[0]), pointer<S>(grads[1]), pointer<S>(grads[2]), heads<T>(dmask)});
     });
   });
 }

@@ -61,6 +61,8 @@ struct AttentionBackward {
   S* dq;                     // [B, N, S_q, D]
   S* dk;                     // [B, N_kv, S_k, D]
   S* dv;                     // [B, N_kv, S_k, D_v]
+  // Cleared, and added to: [B, N, S_q, S_k], with strides of 0 where the mask broadcasts.
+  Heads<compute_t<S>> dmask;
 };
 
 template <class S>

@@ -9,7 +9,7 @@ from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous, plain
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES = frozenset({"large_head", "softcap", "v_head_dim", "window"})
+FEATURES = frozenset({"large_head", "mask_grad", "softcap", "v_head_dim", "window"})
 
 
 #: The first and last j - i at which query i sees key j; None for no bound.
@@ -33,15 +33,16 @@ def attention_fwd(
     row_stats = lse.new_empty(2, *lse.shape)  # what backward makes weights from
     # The copies must outlive the call: their addresses alone reach it.
     rows = [_rows(t) for t in (q, k, v)]
+    sizes = _sizes(q, k, v)
     mask = None if attn_mask is None else plain(attn_mask)
     _backends.load_extension().attention_forward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
-        _sizes(q, k, v),
+        sizes,
         _band(band, q, k),
         (scale, softcap),
         [_strided(t) for t in rows],
-        _mask(mask),
+        _mask(mask, sizes),
         address(out),
         address(lse),
         address(row_stats),
@@ -58,7 +59,7 @@ def attention_bwd(
     softcap: float = 0.0,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """See `pykernels._backends` for the contract; `attn_mask` gets no gradient here."""
+    """See `pykernels._backends` for the contract."""
     q, k, v, attn_mask, out, row_stats = saved
     dout, dlse = grads
     if dout is None:
@@ -67,20 +68,26 @@ def attention_bwd(
         t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
     )
     rows = [_rows(t) for t in (q, k, v, dout)]
+    sizes = _sizes(q, k, v)
     mask = None if attn_mask is None else plain(attn_mask)
+    sums, dmask = None, (0, (0, 0, 0))
+    if needs[3]:
+        sums = row_stats.new_zeros(*mask.shape[:3], k.shape[2])
+        dmask = _strided(_expanded(sums, sizes))
     out, dlse = contiguous(out), contiguous(dlse)
     _backends.load_extension().attention_backward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
-        _sizes(q, k, v),
+        sizes,
         _band(band, q, k),
         (scale, softcap),
         [_strided(t) for t in rows],
-        _mask(mask),
+        _mask(mask, sizes),
         [address(t) for t in (out, row_stats, dlse)],
         [address(t) for t in (dq, dk, dv)],
+        dmask,
     )
-    return dq, dk, dv, None
+    return dq, dk, dv, None if sums is None else sums.sum_to_size(mask.shape).to(mask.dtype)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
@@ -110,8 +117,14 @@ def _strided(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.stride()[:3]
 
 
-def _mask(mask: Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+def _expanded(mask: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The view [B, N, S_q, S_k] of a mask, or of its gradient."""
+    B, N, _, S_q, S_k = sizes[:5]
+    return mask.expand(B, N, S_q, S_k)
+
+
+def _mask(mask: Tensor | None, sizes: tuple[int, ...]) -> tuple[int, int, tuple[int, ...]]:
     """Kind (0 none, 1 boolean, 2 additive), address and strides."""
     if mask is None:
         return 0, 0, (0, 0, 0, 0)
-    return 1 if mask.dtype == torch.bool else 2, mask.data_ptr(), mask.stride()
+    return 1 if mask.dtype == torch.bool else 2, mask.data_ptr(), _expanded(mask, sizes).stride()

@@ -91,7 +91,8 @@ def attention(
         k: keys, [B, N_kv, S_k, D].
         v: values, [B, N_kv, S_k, D_v].
         attn_mask: broadcastable to [B, N, S_q, S_k]: boolean, True where a query may see a key, or
-            of q's dtype and added to the scores.
+            of q's dtype and added to the scores; if it requires a gradient, that is summed over
+            what was broadcast.
         is_causal: query i sees no key behind its own place, which is key i or as
             `causal_alignment` has it; with `attn_mask` and `window` all apply.
         window: (left, right): a query sees so many keys before its own place and behind it, all
@@ -139,7 +140,7 @@ def attention(
     if attn_mask is not None:
         _check_mask(op, attn_mask, q)
         _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
-        mask = attn_mask.expand(B, N, S_q, S_k)
+        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     _check_scale(op, scale)
     if window is not None:
         _check_window(op, window)
@@ -206,7 +207,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         sizes = (*lead, heads, S_q, S_k)[2:]
         _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
-        attn_mask = _fold(attn_mask, lead, heads, S_q, S_k)
+        attn_mask = _fold_mask(attn_mask, lead)
     q = _fold(query, lead, heads, S_q, D)
     k = _fold(key, lead, kv_heads, S_k, D)
     v = _fold(value, lead, kv_heads, S_k, D_v)
@@ -262,6 +263,14 @@ def _groups(heads: int, kv_heads: int) -> bool:
 def _fold(t: Tensor, lead: tuple[int, ...], heads: int, rows: int, columns: int) -> Tensor:
     """[..., N, rows, columns] with all sizes before the heads folded into one batch axis."""
     return t.expand(*lead, heads, rows, columns).reshape(math.prod(lead), heads, rows, columns)
+
+
+def _fold_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """`_fold` of what broadcasts: an axis of size one stays one, the batch if all of it is one."""
+    mask = mask[(None,) * (len(lead) + 3 - mask.dim())]
+    if any(size != 1 for size in mask.shape[:-3]):
+        mask = mask.expand(*lead, *mask.shape[-3:])
+    return mask.flatten(0, -4)
 
 
 def _check_mask(op: str, attn_mask: Tensor, like: Tensor) -> None:

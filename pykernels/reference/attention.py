@@ -109,7 +109,7 @@ def attention_bwd(saved, grads, *, band, scale, softcap=0.0, needs):
     dq = scale * (ds @ repeat_heads(k, q))
     dk = sum_groups(scale * (ds.transpose(-2, -1) @ q), k)
     dv = sum_groups(p.transpose(-2, -1) @ dout, v)
-    return dq, dk, dv, dmask if needs[3] else None
+    return dq, dk, dv, dmask.sum_to_size(attn_mask.shape) if needs[3] else None
 
 
 def sum_groups(grad, kv):

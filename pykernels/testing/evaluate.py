@@ -108,21 +108,23 @@ def flat(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(t for part in outputs for t in flat(part))
 
 
+def differentiable(spec: Spec, inputs: Mapping[str, Tensor]) -> list[str]:
+    """The inputs that have a gradient. A float mask has one where it is learned."""
+    constant = () if getattr(spec, "learned", False) else ("attn_mask",)
+    return [name for name, t in inputs.items() if t.is_floating_point() and name not in constant]
+
+
 def _evaluate(
     op: Callable[..., Any], spec: Spec, inputs: Mapping[str, Tensor], dtype: torch.dtype, seed: int
 ) -> Results:
     """Outputs, and the gradient "d<argument>" of each floating argument, by name.
 
-    The upstream gradients are random, for every output. Float masks are left out: their gradient
-    is an optional feature, tested on its own.
+    The upstream gradients are random, for every output.
     """
-    leaves = {
-        name: t.detach().requires_grad_(t.is_floating_point() and name != "attn_mask")
-        for name, t in inputs.items()
-    }
+    wanted = differentiable(spec, inputs)
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
     options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
     outputs = dict(zip(spec.outputs, flat(op(**leaves, **options)), strict=True))
-    wanted = {name: t for name, t in leaves.items() if t.requires_grad}
     generator = torch.Generator().manual_seed(seed + 1)
     upstream = [
         # rounded as the inputs are, so that every dtype of computation is given the same numbers
@@ -135,10 +137,12 @@ def _evaluate(
     sent = [
         (out, d) for out, d in zip(outputs.values(), upstream, strict=True) if out.requires_grad
     ]
-    grads = [torch.zeros_like(t) for t in wanted.values()]
+    grads = [torch.zeros_like(leaves[name]) for name in wanted]
     if sent:
         outs, ds = zip(*sent, strict=True)
-        grads = torch.autograd.grad(outs, list(wanted.values()), ds, materialize_grads=True)
+        grads = torch.autograd.grad(
+            outs, [leaves[name] for name in wanted], ds, materialize_grads=True
+        )
     return {name: out.detach() for name, out in outputs.items()} | {
         f"d{name}": grad for name, grad in zip(wanted, grads, strict=True)
     }

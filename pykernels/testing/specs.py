@@ -248,6 +248,7 @@ class AttentionSpec:
     mask_shape: tuple[str, ...] = ("S_q", "S_k")
     dead_rows: bool = False
     finite_mask: bool = False  # a most negative number in place of -inf
+    learned: bool = False  # the float mask has a gradient
     gain: float = 1.0  # standard deviation of the scores is about this
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
@@ -274,7 +275,8 @@ class AttentionSpec:
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        return features(dtype, self.d, self.d_v, self.band, self.softcap)
+        asked = features(dtype, self.d, self.d_v, self.band, self.softcap)
+        return asked | {"mask_grad"} if self.learned else asked
 
     @property
     def band(self) -> tuple[int | None, int | None]:
@@ -979,6 +981,113 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         mask="float",
         mask_shape=("B", "N", "S_q", "S_k"),
         layout="strided",
+    ),
+    # --- learned masks, whose gradient sums over what they broadcast
+    _attention(
+        "learned-2d", "shared by all heads", TINY, (2, 2, 4, 3), s_k=5, mask="float", learned=True
+    ),
+    _attention(
+        "learned-heads",
+        "T5's bias by head",
+        SMALL,
+        (3, 4, 9, 8),
+        mask="float",
+        mask_shape=("N", "S_q", "S_k"),
+        learned=True,
+    ),
+    _attention(
+        "learned-batch",
+        "by sequence, keys shared by heads",
+        SMALL,
+        (3, 4, 9, 8),
+        n_kv=2,
+        mask="float",
+        mask_shape=("B", "1", "S_q", "S_k"),
+        learned=True,
+    ),
+    _attention(
+        "learned-4d",
+        "nothing is shared",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="float",
+        mask_shape=("B", "N", "S_q", "S_k"),
+        learned=True,
+    ),
+    _attention(
+        "learned-keys",
+        "a number a key",
+        SMALL,
+        (3, 2, 9, 8),
+        mask="float",
+        mask_shape=("B", "1", "1", "S_k"),
+        learned=True,
+    ),
+    _attention(
+        "learned-rows",
+        "a number a query: moves lse alone",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="float",
+        mask_shape=("1", "N", "S_q", "1"),
+        learned=True,
+    ),
+    _attention(
+        "learned-one",
+        "one number for everything",
+        SMALL,
+        (2, 3, 9, 8),
+        mask="float",
+        mask_shape=("1",),
+        learned=True,
+    ),
+    _attention(
+        "learned-dead",
+        "rows that see no key",
+        SMALL,
+        (2, 2, 12, 8),
+        mask="float",
+        dead_rows=True,
+        learned=True,
+    ),
+    _attention(
+        "learned-tiles",
+        "across tiles, causal",
+        HOSTILE,
+        (2, 2, 129, 16),
+        s_k=257,
+        mask="float",
+        is_causal=True,
+        learned=True,
+    ),
+    _attention(
+        "learned-window",
+        "a window on top",
+        HOSTILE,
+        (2, 2, 300, 16),
+        mask="float",
+        window=(70, 3),
+        learned=True,
+    ),
+    _attention(
+        "learned-softcap",
+        "the cap is before the mask",
+        SMALL,
+        (2, 2, 9, 8),
+        mask="float",
+        softcap=0.7,
+        learned=True,
+    ),
+    _attention(
+        "learned-strided",
+        "views of views",
+        HOSTILE,
+        (2, 2, 30, 8),
+        s_k=21,
+        mask="float",
+        mask_shape=("N", "S_q", "S_k"),
+        layout="strided",
+        learned=True,
     ),
     # --- around tile borders
     *(
