@@ -63,6 +63,7 @@ FEATURES = {
     "mask_grad": "learned additive mask",
     "dropout": "dropout",
     "softcap": "capped scores",
+    "sinks": "sinks",
     "window": "window, causal rule aligned at the last key",
 }
 

@@ -708,6 +708,7 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
+    sinks: Tensor | None = None,
     *,
     band: tuple[int | None, int | None],
     scale: float,
@@ -729,7 +730,7 @@ def attention_fwd(
     """
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
-    saved = (q, k, v, attn_mask)
+    saved = (q, k, v, attn_mask, sinks)
     q, k, v, mask, steps = _operands(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
@@ -769,7 +770,7 @@ def attention_bwd(
     """The gradients of q, k and v.
 
     Args:
-        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, out, lse).
+        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, None, out, lse).
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
         band, scale: as in `attention_fwd`.
         needs: which of the four gradients are wanted; that of the mask is not served.
@@ -777,7 +778,7 @@ def attention_bwd(
     Returns:
         ``(dq, dk, dv, None)``, None where not wanted.
     """
-    q, k, v, attn_mask, out, lse = saved
+    q, k, v, attn_mask, _, out, lse = saved
     dout, dlse = grads
     B, N, S_q, D = q.shape
     N_kv, S_k, D_v = v.shape[1:]
@@ -865,4 +866,4 @@ def attention_bwd(
                     *dv.stride()[:3],
                     **options,
                 )
-    return dq, dk if needs[1] else None, dv if needs[2] else None, None
+    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None

@@ -309,7 +309,14 @@ def test_gradient_of_a_learned_mask_behind_more_batch_axes(mask_shape):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention-s1", "attention-gqa", "attention-mask-dead", "attention-learned-2d"]
+    "name",
+    [
+        "attention-s1",
+        "attention-gqa",
+        "attention-mask-dead",
+        "attention-learned-2d",
+        "attention-sinks",
+    ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 def test_second_derivative(name, backend):
@@ -484,6 +491,8 @@ def test_harness_rejects_mutants(monkeypatch):
     rejects_mutants(find("attention-plain"), monkeypatch, mutants)
     mutants = [("attention_bwd", scaled_gradient(3, factor)) for factor in (0.0, 1.001)]
     rejects_mutants(find("attention-learned-2d"), monkeypatch, mutants)
+    mutants = [("attention_bwd", scaled_gradient(4, factor)) for factor in (0.0, 1.001)]
+    rejects_mutants(find("attention-sinks"), monkeypatch, mutants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -416,6 +416,12 @@ ATTENTION = [
     ),
     ({"attn_mask": [[True]]}, TypeError, "attention: `attn_mask` must be a Tensor, got list"),
     ({"scale": "big"}, TypeError, "attention: `scale` must be a number, got str"),
+    ({"sinks": 1.0}, TypeError, "attention: `sinks` must be a Tensor, got float"),
+    (
+        {"sinks": torch.zeros(5)},
+        ValueError,
+        "attention: `sinks` must be [N] = [4], got [5]",
+    ),
     ({"softcap": "5"}, TypeError, "attention: `softcap` must be a number, got str"),
     ({"softcap": -1.0}, ValueError, "attention: `softcap` must be at least 0 and finite, got -1.0"),
     ({"window": 3}, TypeError, r"attention: `window` must be a pair \(left, right\), got 3"),

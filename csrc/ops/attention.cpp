@@ -55,15 +55,15 @@ PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys)
 
 // Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
 template <class T>
-bool scale_waits(const AttentionSizes& n, const AttentionMask& mask) {
-  return mask.kind != AttentionMask::kAdditive && n.softcap == 0 &&
+bool scale_waits(const AttentionSizes& n, const AttentionMask& mask, bool sinks) {
+  return mask.kind != AttentionMask::kAdditive && n.softcap == 0 && !sinks &&
          T(n.scale) >= std::numeric_limits<T>::min();
 }
 
 // What one unit of the scores in memory is worth.
 template <class T>
-T score_unit(const AttentionSizes& n, const AttentionMask& mask) {
-  return scale_waits<T>(n, mask) ? T(n.scale) : T(1);
+T score_unit(const AttentionSizes& n, const AttentionMask& mask, bool sinks) {
+  return scale_waits<T>(n, mask, sinks) ? T(n.scale) : T(1);
 }
 
 // `part` of one row of products to capped scores, and `slopes`, where asked for, to what a score
@@ -85,8 +85,9 @@ void cap_scores(const AttentionSizes& n, Range part, T* scores, T* slopes) {
 // Brings `part` of one row of products, of keys from `first` on, into the unit, masked; `slopes` as
 // cap_scores has it.
 template <class S, class T>
-void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b, int64_t h,
-                   int64_t i, int64_t first, Range part, T* scores, T* slopes = nullptr) {
+void finish_scores(const AttentionSizes& n, const AttentionMask& mask, bool sinks, int64_t b,
+                   int64_t h, int64_t i, int64_t first, Range part, T* scores,
+                   T* slopes = nullptr) {
   const int64_t start = b * mask.batch + h * mask.head + i * mask.row + first * mask.column;
   if (n.softcap > 0) cap_scores(n, part, scores, slopes);
   const T scale = n.softcap > 0 ? T(1) : static_cast<T>(n.scale);
@@ -96,7 +97,7 @@ void finish_scores(const AttentionSizes& n, const AttentionMask& mask, int64_t b
       scores[j] = scores[j] * scale + widen(bias[j * mask.column]);
     return;
   }
-  if (!scale_waits<T>(n, mask))
+  if (!scale_waits<T>(n, mask, sinks))
     for (int64_t j = part.begin; j < part.end; ++j) scores[j] *= scale;
   if (mask.kind == AttentionMask::kBoolean) {
     const uint8_t* const attend = static_cast<const uint8_t*>(mask.data) + start;
@@ -218,7 +219,7 @@ class Forward {
     T* const packed_v = arena.take(kKeyBlock * out_width_);
     T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
     constexpr int64_t score_row = kKeyBlock + kRowPad;
-    const T unit = score_unit<T>(n_, p_.mask), rate = unit * T(kLog2E);
+    const T unit = score_unit<T>(n_, p_.mask, p_.sinks), rate = unit * T(kLog2E);
 
     // The last chunks see the most keys in a causal mask: they go first.
     const int64_t b = item / n_.N_kv % n_.B, g = item % n_.N_kv;
@@ -230,8 +231,11 @@ class Forward {
     for (int64_t r = 0; r < rows; r += length)
       copy_rows(p_.q.at(b, head(r), i0), p_.q.row, length, n_.D, queries + r * n_.D);
     std::fill(out, out + rows * out_width_, T(0));
-    std::fill(maximum, maximum + rows, -kInfinity<T>);
-    std::fill(sum, sum + rows, T(0));
+    // A sink is a key that every row has seen beforehand.
+    for (int64_t r = 0; r < rows; ++r) {
+      maximum[r] = p_.sinks ? T(widen(p_.sinks[head(r)])) : -kInfinity<T>;
+      sum[r] = maximum[r] == -kInfinity<T> ? T(0) : T(1);
+    }
 
     const Range all = visible_keys(n_, {i0, i0 + length}, {0, n_.S_k});
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
@@ -258,8 +262,8 @@ class Forward {
           mine[r] = mine[r].size() == 0
                         ? Range{0, 0}
                         : Range{mine[r].begin - seen.begin, mine[r].end - seen.begin};
-          finish_scores<S>(n_, p_.mask, b, head(r0 + r), query(r0 + r), j0 + seen.begin, mine[r],
-                           row);
+          finish_scores<S>(n_, p_.mask, p_.sinks, b, head(r0 + r), query(r0 + r), j0 + seen.begin,
+                           mine[r], row);
           std::fill(row, row + mine[r].begin, -kInfinity<T>);
           top[r] = row_maximum(row, mine[r].end, maximum[r0 + r]);
         }
@@ -409,8 +413,12 @@ class Backward {
       for (int64_t g = g0; g < g0 + heads_; ++g) run_head(b, g, item % splits_, tile, rows);
   }
 
-  // After all items: this thread's share of dQ, the splits added in order.
+  // After all items: this thread's share of the sinks, and of dQ, the splits added in order.
   void finish(const Team& team) const {
+    if (p_.dsinks) {
+      const Range all = team.share(n_.N);
+      for (int64_t h = all.begin; h < all.end; ++h) narrow(sink_gradient(h), p_.dsinks + h);
+    }
     if (!p_.dq || in_place_) return;
     const Range rows = team.share(n_.B * n_.N * n_.S_q);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
@@ -438,6 +446,21 @@ class Backward {
     T *query_panels, *dout_panels;  // panels
     T *weights, *dscores;           // [rows, kTileLine]: P and dS
   };
+
+  // A sink's value is 0, so that its score gets P * (0 - delta) from each query.
+  T sink_gradient(int64_t h) const {
+    const T sink = T(widen(p_.sinks[h]));
+    T sum = 0;
+    for (int64_t b = 0; b < n_.B; ++b) {
+      T part = 0;  // of this sequence: shorter chains of additions
+      for (int64_t i = 0; i < n_.S_q; ++i) {
+        const int64_t at = (b * n_.N + h) * n_.S_q + i;
+        part -= std::exp(sink - p_.rows.top[at]) * p_.rows.inverse[at] * delta_.get()[at];
+      }
+      sum += part;
+    }
+    return sum;
+  }
 
   // The heads of K and V, or the sets of them that share a mask.
   int64_t groups() const { return n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_); }
@@ -498,14 +521,14 @@ class Backward {
                        rows.weights, kTileLine);
     multiply_in_chains(count, seen.size(), n_.D_v, rows.douts, values_t + seen.begin * n_.D_v,
                        rows.dscores, kTileLine);
-    const T rate = score_unit<T>(n_, p_.mask) * T(kLog2E);
+    const T rate = score_unit<T>(n_, p_.mask, p_.sinks) * T(kLog2E);
     for (int64_t r = 0; r < count; ++r) {
       T* const weight = rows.weights + r * kTileLine;
       T* const dscore = rows.dscores + r * kTileLine;
       const int64_t first = j0 + seen.begin, i = i0 + r;
       const Range mine = visible_keys(n_, {i, i + 1}, {first, first + seen.size()});
       alignas(kCacheLine) T slopes[kTileLine];
-      finish_scores<S>(n_, p_.mask, b, h, i, first, mine, weight, slopes);
+      finish_scores<S>(n_, p_.mask, p_.sinks, b, h, i, first, mine, weight, slopes);
       std::fill(weight, weight + mine.begin, -kInfinity<T>);
       const int64_t at = (b * n_.N + h) * n_.S_q + i;
       const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
@@ -608,33 +631,36 @@ AttentionMask mask_of(const StridedMask& rows) {
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def("attention_forward", [](int dtype, int threads, const Sizes& n, const Band& band,
-                                const Scores& scores, const std::array<Strided, 3>& qkv,
-                                const StridedMask& mask, Address out, Address lse, Address rows) {
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      using T = compute_t<S>;
-      attention_forward<S>(threads,
-                           {sizes(n, band, scores), heads<const S>(qkv[0]), heads<const S>(qkv[1]),
-                            heads<const S>(qkv[2]), mask_of(mask), pointer<S>(out), pointer<T>(lse),
-                            rows_of(pointer<T>(rows), n)});
-    });
-  });
-  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Band& band,
-                                 const Scores& scores, const std::array<Strided, 4>& in,
-                                 const StridedMask& mask, const std::array<Address, 3>& of_rows,
-                                 const std::array<Address, 3>& grads, const Strided& dmask) {
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      using T = compute_t<S>;
-      attention_backward<S>(
-          threads,
-          {sizes(n, band, scores), heads<const S>(in[0]), heads<const S>(in[1]),
-           heads<const S>(in[2]), mask_of(mask), pointer<S>(of_rows[0]),
-           rows_of(pointer<const T>(of_rows[1]), n), heads<const S>(in[3]), pointer<T>(of_rows[2]),
-           pointer<S>(grads[0]), pointer<S>(grads[1]), pointer<S>(grads[2]), heads<T>(dmask)});
-    });
-  });
+  m.def("attention_forward",
+        [](int dtype, int threads, const Sizes& n, const Band& band, const Scores& scores,
+           const std::array<Strided, 3>& qkv, const StridedMask& mask, Address sinks, Address out,
+           Address lse, Address rows) {
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = compute_t<S>;
+            attention_forward<S>(
+                threads, {sizes(n, band, scores), heads<const S>(qkv[0]), heads<const S>(qkv[1]),
+                          heads<const S>(qkv[2]), mask_of(mask), pointer<const S>(sinks),
+                          pointer<S>(out), pointer<T>(lse), rows_of(pointer<T>(rows), n)});
+          });
+        });
+  m.def("attention_backward",
+        [](int dtype, int threads, const Sizes& n, const Band& band, const Scores& scores,
+           const std::array<Strided, 4>& in, const StridedMask& mask, Address sinks,
+           const std::array<Address, 3>& of_rows, const std::array<Address, 3>& grads,
+           const Strided& dmask, Address dsinks) {
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = compute_t<S>;
+            attention_backward<S>(
+                threads,
+                {sizes(n, band, scores), heads<const S>(in[0]), heads<const S>(in[1]),
+                 heads<const S>(in[2]), mask_of(mask), pointer<const S>(sinks),
+                 pointer<S>(of_rows[0]), rows_of(pointer<const T>(of_rows[1]), n),
+                 heads<const S>(in[3]), pointer<T>(of_rows[2]), pointer<S>(grads[0]),
+                 pointer<S>(grads[1]), pointer<S>(grads[2]), heads<T>(dmask), pointer<S>(dsinks)});
+          });
+        });
 }
 
 }  // namespace pykernels

@@ -43,6 +43,7 @@ struct AttentionForward {
   AttentionSizes sizes;
   Heads<const S> q, k, v;
   AttentionMask mask;
+  const S* sinks;     // [N] or nullptr: the score of a key that has no value
   S* out;             // [B, N, S_q, D_v]
   compute_t<S>* lse;  // [B, N, S_q], natural log
   AttentionRows<compute_t<S>> rows;
@@ -54,7 +55,8 @@ struct AttentionBackward {
   AttentionSizes sizes;
   Heads<const S> q, k, v;
   AttentionMask mask;
-  const S* out;  // [B, N, S_q, D_v], of the forward pass
+  const S* sinks;  // [N] or nullptr
+  const S* out;    // [B, N, S_q, D_v], of the forward pass
   AttentionRows<const compute_t<S>> rows;
   Heads<const S> dout;       // [B, N, S_q, D_v]
   const compute_t<S>* dlse;  // [B, N, S_q] or nullptr for zeros
@@ -63,6 +65,7 @@ struct AttentionBackward {
   S* dv;                     // [B, N_kv, S_k, D_v]
   // Cleared, and added to: [B, N, S_q, S_k], with strides of 0 where the mask broadcasts.
   Heads<compute_t<S>> dmask;
+  S* dsinks;  // [N]
 };
 
 template <class S>

@@ -9,7 +9,7 @@ from pykernels import _backends, cpp
 from pykernels.cpp import address, contiguous, plain
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES = frozenset({"large_head", "mask_grad", "softcap", "v_head_dim", "window"})
+FEATURES = frozenset({"large_head", "mask_grad", "sinks", "softcap", "v_head_dim", "window"})
 
 
 #: The first and last j - i at which query i sees key j; None for no bound.
@@ -21,6 +21,7 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
+    sinks: Tensor | None = None,
     *,
     band: Band,
     scale: float,
@@ -43,11 +44,12 @@ def attention_fwd(
         (scale, softcap),
         [_strided(t) for t in rows],
         _mask(mask, sizes),
+        address(contiguous(sinks)),
         address(out),
         address(lse),
         address(row_stats),
     )
-    return (out, lse), (q, k, v, attn_mask, out, row_stats)
+    return (out, lse), (q, k, v, attn_mask, sinks, out, row_stats)
 
 
 def attention_bwd(
@@ -60,13 +62,14 @@ def attention_bwd(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract."""
-    q, k, v, attn_mask, out, row_stats = saved
+    q, k, v, attn_mask, sinks, out, row_stats = saved
     dout, dlse = grads
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv = (
         t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
     )
+    dsinks = sinks.new_empty(sinks.shape) if needs[4] else None
     rows = [_rows(t) for t in (q, k, v, dout)]
     sizes = _sizes(q, k, v)
     mask = None if attn_mask is None else plain(attn_mask)
@@ -74,7 +77,7 @@ def attention_bwd(
     if needs[3]:
         sums = row_stats.new_zeros(*mask.shape[:3], k.shape[2])
         dmask = _strided(_expanded(sums, sizes))
-    out, dlse = contiguous(out), contiguous(dlse)
+    sinks, out, dlse = contiguous(sinks), contiguous(out), contiguous(dlse)
     _backends.load_extension().attention_backward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
@@ -83,11 +86,15 @@ def attention_bwd(
         (scale, softcap),
         [_strided(t) for t in rows],
         _mask(mask, sizes),
+        address(sinks),
         [address(t) for t in (out, row_stats, dlse)],
         [address(t) for t in (dq, dk, dv)],
         dmask,
+        address(dsinks),
     )
-    return dq, dk, dv, None if sums is None else sums.sum_to_size(mask.shape).to(mask.dtype)
+    if sums is not None:
+        sums = sums.sum_to_size(mask.shape).to(mask.dtype)
+    return dq, dk, dv, sums, dsinks
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:

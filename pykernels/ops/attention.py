@@ -38,12 +38,18 @@ ALIGNMENTS = ("top-left", "bottom-right")
 
 
 def features(
-    dtype: torch.dtype, D: int, D_v: int, band: Band, softcap: float = 0.0
+    dtype: torch.dtype, D: int, D_v: int, band: Band, softcap: float = 0.0, sinks: bool = False
 ) -> frozenset[str]:
-    """The optional features that heads of these sizes, a band and a cap ask of a backend."""
+    """The optional features that heads of these sizes, a band, a cap and sinks ask of a backend."""
     large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
     window = band not in ((None, None), (None, 0))
-    asked = {"v_head_dim": D_v != D, "large_head": large, "window": window, "softcap": softcap > 0}
+    asked = {
+        "v_head_dim": D_v != D,
+        "large_head": large,
+        "window": window,
+        "softcap": softcap > 0,
+        "sinks": sinks,
+    }
     return frozenset(name for name, is_asked in asked.items() if is_asked)
 
 
@@ -74,6 +80,7 @@ def attention(
     causal_alignment: str = "top-left",
     scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
@@ -102,6 +109,8 @@ def attention(
         scale: 1/sqrt(D) if None.
         softcap: c > 0 makes c * tanh(score / c) of the scaled scores, before any mask (Gemma Team,
             "Gemma 2", 2024); 0 leaves them alone.
+        sinks: [N] of q's dtype: by head, a score that takes part in each softmax, as of one more
+            key that no mask hides and whose value is 0 (OpenAI, "gpt-oss", 2025); has a gradient.
         enable_gqa: let N be a multiple of N_kv; query head n reads head n // (N // N_kv).
         return_lse: return ``(out, lse)``.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
@@ -109,7 +118,7 @@ def attention(
     Returns:
         ``out`` [B, N, S_q, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [B, N, S_q] in float32
         (float64 for float64), rounded at the size of a score: weights made from it are no better.
-        A query that sees no key gets out = 0, lse = -inf and no gradient.
+        A query that sees no key gets out = 0, lse = -inf (or its sink) and no gradient.
 
     Raises:
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
@@ -149,7 +158,10 @@ def attention(
         _checks.fail(op, "softcap", "at least 0 and finite", softcap)
     _checks.choice(op, "causal_alignment", causal_alignment, ALIGNMENTS)
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
-    out, lse = _run(q, k, v, mask, band, scale, backend, softcap)
+    if sinks is not None:
+        _checks.tensor(op, "sinks", sinks, q)
+        _checks.shape(op, "sinks", sinks, "N", (N,))
+    out, lse = _run(q, k, v, mask, band, scale, backend, softcap, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -304,8 +316,9 @@ def _run(
     scale: float | None,
     backend: str | None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band, softcap)
+    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band, softcap, sinks is not None)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
@@ -315,4 +328,4 @@ def _run(
     }
     if softcap:
         options["softcap"] = float(softcap)
-    return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask))
+    return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask, sinks))

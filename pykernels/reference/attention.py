@@ -5,7 +5,8 @@
 A. Vaswani et al., "Attention is all you need" (2017). The whole [S_q, S_k] matrix is built. A query
 that may see no key gets out = 0, lse = -inf and no gradient. A band (first, last) lets query i see
 key j only where first <= j - i <= last, with None for no bound: (None, 0) is the causal rule. The
-function c is c(x) = softcap * tanh(x / softcap), or c(x) = x where softcap is 0. Axes:
+function c is c(x) = softcap * tanh(x / softcap), or c(x) = x where softcap is 0. A sink is a score
+of its own in the row of each query of a head, that of a key whose value is 0. Axes:
 B batch, N heads, S_q queries, S_k keys, D head dim; with N_kv < N heads of K and V, query head n
 reads head n // (N // N_kv).
 """
@@ -15,7 +16,9 @@ import math
 import torch
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-FEATURES = frozenset({"dropout", "large_head", "mask_grad", "softcap", "v_head_dim", "window"})
+FEATURES = frozenset(
+    {"dropout", "large_head", "mask_grad", "sinks", "softcap", "v_head_dim", "window"}
+)
 
 #: Every query sees every key.
 ALL = (None, None)
@@ -46,6 +49,7 @@ def attention(
     k,
     v,
     attn_mask=None,
+    sinks=None,
     *,
     band=ALL,
     scale=None,
@@ -54,10 +58,17 @@ def attention(
     dropout_p=0.0,
 ):
     """``out [B, N, S_q, D_v]`` and, on request, ``lse [B, N, S_q]``; differentiable by autograd."""
-    s = scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap)
-    p = torch.dropout(probabilities(s), dropout_p, train=True)
+    s = with_sinks(scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap), sinks)
+    p = torch.dropout(probabilities(s)[..., : k.shape[2]], dropout_p, train=True)
     out = p @ repeat_heads(v, q)
     return (out, logsumexp(s)) if return_lse else out
+
+
+def with_sinks(s, sinks):
+    """The scores, and behind them in each row the sink of its head."""
+    if sinks is None:
+        return s
+    return torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:-1], 1)], -1)
 
 
 def probabilities(s):
@@ -77,14 +88,14 @@ def repeat_heads(kv, q):
     return kv.repeat_interleave(q.shape[1] // kv.shape[1], dim=1) if kv.shape[1] else kv
 
 
-def attention_fwd(q, k, v, attn_mask, *, band, scale, softcap=0.0, keep=True):
+def attention_fwd(q, k, v, attn_mask, sinks=None, *, band, scale, softcap=0.0, keep=True):
     """See `pykernels._backends` for the contract."""
     with torch.no_grad():
         out, lse = attention(
-            q, k, v, attn_mask, band=band, scale=scale, softcap=softcap, return_lse=True
+            q, k, v, attn_mask, sinks, band=band, scale=scale, softcap=softcap, return_lse=True
         )
         lse = lse.to(torch.promote_types(q.dtype, torch.float32))
-    return (out, lse), (q, k, v, attn_mask, out, lse)
+    return (out, lse), (q, k, v, attn_mask, sinks, out, lse)
 
 
 def attention_bwd(saved, grads, *, band, scale, softcap=0.0, needs):
@@ -93,12 +104,14 @@ def attention_bwd(saved, grads, *, band, scale, softcap=0.0, needs):
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
     dQ = scale * dS' K   dK = scale * dS'^T Q  dmask = dS summed over what was broadcast
 
-    where dS' is dS times the slope of the cap, 1 - tanh^2.
+    where dS' is dS times the slope of the cap, 1 - tanh^2. A sink, whose value is 0, has
+    dS = P * (0 - delta), summed over batch and queries.
     """
-    q, k, v, attn_mask, out, _ = saved  # and lse, or what a backend keeps in its place
+    q, k, v, attn_mask, sinks, out, _ = saved  # and lse, or what a backend keeps in its place
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    p = probabilities(scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap))
+    s = with_sinks(scores(q, k, attn_mask, band=band, scale=scale, softcap=softcap), sinks)
+    p, p_sink = probabilities(s).split([k.shape[2], s.shape[-1] - k.shape[2]], -1)
     delta = (out * dout).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None].to(q.dtype)
@@ -109,7 +122,9 @@ def attention_bwd(saved, grads, *, band, scale, softcap=0.0, needs):
     dq = scale * (ds @ repeat_heads(k, q))
     dk = sum_groups(scale * (ds.transpose(-2, -1) @ q), k)
     dv = sum_groups(p.transpose(-2, -1) @ dout, v)
-    return dq, dk, dv, dmask.sum_to_size(attn_mask.shape) if needs[3] else None
+    dmask = dmask.sum_to_size(attn_mask.shape) if needs[3] else None
+    dsinks = (p_sink * -delta).sum((0, 2, 3)) if needs[4] else None
+    return dq, dk, dv, dmask, dsinks
 
 
 def sum_groups(grad, kv):

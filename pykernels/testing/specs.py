@@ -249,6 +249,7 @@ class AttentionSpec:
     dead_rows: bool = False
     finite_mask: bool = False  # a most negative number in place of -inf
     learned: bool = False  # the float mask has a gradient
+    sinks: bool = False
     gain: float = 1.0  # standard deviation of the scores is about this
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
@@ -275,7 +276,7 @@ class AttentionSpec:
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        asked = features(dtype, self.d, self.d_v, self.band, self.softcap)
+        asked = features(dtype, self.d, self.d_v, self.band, self.softcap, self.sinks)
         return asked | {"mask_grad"} if self.learned else asked
 
     @property
@@ -311,6 +312,8 @@ class AttentionSpec:
             if self.finite_mask and dtype != torch.float16:
                 mask = mask.clamp(min=torch.finfo(dtype).min)
             made["attn_mask"] = mask
+        if self.sinks:
+            made["sinks"] = draw.normal(self.n).to(device=device, dtype=dtype)
         layouts = dict.fromkeys(made, self.layout)
         if (
             self.layout == "huge"
@@ -1089,6 +1092,40 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         layout="strided",
         learned=True,
     ),
+    # --- sinks, a score by head that no value belongs to
+    _attention("sinks", "the softmax leaves some weight", TINY, (2, 2, 5, 4), sinks=True),
+    _attention(
+        "sinks-causal",
+        "gpt-oss: a window, groups",
+        SMALL,
+        (2, 4, 40, 8),
+        n_kv=2,
+        is_causal=True,
+        window=(9, 0),
+        sinks=True,
+    ),
+    _attention(
+        "sinks-dead",
+        "rows that see the sink alone",
+        SMALL,
+        (2, 2, 12, 8),
+        mask="bool",
+        dead_rows=True,
+        sinks=True,
+    ),
+    _attention(
+        "sinks-learned",
+        "under an additive mask",
+        SMALL,
+        (2, 2, 9, 8),
+        mask="float",
+        learned=True,
+        sinks=True,
+    ),
+    _attention("sinks-softcap", "over capped scores", SMALL, (2, 2, 9, 8), softcap=0.7, sinks=True),
+    _attention("sinks-tiles", "across tiles", HOSTILE, (2, 2, 129, 16), s_k=700, sinks=True),
+    _attention("sinks-decode", "one query", SMALL, (2, 4, 1, 8), n_kv=2, s_k=37, sinks=True),
+    _attention("sinks-sk0", "no key but the sink", SMALL, (2, 3, 4, 8), s_k=0, sinks=True),
     # --- around tile borders
     *(
         _attention(f"s{s}", "tile border +-1, full", HOSTILE, (1, 1, s, 16))

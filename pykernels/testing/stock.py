@@ -167,16 +167,18 @@ def attention(
     causal_alignment: str = "top-left",
     scale: float | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention -> out [B, N, S_q, D_v].
 
-    With `return_lse` also lse [B, N, S_q], in plain torch, as is out with `softcap`; and as stock
-    torch gives NaN gradients for rows that see no key on some paths, such rows are then computed
-    unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
+    With `return_lse` also lse [B, N, S_q], in plain torch, as is out with `softcap` or `sinks`;
+    and as stock torch gives NaN gradients for rows that see no key on some paths, such rows are
+    then computed unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
     """
-    if not return_lse and not softcap and window is None and causal_alignment == "top-left":
+    formula = softcap > 0 or sinks is not None  # which torch's function lacks
+    if not return_lse and not formula and window is None and causal_alignment == "top-left":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -202,7 +204,7 @@ def attention(
     else:
         mask = keep if attn_mask is not None or not keep.all() else None
 
-    if not softcap:
+    if not formula:
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
@@ -211,10 +213,16 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~keep, -math.inf) if mask is keep else scores + mask
-    if softcap:  # which torch's function lacks
+    if sinks is not None:
+        scores = scores.masked_fill(~alive, -math.inf)
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+        return _both(scores.softmax(-1)[..., :s_k] @ v, scores.logsumexp(-1), return_lse)
+    if formula:
         out = scores.softmax(-1) @ v
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
-    if not return_lse:
-        return out
-    return out, torch.where(alive.squeeze(-1), lse, -math.inf)
+    return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
+
+
+def _both(out: Tensor, lse: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return (out, lse) if return_lse else out
