@@ -420,7 +420,7 @@ ATTENTION = [
     (
         {"sinks": torch.zeros(5)},
         ValueError,
-        "attention: `sinks` must be [N] = [4], got [5]",
+        r"attention: `sinks` must be \[N\] = \[4\], got \[5\]",
     ),
     ({"softcap": "5"}, TypeError, "attention: `softcap` must be a number, got str"),
     ({"softcap": -1.0}, ValueError, "attention: `softcap` must be at least 0 and finite, got -1.0"),
