@@ -26,6 +26,8 @@ SOURCES = [
     "csrc/probe.cpp",
     "csrc/core/gemm.cpp",
     "csrc/ops/attention.cpp",
+    "csrc/ops/attention_backward.cpp",
+    "csrc/ops/attention_forward.cpp",
     "csrc/ops/gru.cpp",
     "csrc/ops/lstm.cpp",
     "csrc/ops/rnn.cpp",

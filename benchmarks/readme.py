@@ -64,6 +64,7 @@ FEATURES = {
     "dropout": "dropout",
     "softcap": "capped scores",
     "sinks": "sinks",
+    "alibi": "ALiBi slopes",
     "window": "window, causal rule aligned at the last key",
 }
 

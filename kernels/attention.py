@@ -708,7 +708,9 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
-    sinks: Tensor | None = None,
+    sinks: None = None,
+    alibi_slopes: None = None,
+    seed: None = None,
     *,
     band: tuple[int | None, int | None],
     scale: float,
@@ -730,7 +732,7 @@ def attention_fwd(
     """
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
-    saved = (q, k, v, attn_mask, sinks)
+    saved = (q, k, v, attn_mask, sinks, alibi_slopes, seed)
     q, k, v, mask, steps = _operands(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
@@ -770,15 +772,16 @@ def attention_bwd(
     """The gradients of q, k and v.
 
     Args:
-        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, None, out, lse).
+        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, None, None, None,
+            out, lse).
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
         band, scale: as in `attention_fwd`.
-        needs: which of the four gradients are wanted; that of the mask is not served.
+        needs: which of the gradients are wanted; those of q, k and v are served.
 
     Returns:
-        ``(dq, dk, dv, None)``, None where not wanted.
+        ``(dq, dk, dv)`` and a None for each further tensor, None where not wanted.
     """
-    q, k, v, attn_mask, _, out, lse = saved
+    q, k, v, attn_mask, _, _, _, out, lse = saved
     dout, dlse = grads
     B, N, S_q, D = q.shape
     N_kv, S_k, D_v = v.shape[1:]
@@ -866,4 +869,4 @@ def attention_bwd(
                     *dv.stride()[:3],
                     **options,
                 )
-    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None
+    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None, None, None

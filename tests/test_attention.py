@@ -35,6 +35,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pykernels import functional
+from pykernels.cpp import attention as cpp_attention
+from pykernels.reference import _philox
+from pykernels.reference import attention as reference_attention
 from pykernels.testing import ATTENTION_SPECS, AttentionSpec, assert_close, evaluate, stock
 from pykernels.testing.specs import find
 
@@ -316,6 +319,8 @@ def test_gradient_of_a_learned_mask_behind_more_batch_axes(mask_shape):
         "attention-mask-dead",
         "attention-learned-2d",
         "attention-sinks",
+        "attention-alibi",
+        "attention-dropout",
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -353,6 +358,72 @@ def test_causal_never_looks_ahead():
     k[:, :, 60:], v[:, :, 60:] = 1e30, 3e38
     out = functional.attention(q, k, v, is_causal=True, backend="cpp")
     torch.testing.assert_close(out[:, :, :60], clean[:, :, :60])
+
+
+class TestDropout:
+    def test_bits(self):
+        """The paper's generator; its authors' known answers are for 10 rounds."""
+        whole = _philox.ROUNDS
+        try:
+            _philox.ROUNDS = 10
+            zero = torch.zeros((), dtype=torch.int64)
+            ones = zero + 0xFFFFFFFF
+            for seed, counter, answer in (
+                (zero, zero, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+                (zero - 1, ones, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+            ):
+                found = _philox.philox(seed, counter, counter, counter, counter)
+                assert " ".join(f"{int(word):08x}" for word in found) == answer
+        finally:
+            _philox.ROUNDS = whole
+
+    @pytest.mark.parametrize("dropout_p", [0.01, 0.3, 0.9])
+    def test_share(self, dropout_p):
+        """Of 800,000 draws, within five standard deviations; rows, keys and heads are unlike."""
+        kept = _philox.keep_mask(torch.tensor([7]), dropout_p, 2, 2, 200, 1000).double()
+        deviation = math.sqrt(dropout_p * (1 - dropout_p))
+        assert abs(kept.mean() - (1 - dropout_p)) < 5 * deviation / math.sqrt(kept.numel())
+        centred = (kept - (1 - dropout_p)) / deviation
+        for shifted in (
+            centred.roll(1, -1),
+            centred.roll(16, -1),
+            centred.roll(64, -1),
+            centred.roll(1, -2),
+            centred.roll(1, 1),
+            centred.roll(1, 0),
+        ):
+            assert abs((centred * shifted).mean()) < 5 / math.sqrt(kept.numel())
+
+    @pytest.mark.parametrize("backend", ["reference", "cpp"])
+    def test_seed(self, backend):
+        """torch.manual_seed decides; each call draws anew."""
+        q, k, v = torch.randn(3, 1, 2, 40, 8)
+
+        def draw():
+            return functional.attention(q, k, v, dropout_p=0.5, backend=backend)
+
+        torch.manual_seed(3)
+        first, second = draw(), draw()
+        torch.manual_seed(3)
+        assert torch.equal(first, draw())
+        assert not torch.equal(first, second)
+        torch.manual_seed(4)
+        assert not torch.equal(first, draw())
+
+    def test_all_seeds_reach_the_kernel(self):
+        """Both halves of the seed, and its sign."""
+        q, k, v = torch.randn(3, 1, 1, 9, 8, dtype=torch.float64)
+        for seed in (0, 1, 1 << 32, -1, -(1 << 63), (1 << 63) - 1):
+            found = [
+                backend.attention_fwd(
+                    *(q, k, v, None, None, None, torch.tensor([seed])),
+                    band=(None, None),
+                    scale=1.0,
+                    dropout_p=0.5,
+                )[0][0]
+                for backend in (reference_attention, cpp_attention)
+            ]
+            torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 
 
 class TestScaledDotProductAttention:

@@ -416,6 +416,23 @@ ATTENTION = [
     ),
     ({"attn_mask": [[True]]}, TypeError, "attention: `attn_mask` must be a Tensor, got list"),
     ({"scale": "big"}, TypeError, "attention: `scale` must be a number, got str"),
+    (
+        {"alibi_slopes": torch.zeros(2, 5)},
+        ValueError,
+        r"attention: `alibi_slopes` must be \[N\] or \[B, N\] = \[4\] or \[2, 4\], got \[2, 5\]",
+    ),
+    (
+        {"alibi_slopes": torch.zeros(4, requires_grad=True)},
+        ValueError,
+        "attention: `alibi_slopes` must be without a gradient: pass a learned bias as attn_mask",
+    ),
+    (
+        {"alibi_slopes": torch.zeros(4, dtype=torch.int64)},
+        TypeError,
+        "attention: `alibi_slopes` must have a floating-point dtype, got torch.int64",
+    ),
+    ({"dropout_p": 1.1}, ValueError, r"attention: `dropout_p` must be between 0 and 1, got 1.1"),
+    ({"dropout_p": "a"}, TypeError, "attention: `dropout_p` must be"),
     ({"sinks": 1.0}, TypeError, "attention: `sinks` must be a Tensor, got float"),
     (
         {"sinks": torch.zeros(5)},

@@ -26,7 +26,7 @@ PARTS = {
     "nn": ({"functional", "_autocast", "_checks"}, {"torch"}),
     "cost": (set(), set()),
     "_version": (set(), set()),
-    "testing": ({"functional", "ops"}, {"torch"}),
+    "testing": ({"functional", "ops", "reference"}, {"torch"}),
     "__init__": ({"functional", "nn", "_backends", "_version"}, {"torch"}),
     "__main__": ({"_backends", "_version", "__init__"}, {"torch"}),
 }

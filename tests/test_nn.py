@@ -690,14 +690,36 @@ class TestMultiheadAttention:
         hinted = ours(*inputs, attn_mask=mask, is_causal=True, need_weights=False)[0]
         torch.testing.assert_close(hinted, ours(*inputs, attn_mask=mask)[0], **TIGHT)
 
-    @pytest.mark.parametrize("need_weights", [True, False])
     @pytest.mark.parametrize("mask", ["none", "both", "float 2-D"])
-    def test_dropout_draws_what_torch_draws(self, need_weights, mask):
+    def test_dropout_with_weights_draws_what_torch_draws(self, mask):
         ours, theirs = attention_pair(batch_first=True, dropout=0.3)
         inputs, options = operands("batch"), MASKS[mask]("batch")
-        same(ours, theirs, *inputs, sow=5, need_weights=need_weights, **options)
-        ours.eval(), theirs.eval()
-        same(ours, theirs, *inputs, need_weights=need_weights, **options)
+        same(ours, theirs, *inputs, sow=5, **options)
+        for need_weights in (True, False):
+            ours.eval(), theirs.eval()
+            same(ours, theirs, *inputs, need_weights=need_weights, **options)
+
+    @pytest.mark.parametrize("mask", ["none", "both", "causal"])
+    def test_dropout_without_weights(self, mask):
+        """The fused kernel draws numbers of its own; their mean is the output without dropout."""
+        ours, _ = attention_pair(batch_first=True, dropout=0.3)
+        inputs = operands("batch", length=S if mask == "causal" else L)
+        blocked = nn.Transformer.generate_square_subsequent_mask(S) == -torch.inf
+        causal = {"attn_mask": blocked, "is_causal": True}
+        options = causal if mask == "causal" else MASKS[mask]("batch")
+
+        def draw():
+            return ours(*inputs, need_weights=False, **options)[0]
+
+        torch.manual_seed(5)
+        draws = torch.stack([draw() for _ in range(400)])
+        torch.manual_seed(5)
+        assert torch.equal(draw(), draws[0])
+        assert not torch.equal(draws[0], draws[1])
+        ours.eval()
+        off = (draws.mean(0) - draw()) / (draws.std(0) / 20).clamp(min=1e-12)
+        assert off.abs().max() < 6
+        assert torch.equal(draw(), draw())
 
     @pytest.mark.parametrize("need_weights", [True, False])
     def test_blind_rows_are_zero(self, need_weights):

@@ -31,8 +31,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       torch, computes them in plain torch: one more [L, S] product per head and its
       [B, N, L, S] memory, forward and backward. Pass ``need_weights=False`` for the fused kernel
       alone.
-    * ``dropout > 0`` in training drops single weights, which no fused kernel does yet: that case
-      runs in plain torch.
+    * ``dropout > 0`` in training draws the weights that it drops with torch's seed, but, unless the
+      weights are an output, not torch's numbers.
     * Nested tensors are a TypeError.
 
     `torch.nn.TransformerEncoderLayer` has an inference path (eval mode without gradients) that
@@ -90,7 +90,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         # The hint replaces the mask where both surely mean the same: square, nothing behind it, and
         # no plain torch that needs the mask in full.
-        causal = is_causal and L == S and not extra and not need_weights and not dropout
+        causal = is_causal and L == S and not extra and not need_weights
         if causal:
             del masks["attn_mask"]
         mask = _merge([F.pad(m, (0, extra)) for m in masks.values() if m is not None], q.dtype)
@@ -98,10 +98,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         weights = None
         if need_weights:
             out, weights = _attend_with_weights(q, k, v, mask, dropout)
-        elif dropout:
-            out = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
-            out = functional.attention(q, k, v, mask, is_causal=causal)
+            out = functional.attention(q, k, v, mask, is_causal=causal, dropout_p=dropout)
 
         out = F.linear(self._join_heads(out, batched), self.out_proj.weight, self.out_proj.bias)
         if weights is None:

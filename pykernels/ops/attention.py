@@ -38,9 +38,16 @@ ALIGNMENTS = ("top-left", "bottom-right")
 
 
 def features(
-    dtype: torch.dtype, D: int, D_v: int, band: Band, softcap: float = 0.0, sinks: bool = False
+    dtype: torch.dtype,
+    D: int,
+    D_v: int,
+    band: Band,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    alibi: bool = False,
+    dropout: bool = False,
 ) -> frozenset[str]:
-    """The optional features that heads of these sizes, a band, a cap and sinks ask of a backend."""
+    """The optional features that heads of these sizes, a band and so on ask of a backend."""
     large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
     window = band not in ((None, None), (None, 0))
     asked = {
@@ -49,6 +56,8 @@ def features(
         "window": window,
         "softcap": softcap > 0,
         "sinks": sinks,
+        "alibi": alibi,
+        "dropout": dropout,
     }
     return frozenset(name for name, is_asked in asked.items() if is_asked)
 
@@ -61,12 +70,22 @@ def band_of(
     causal_alignment: str,
 ) -> Band:
     """Which keys the causal rule and a window leave to each query."""
-    diagonal = S_k - S_q if causal_alignment == "bottom-right" else 0
+    diagonal = diagonal_of(S_q, S_k, causal_alignment)
     left, right = (None, None) if window is None else window
     if is_causal:
         right = 0  # a window's is at least that
     first = None if left is None else diagonal - left
     return first, None if right is None else diagonal + right
+
+
+def diagonal_of(S_q: int, S_k: int, causal_alignment: str) -> int:
+    """d such that the own place of query i is key i + d."""
+    return S_k - S_q if causal_alignment == "bottom-right" else 0
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """The seed of a call's dropout, [1] in int64, from torch's generator of the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
 def attention(
@@ -81,6 +100,8 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
     backend: str | None = None,
@@ -111,6 +132,12 @@ def attention(
             "Gemma 2", 2024); 0 leaves them alone.
         sinks: [N] of q's dtype: by head, a score that takes part in each softmax, as of one more
             key that no mask hides and whose value is 0 (OpenAI, "gpt-oss", 2025); has a gradient.
+        alibi_slopes: [N] or [B, N], any floating dtype: a score loses the head's slope for each key
+            between it and the query's own place (O. Press et al., "Train short, test long", 2022);
+            after `softcap`. Has no gradient.
+        dropout_p: the probability of dropping a weight, which the softmax has counted; the others
+            grow by 1/(1 - dropout_p). The draw is a function of a seed from torch's generator and
+            the weight's place, so that backward repeats it and none is stored.
         enable_gqa: let N be a multiple of N_kv; query head n reads head n // (N // N_kv).
         return_lse: return ``(out, lse)``.
         backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
@@ -124,7 +151,7 @@ def attention(
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
             window is no pair of integers.
         ValueError: a rank, size, device, alignment or backend is wrong; D is zero; window is
-            negative.
+            negative; dropout_p is no probability; alibi_slopes requires a gradient.
     """
     op = "attention"
     for name, value, axes in (
@@ -161,7 +188,23 @@ def attention(
     if sinks is not None:
         _checks.tensor(op, "sinks", sinks, q)
         _checks.shape(op, "sinks", sinks, "N", (N,))
-    out, lse = _run(q, k, v, mask, band, scale, backend, softcap, sinks)
+    if alibi_slopes is not None:
+        _check_slopes(op, alibi_slopes, q, B, N)
+    _check_dropout(op, dropout_p)
+    out, lse = _run(
+        q,
+        k,
+        v,
+        mask,
+        band,
+        scale,
+        backend,
+        softcap=softcap,
+        diagonal=diagonal_of(S_q, S_k, causal_alignment),
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+    )
     return (out, lse) if return_lse else out
 
 
@@ -183,8 +226,8 @@ def scaled_dot_product_attention(
         value: [..., N_kv, S_k, D_v].
         attn_mask: broadcastable to [..., N, S_q, S_k]; boolean (True = attend), or float32 or of
             query's dtype and added to the scores.
-        dropout_p: the probability of dropping a weight. A value over 0 runs the formula in plain
-            torch, with [S_q, S_k] weights: no fused kernel drops weights yet.
+        dropout_p: the probability of dropping a weight, as `attention` does: with torch's seed, but
+            not with torch's numbers.
         is_causal: query i sees the keys j <= i only; with `attn_mask` both apply.
         scale: 1/sqrt(D) if None.
         enable_gqa: let the heads of query be a multiple of those of key and value.
@@ -202,9 +245,7 @@ def scaled_dot_product_attention(
         if given.dim() < 2:
             _checks.fail(op, name, "[..., S, D]", list(given.shape))
     _checks.floating(op, "query", query)
-    _checks.number(op, "dropout_p", dropout_p)
-    if not 0 <= dropout_p <= 1:
-        _checks.fail(op, "dropout_p", "between 0 and 1", dropout_p)
+    _check_dropout(op, dropout_p)
     _check_scale(op, scale)
     S_q, D = query.shape[-2:]
     S_k, D_v = key.shape[-2], value.shape[-1]
@@ -224,13 +265,7 @@ def scaled_dot_product_attention(
     k = _fold(key, lead, kv_heads, S_k, D)
     v = _fold(value, lead, kv_heads, S_k, D_v)
     band = (None, 0) if is_causal else (None, None)
-    if dropout_p > 0:
-        # Only the formula drops weights, and autograd differentiates it: the draw is its own.
-        formula = _backends.select("attention", None, q.device, q.dtype, frozenset({"dropout"}))
-        with _autocast.disabled(q.device):
-            out = formula.attention(q, k, v, attn_mask, band=band, scale=scale, dropout_p=dropout_p)
-    else:
-        out, _ = _run(q, k, v, attn_mask, band, scale, None)
+    out, _ = _run(q, k, v, attn_mask, band, scale, None, dropout_p=dropout_p)
     return out.reshape(*(*lead, heads)[2:], S_q, D_v)
 
 
@@ -302,6 +337,23 @@ def _check_window(op: str, window: Any) -> None:
             _checks.fail(op, "window", "of sides of at least 0, or None", window)
 
 
+def _check_slopes(op: str, slopes: Tensor, q: Tensor, B: int, N: int) -> None:
+    name = "alibi_slopes"
+    _checks.tensor(op, name, slopes)
+    _checks.floating(op, name, slopes)
+    _checks.device(op, name, slopes, q)
+    if tuple(slopes.shape) not in ((N,), (B, N)):
+        _checks.fail(op, name, f"[N] or [B, N] = [{N}] or [{B}, {N}]", list(slopes.shape))
+    if slopes.requires_grad:
+        _checks.fail(op, name, "without a gradient: pass a learned bias as attn_mask", "one")
+
+
+def _check_dropout(op: str, dropout_p: float) -> None:
+    _checks.number(op, "dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        _checks.fail(op, "dropout_p", "between 0 and 1", dropout_p)
+
+
 def _check_scale(op: str, scale: float | None) -> None:
     if scale is not None:
         _checks.number(op, "scale", scale)
@@ -315,10 +367,23 @@ def _run(
     band: Band,
     scale: float | None,
     backend: str | None,
+    *,
     softcap: float = 0.0,
+    diagonal: int = 0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    wanted = features(q.dtype, q.shape[-1], v.shape[-1], band, softcap, sinks is not None)
+    wanted = features(
+        q.dtype,
+        q.shape[-1],
+        v.shape[-1],
+        band,
+        softcap,
+        sinks is not None,
+        alibi_slopes is not None,
+        dropout_p > 0,
+    )
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
@@ -328,4 +393,11 @@ def _run(
     }
     if softcap:
         options["softcap"] = float(softcap)
-    return _autograd.apply(AttentionFunction, "attention", chosen, options, (q, k, v, mask, sinks))
+    if alibi_slopes is not None:
+        options["diagonal"] = diagonal
+    seed = None
+    if dropout_p > 0:
+        options["dropout_p"] = float(dropout_p)
+        seed = draw_seed(q.device)
+    tensors = (q, k, v, mask, sinks, alibi_slopes, seed)
+    return _autograd.apply(AttentionFunction, "attention", chosen, options, tensors)

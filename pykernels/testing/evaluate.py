@@ -110,7 +110,7 @@ def flat(outputs: Any) -> tuple[Tensor, ...]:
 
 def differentiable(spec: Spec, inputs: Mapping[str, Tensor]) -> list[str]:
     """The inputs that have a gradient. A float mask has one where it is learned."""
-    constant = () if getattr(spec, "learned", False) else ("attn_mask",)
+    constant = {"alibi_slopes"} | (set() if getattr(spec, "learned", False) else {"attn_mask"})
     return [name for name, t in inputs.items() if t.is_floating_point() and name not in constant]
 
 
@@ -124,7 +124,9 @@ def _evaluate(
     wanted = differentiable(spec, inputs)
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
     options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
-    outputs = dict(zip(spec.outputs, flat(op(**leaves, **options)), strict=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)  # of dropout
+        outputs = dict(zip(spec.outputs, flat(op(**leaves, **options)), strict=True))
     generator = torch.Generator().manual_seed(seed + 1)
     upstream = [
         # rounded as the inputs are, so that every dtype of computation is given the same numbers

@@ -250,6 +250,8 @@ class AttentionSpec:
     finite_mask: bool = False  # a most negative number in place of -inf
     learned: bool = False  # the float mask has a gradient
     sinks: bool = False
+    alibi: tuple[str, ...] = ()  # the shape of the slopes, in these letters
+    dropout_p: float = 0.0
     gain: float = 1.0  # standard deviation of the scores is about this
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
@@ -276,7 +278,16 @@ class AttentionSpec:
 
     def features(self, dtype: torch.dtype) -> frozenset[str]:
         """What a backend must list in FEATURES to serve this spec."""
-        asked = features(dtype, self.d, self.d_v, self.band, self.softcap, self.sinks)
+        asked = features(
+            dtype,
+            self.d,
+            self.d_v,
+            self.band,
+            self.softcap,
+            self.sinks,
+            bool(self.alibi),
+            self.dropout_p > 0,
+        )
         return asked | {"mask_grad"} if self.learned else asked
 
     @property
@@ -292,6 +303,7 @@ class AttentionSpec:
             "causal_alignment": self.causal_alignment,
             "scale": self.scale,
             "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
             "enable_gqa": self.n_kv != self.n,
         }
 
@@ -314,6 +326,9 @@ class AttentionSpec:
             made["attn_mask"] = mask
         if self.sinks:
             made["sinks"] = draw.normal(self.n).to(device=device, dtype=dtype)
+        if self.alibi:
+            slopes = draw.normal(*(self.sizes[letter] for letter in self.alibi)).abs()
+            made["alibi_slopes"] = slopes.to(device=device, dtype=dtype)
         layouts = dict.fromkeys(made, self.layout)
         if (
             self.layout == "huge"
@@ -1126,6 +1141,65 @@ ATTENTION_SPECS: list[AttentionSpec] = [
     _attention("sinks-tiles", "across tiles", HOSTILE, (2, 2, 129, 16), s_k=700, sinks=True),
     _attention("sinks-decode", "one query", SMALL, (2, 4, 1, 8), n_kv=2, s_k=37, sinks=True),
     _attention("sinks-sk0", "no key but the sink", SMALL, (2, 3, 4, 8), s_k=0, sinks=True),
+    # --- slopes by head
+    _attention("alibi", "a number a step", TINY, (2, 2, 5, 4), alibi=("N",)),
+    _attention(
+        "alibi-batch",
+        "slopes by sequence, causal, at the last key",
+        SMALL,
+        (2, 4, 9, 8),
+        s_k=21,
+        n_kv=2,
+        is_causal=True,
+        causal_alignment="bottom-right",
+        alibi=("B", "N"),
+    ),
+    _attention(
+        "alibi-all",
+        "with a learned mask, a window, a cap and sinks",
+        SMALL,
+        (2, 2, 60, 8),
+        window=(20, 9),
+        mask="float",
+        dead_rows=True,
+        learned=True,
+        softcap=1.3,
+        sinks=True,
+        alibi=("N",),
+    ),
+    _attention(
+        "alibi-tiles", "across tiles", HOSTILE, (1, 2, 129, 16), s_k=700, alibi=("N",), mask="bool"
+    ),
+    # --- weights dropped
+    _attention("dropout", "half of them", TINY, (2, 2, 5, 4), dropout_p=0.5),
+    _attention(
+        "dropout-causal",
+        "groups, a window",
+        SMALL,
+        (2, 4, 70, 8),
+        n_kv=2,
+        is_causal=True,
+        window=(30, 0),
+        dropout_p=0.1,
+    ),
+    _attention(
+        "dropout-all",
+        "with all else",
+        SMALL,
+        (2, 2, 40, 8),
+        s_k=83,
+        causal_alignment="bottom-right",
+        window=(30, 9),
+        mask="float",
+        dead_rows=True,
+        learned=True,
+        softcap=1.3,
+        sinks=True,
+        alibi=("N",),
+        dropout_p=0.25,
+    ),
+    _attention("dropout-every", "none is left", SMALL, (1, 2, 9, 8), dropout_p=1.0),
+    _attention("dropout-tiles", "across tiles", HOSTILE, (2, 2, 129, 16), s_k=700, dropout_p=0.3),
     # --- around tile borders
     *(
         _attention(f"s{s}", "tile border +-1, full", HOSTILE, (1, 1, s, 16))

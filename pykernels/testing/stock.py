@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from pykernels.ops.attention import draw_seed
+from pykernels.reference._philox import keep_mask
+
 
 def rnn(
     x: Tensor,
@@ -168,16 +171,19 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention -> out [B, N, S_q, D_v].
 
-    With `return_lse` also lse [B, N, S_q], in plain torch, as is out with `softcap` or `sinks`;
-    and as stock torch gives NaN gradients for rows that see no key on some paths, such rows are
-    then computed unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
+    With `return_lse` also lse [B, N, S_q], in plain torch, as is out with what torch's function
+    lacks: `softcap`, `sinks`, `alibi_slopes`, and `dropout_p`, whose draw is this package's; and as
+    stock torch gives NaN gradients for rows that see no key on some paths, such rows are then
+    computed unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
     """
-    formula = softcap > 0 or sinks is not None  # which torch's function lacks
+    formula = softcap > 0 or dropout_p > 0 or sinks is not None or alibi_slopes is not None
     if not return_lse and not formula and window is None and causal_alignment == "top-left":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
@@ -211,14 +217,21 @@ def attention(
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores - alibi_slopes[..., None, None] * (own - key).abs()
     if mask is not None:
         scores = scores.masked_fill(~keep, -math.inf) if mask is keep else scores + mask
     if sinks is not None:
         scores = scores.masked_fill(~alive, -math.inf)
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)
-        return _both(scores.softmax(-1)[..., :s_k] @ v, scores.logsumexp(-1), return_lse)
     if formula:
-        out = scores.softmax(-1) @ v
+        weights = scores.softmax(-1)[..., :s_k]
+        if dropout_p:
+            kept = keep_mask(draw_seed(q.device), dropout_p, *weights.shape)
+            weights = weights * kept / (1 - dropout_p) if dropout_p < 1 else 0 * weights
+        out = weights @ v
+    if sinks is not None:
+        return _both(out, scores.logsumexp(-1), return_lse)
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
