@@ -27,6 +27,7 @@ SOURCES = [
     "csrc/core/gemm.cpp",
     "csrc/ops/attention.cpp",
     "csrc/ops/attention_backward.cpp",
+    "csrc/ops/attention_few.cpp",
     "csrc/ops/attention_forward.cpp",
     "csrc/ops/gru.cpp",
     "csrc/ops/lstm.cpp",

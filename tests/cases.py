@@ -108,10 +108,10 @@ def need(spec, backend, dtype):
             pytest.skip(f"the address space is too small: {error}")
 
 
-def check(spec, backend, dtype):
+def check(spec, backend, dtype, *, gradients=True):
     """Outputs and all gradients, under random upstream gradients, by the tolerance rule."""
     need(spec, backend, dtype)
-    evaluate.check(spec, dtype, backend, device(backend))
+    evaluate.check(spec, dtype, backend, device(backend), gradients=gradients)
 
 
 def leaves(spec, dtype, backend, needing=None):

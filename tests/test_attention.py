@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    ALL,
     bits,
     call,
     cases,
@@ -81,8 +82,8 @@ def test_each_gradient_alone(spec, backend):
     some(
         [
             "attention-plain",
-            "attention-mask-2d",
-            "attention-bias-2d",
+            "attention-mask-4d",
+            "attention-bias-4d",
             "attention-s129-causal",
             "attention-gqa-causal",
         ],
@@ -90,8 +91,31 @@ def test_each_gradient_alone(spec, backend):
     ),
 )
 def test_leaves_inputs_alone(spec, backend):
+    """And many queries get the same bits whether or not the call is recorded."""
     leaves_inputs_alone(spec, backend)
     without_gradients(spec, backend)
+
+
+FEW = [spec for spec in ATTENTION_SPECS if spec.s_q * spec.n <= 4 * spec.n_kv]
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("spec", FEW, ids=lambda spec: spec.name)
+def test_few_queries_without_gradients(spec, dtype):
+    """These read keys and values unpacked, which a recorded call does not."""
+    check(spec, "cpp", dtype, gradients=False)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", ["few-all", "few-spans", "decode-1x8x1x4096x64"])
+def test_threads_of_few_queries(name, count, threads):
+    """The number of threads changes no bit."""
+    spec = find(f"attention-{name}")
+    threads(1)
+    expected = evaluate.ours(spec, torch.float32, "cpp", gradients=False)
+    threads(count)
+    for name, found in evaluate.ours(spec, torch.float32, "cpp", gradients=False).items():
+        assert torch.equal(bits(found), bits(expected[name]))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -67,6 +67,7 @@ Heads<S> heads(const Strided& rows, const int64_t* starts) {
 // From [2, rows].
 template <class T>
 AttentionRows<T> rows_of(T* data, const Sizes& n, const AttentionPacking& packed) {
+  if (!data) return {nullptr, nullptr};
   return {data, data + (packed.queries ? 1 : n[0]) * n[1] * n[3]};
 }
 

@@ -28,14 +28,13 @@ class Forward {
   Forward(int threads, const AttentionForward<S>& p)
       : p_(p), n_(p.sizes), group_(std::max<int64_t>(1, n_.N / std::max<int64_t>(1, n_.N_kv))),
         out_width_(round_up(n_.D_v, kPanel<T>)), chunk_(choose_chunk(threads)),
-        chunks_(ceil_div(longest(), chunk_)), rows_(group_ * chunk_),
+        chunks_(ceil_div(longest_queries(n_, p.packing), chunk_)), rows_(group_ * chunk_),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * out_width_) +
                     Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kScoreRows) * 2 +
                     Arena<T>::padded(kKeyBlock * n_.D) + Arena<T>::padded(kKeyBlock * out_width_) +
                     Arena<T>::padded(kScoreRows * (kKeyBlock + kRowPad)) +
                     Arena<T>::padded(kKeyBlock)),
-        scratch_(threads * per_thread_),
-        gathered_(p.pages.table ? threads * kKeyBlock * std::max(n_.D, n_.D_v) : 0) {}
+        scratch_(threads * per_thread_), gathered_(threads * gathered_rows()) {}
 
   int64_t items() const { return n_.B * n_.N_kv * chunks_; }
 
@@ -51,6 +50,7 @@ class Forward {
     T* const packed_v = arena.take(kKeyBlock * out_width_);
     T* const scores = arena.take(kScoreRows * (kKeyBlock + kRowPad));
     T* const keep = arena.take(kKeyBlock);
+    S* const gathered = gathered_.get() + team.rank * gathered_rows();
     constexpr int64_t score_row = kKeyBlock + kRowPad;
     const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
 
@@ -75,9 +75,9 @@ class Forward {
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
       const int64_t keys = std::min(kKeyBlock, all.end - j0);
-      const View<S> k = rows_of(team, p_.k, b, g, j0, keys, n_.D);
+      const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, keys, n_.D, gathered);
       pack_alone<T>(View<S>{k.data, k.column, k.row}, n_.D, keys, packed_k);
-      const View<S> v = rows_of(team, p_.v, b, g, j0, keys, n_.D_v);
+      const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, keys, n_.D_v, gathered);
       pack_alone<T>(v, keys, n_.D_v, packed_v);
       for (int64_t r0 = 0; r0 < rows; r0 += kScoreRows) {
         const int64_t count = std::min(kScoreRows, rows - r0);
@@ -132,26 +132,14 @@ class Forward {
       for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
         store_n(p_.out.at(b, head(r), query(r)) + d, load(from + d) * inverse, n_.D_v - d);
       p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
+      if (!p_.rows.top) continue;
       p_.rows.top[at] = maximum[r] == -kInfinity<T> ? kInfinity<T> : maximum[r];
       p_.rows.inverse[at] = inverse;
     }
   }
 
  private:
-  int64_t longest() const { return p_.packing.queries ? p_.packing.longest_q : n_.S_q; }
-
-  // Rows [j0, j0 + count) of k or v, put together from their pages where these are.
-  View<S> rows_of(const Team& team, const Heads<const S>& from, int64_t b, int64_t g, int64_t j0,
-                  int64_t count, int64_t width) const {
-    const AttentionPages& pages = p_.pages;
-    if (!pages.table) return {from.at(b, g, j0), from.row, 1};
-    S* const to = gathered_.get() + team.rank * kKeyBlock * std::max(n_.D, n_.D_v);
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t page = pages.table[b * pages.per_sequence + (j0 + j) / pages.size];
-      std::copy_n(from.at(page, g, (j0 + j) % pages.size), width, to + j * width);
-    }
-    return {to, width, 1};
-  }
+  int64_t gathered_rows() const { return p_.pages.table ? kKeyBlock * std::max(n_.D, n_.D_v) : 0; }
 
   // As many queries as fit in the cache, unless that leaves threads idle.
   int64_t choose_chunk(int threads) const {
@@ -160,35 +148,8 @@ class Forward {
     const int64_t pieces = heads ? ceil_div(threads > 1 ? 4 * threads : 1, heads) : 1;
     return std::max<int64_t>(
         1, std::min({round_up(std::max<int64_t>(fit, 1), kScoreRows),
-                     round_up(ceil_div(longest(), pieces), kScoreRows), longest()}));
-  }
-
-  // The largest of `most` and scores[0, count), and the rest of the last register at -inf.
-  static T row_maximum(T* scores, int64_t count, T most) {
-    fill(scores, count, count, -kInfinity<T>);
-    vec<T> even = broadcast(most), odd = even;
-    int64_t j = 0;
-    for (; j + lanes<T> < count; j += 2 * lanes<T>) {
-      even = max(load(scores + j), even);
-      odd = max(load(scores + j + lanes<T>), odd);
-    }
-    if (j < count) even = max(load(scores + j), even);
-    return reduce_max(max(even, odd));
-  }
-
-  // scores[0, count) to weights 2^((score - top) rate), and zeros to `seen`; returns their sum. The
-  // difference comes first: a mask of the most negative number, times the rate, would be -inf.
-  static T weigh(T* scores, int64_t count, int64_t seen, T top, T rate) {
-    // With every score at -inf so far, any finite number gives the weights their zeros.
-    const vec<T> from = broadcast(top == -kInfinity<T> ? T(0) : top);
-    vec<T> total{};
-    for (int64_t j = 0; j < count; j += lanes<T>) {
-      const vec<T> weight = exp2_softmax<T>((load(scores + j) - from) * rate);
-      total += weight;
-      store(scores + j, weight);
-    }
-    fill(scores, round_up(count, lanes<T>), seen, T(0));
-    return reduce_add(total);
+                     round_up(ceil_div(longest_queries(n_, p_.packing), pieces), kScoreRows),
+                     longest_queries(n_, p_.packing)}));
   }
 
   const AttentionForward<S>& p_;
@@ -202,6 +163,7 @@ class Forward {
 
 template <class S>
 void attention_forward(int threads, const AttentionForward<S>& p) {
+  if (are_few(p)) return attend_few(threads, p);
   const Forward<S> forward(threads, p);
   Items items(forward.items());
   parallel(static_cast<int>(std::min<int64_t>(threads, forward.items())), [&](const Team& team) {

@@ -48,6 +48,11 @@ inline int64_t row_count(const AttentionSizes& all, const AttentionPacking& pack
   return (packing.queries ? 1 : all.B) * all.N * all.S_q;
 }
 
+// A longest sequence's queries.
+inline int64_t longest_queries(const AttentionSizes& all, const AttentionPacking& packing) {
+  return packing.queries ? packing.longest_q : all.S_q;
+}
+
 // The keys out of `keys` that any of some queries may see, counted from keys.begin; empty if none.
 PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys) {
   const int64_t begin = std::max(keys.begin, queries.begin + n.first) - keys.begin;
@@ -148,6 +153,36 @@ PK_INLINE void scale_row(T* row, int64_t count, T factor) {
   for (int64_t j = 0; j < count; j += lanes<T>) store(row + j, load(row + j) * factor);
 }
 
+// The largest of `most` and scores[0, count), and the rest of the last register at -inf.
+template <class T>
+T row_maximum(T* scores, int64_t count, T most) {
+  fill(scores, count, count, -kInfinity<T>);
+  vec<T> even = broadcast(most), odd = even;
+  int64_t j = 0;
+  for (; j + lanes<T> < count; j += 2 * lanes<T>) {
+    even = max(load(scores + j), even);
+    odd = max(load(scores + j + lanes<T>), odd);
+  }
+  if (j < count) even = max(load(scores + j), even);
+  return reduce_max(max(even, odd));
+}
+
+// scores[0, count) to weights 2^((score - top) rate), and zeros to `seen`; returns their sum. The
+// difference comes first: a mask of the most negative number, times the rate, would be -inf.
+template <class T>
+T weigh(T* scores, int64_t count, int64_t seen, T top, T rate) {
+  // With every score at -inf so far, any finite number gives the weights their zeros.
+  const vec<T> from = broadcast(top == -kInfinity<T> ? T(0) : top);
+  vec<T> total{};
+  for (int64_t j = 0; j < count; j += lanes<T>) {
+    const vec<T> weight = exp2_softmax<T>((load(scores + j) - from) * rate);
+    total += weight;
+    store(scores + j, weight);
+  }
+  fill(scores, round_up(count, lanes<T>), seen, T(0));
+  return reduce_add(total);
+}
+
 // c [rows, panels] (+)= a b, with b packed in panels and c a multiple of a panel wide.
 template <class T>
 PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
@@ -177,6 +212,19 @@ template <class T, class S>
 void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += columns)
     for (int64_t d = 0; d < columns; d += lanes<T>) store(to + d, load_n(from + d, columns - d));
+}
+
+// Rows [j0, j0 + count) of head g of k or v: where they lie, or put together from their pages in
+// `to`, [count, width].
+template <class S>
+View<S> rows_of(const Heads<const S>& from, const AttentionPages& pages, int64_t b, int64_t g,
+                int64_t j0, int64_t count, int64_t width, S* to) {
+  if (!pages.table) return {from.at(b, g, j0), from.row, 1};
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t page = pages.table[b * pages.per_sequence + (j0 + j) / pages.size];
+    std::copy_n(from.at(page, g, (j0 + j) % pages.size), width, to + j * width);
+  }
+  return {to, width, 1};
 }
 
 template <class T, class S>
@@ -215,5 +263,12 @@ class Items {
   const int64_t count_;
   std::atomic<int64_t> next_{0};
 };
+
+// Forward for so few queries that to pack keys and values would cost more than it saves; without
+// what backward needs, which would make scores in another order of additions.
+template <class S>
+bool are_few(const AttentionForward<S>& p);
+template <class S>
+void attend_few(int threads, const AttentionForward<S>& p);
 
 }  // namespace pykernels

@@ -40,7 +40,8 @@ def attention_fwd(
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=_compute_dtype(q))
-    row_stats = lse.new_empty(2, *lse.shape)  # what backward makes weights from
+    # what backward makes weights from
+    row_stats = lse.new_empty(2, *lse.shape) if keep else None
     # The copies must outlive the call: their addresses alone reach it.
     rows = [_rows(t) for t in (q, k, v)]
     rule = _Rule(q, k, attn_mask, sinks, alibi_slopes, seed)

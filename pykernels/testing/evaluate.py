@@ -20,15 +20,24 @@ Results = dict[str, Tensor]
 
 
 def ours(
-    spec: Spec, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0
+    spec: Spec,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    gradients: bool = True,
 ) -> Results:
     """Outputs and gradients of `functional.<op>` on `backend`.
 
-    The reference in float64 is the truth, and so has the truth's products.
+    Without `gradients` the call is not recorded, which may be another road. The reference in
+    float64 is the truth, and so has the truth's products.
     """
     op = functools.partial(getattr(functional, spec.op), backend=backend)
     with _products(dtype if backend == "reference" else None):
-        return _evaluate(op, spec, spec.inputs(dtype, device, seed), dtype, seed)
+        return _evaluate(
+            op, spec, spec.inputs(dtype, device, seed), dtype, seed, gradients=gradients
+        )
 
 
 @functools.lru_cache(maxsize=16)  # several backends are measured against one result
@@ -57,12 +66,20 @@ def _products(dtype: torch.dtype | None) -> contextlib.AbstractContextManager[ob
 
 
 def check(
-    spec: Spec, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0
+    spec: Spec,
+    dtype: torch.dtype,
+    backend: str,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    gradients: bool = True,
 ) -> dict[str, Measured]:
     """`assert_close` on every output and gradient of a spec; the measured errors by name."""
     # first, so that nothing a test does to a backend reaches them
     expected, usual = truth(spec, dtype, device, seed), stock(spec, dtype, device, seed)
-    actual = ours(spec, dtype, backend, device, seed)
+    actual = ours(spec, dtype, backend, device, seed, gradients=gradients)
+    if not gradients:
+        expected, usual = ({name: r[name] for name in spec.outputs} for r in (expected, usual))
     return compare(spec, actual, expected, usual, dtype)
 
 
@@ -115,13 +132,19 @@ def differentiable(spec: Spec, inputs: Mapping[str, Tensor]) -> list[str]:
 
 
 def _evaluate(
-    op: Callable[..., Any], spec: Spec, inputs: Mapping[str, Tensor], dtype: torch.dtype, seed: int
+    op: Callable[..., Any],
+    spec: Spec,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    gradients: bool = True,
 ) -> Results:
     """Outputs, and the gradient "d<argument>" of each floating argument, by name.
 
     The upstream gradients are random, for every output.
     """
-    wanted = differentiable(spec, inputs)
+    wanted = differentiable(spec, inputs) if gradients else []
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
     options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
     with torch.random.fork_rng(devices=[]):

@@ -1200,6 +1200,36 @@ ATTENTION_SPECS: list[AttentionSpec] = [
     ),
     _attention("dropout-every", "none is left", SMALL, (1, 2, 9, 8), dropout_p=1.0),
     _attention("dropout-tiles", "across tiles", HOSTILE, (2, 2, 129, 16), s_k=700, dropout_p=0.3),
+    # --- few queries, keys in spans
+    _attention("few-spans", "one past two spans", HOSTILE, (1, 2, 1, 17), s_k=2049, d_v=67),
+    _attention(
+        "few-aligned",
+        "a window that ends in another span",
+        HOSTILE,
+        (2, 2, 3, 8),
+        s_k=1200,
+        window=(190, 0),
+        causal_alignment="bottom-right",
+    ),
+    _attention(
+        "few-all",
+        "with all else",
+        HOSTILE,
+        (2, 4, 2, 8),
+        n_kv=2,
+        s_k=1200,
+        is_causal=True,
+        causal_alignment="bottom-right",
+        mask="float",
+        dead_rows=True,
+        learned=True,
+        softcap=1.3,
+        sinks=True,
+        alibi=("B", "N"),
+        dropout_p=0.25,
+        layout="strided",
+    ),
+    _attention("few-saturated", "one key outweighs", HOSTILE, (1, 4, 1, 16), s_k=1500, gain=50.0),
     # --- around tile borders
     *(
         _attention(f"s{s}", "tile border +-1, full", HOSTILE, (1, 1, s, 16))

@@ -1,0 +1,234 @@
+// Attention of a few queries, as in decoding: every key and value is read once, as it lies, and
+// time is what reading them takes. Keys are split over the threads in spans of a fixed length, and
+// what the spans give is merged in order, so that the number of threads changes nothing.
+#include <type_traits>
+
+#include "attention_tiles.h"
+
+namespace pykernels {
+namespace {
+
+// Queries by heads that share a head of keys.
+constexpr int64_t kFewRows = 4;
+
+// Keys whose scores become weights at a time: they and their values stay in the first cache.
+constexpr int64_t kFewKeys = 128;
+static_assert(kFewKeys <= kChain);
+
+// Keys of one item.
+constexpr int64_t kSpan = 1024;
+
+// Registers of sums over values at a time.
+constexpr int kSums = 8;
+
+template <class S>
+class Few {
+  using T = compute_t<S>;
+  static constexpr int64_t kScoreRow = kFewKeys + kRowPad;
+
+ public:
+  Few(int threads, const AttentionForward<S>& p)
+      : p_(p), n_(p.sizes), group_(n_.N / n_.N_kv), rows_(group_ * longest_queries(n_, p.packing)),
+        spans_(std::max<int64_t>(1, ceil_div(longest_keys(), kSpan))),
+        depth_(round_up(n_.D, lanes<T>)), width_(round_up(n_.D_v, lanes<T>)),
+        per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * kScoreRow) +
+                    Arena<T>::padded(kFewKeys)),
+        scratch_(threads * per_thread_), parts_(items() * rows_ * part_size()),
+        gathered_(p.pages.table ? threads * kFewKeys * std::max(n_.D, n_.D_v) : 0) {}
+
+  int64_t items() const { return n_.B * n_.N_kv * spans_; }
+
+  // One span of the keys of one head of one sequence.
+  void run(const Team& team, int64_t item) const {
+    Arena<T> arena(scratch_.get() + team.rank * per_thread_);
+    T* const queries = arena.take(rows_ * depth_);
+    T* const scores = arena.take(rows_ * kScoreRow);
+    T* const keep = arena.take(kFewKeys);
+    S* const gathered =
+        gathered_.get() + (p_.pages.table ? team.rank * kFewKeys * std::max(n_.D, n_.D_v) : 0);
+    const int64_t b = item / spans_ / n_.N_kv, g = item / spans_ % n_.N_kv;
+    const AttentionSizes n = sequence(n_, p_.packing, b);
+    const T rate = score_unit(n_, p_.rule) * T(kLog2E);
+    const int64_t begin = item % spans_ * kSpan, rows = group_ * n.S_q;
+
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* const q = p_.q.at(b, head(n, g, r), r % n.S_q);
+      for (int64_t d = 0; d < n.D; d += lanes<T>)
+        store(queries + r * depth_ + d, load_n(q + d, n.D - d));
+      Part part = part_of(item, r);
+      *part.maximum = -kInfinity<T>;
+      *part.sum = 0;
+      std::fill(part.out, part.out + width_, T(0));
+    }
+    const int64_t end = std::min(begin + kSpan, n.S_k);
+    for (int64_t j0 = begin; j0 < end; j0 += kFewKeys) {
+      const int64_t keys = std::min(kFewKeys, end - j0);
+      const Range seen = visible_keys(n, {0, n.S_q}, {j0, j0 + keys});
+      if (seen.size() == 0) continue;
+      const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, keys, n.D, gathered);
+      for (int64_t r = 0; r < rows; ++r)
+        multiply_keys(queries + r * depth_, k, seen, scores + r * kScoreRow);
+      const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, keys, n.D_v, gathered);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* const row = scores + r * kScoreRow;
+        const int64_t h = head(n, g, r), i = r % n.S_q;
+        const Range mine = visible_keys(n, {i, i + 1}, {j0, j0 + keys});
+        if (mine.size() == 0) continue;
+        finish_scores(n, p_.rule, b, h, i, j0, mine, row);
+        std::fill(row, row + mine.begin, -kInfinity<T>);
+        Part part = part_of(item, r);
+        const T before = *part.maximum, top = row_maximum(row, mine.end, before);
+        if (top != before) {
+          // Of nothing so far, any factor will do but the NaN of -inf - -inf.
+          const T factor = before == -kInfinity<T> ? T(0) : power((before - top) * rate);
+          scale_row(part.out, width_, factor);
+          *part.sum *= factor;
+          *part.maximum = top;
+        }
+        *part.sum += weigh(row, mine.end, mine.end, top, rate);
+        if (p_.rule.dropout > 0) {
+          draw_kept(p_.rule, b * n_.N + h, i, j0, mine, keep);
+          for (int64_t j = mine.begin; j < mine.end; ++j) row[j] *= keep[j];
+        }
+        add_values(row, v, mine, part.out);
+      }
+    }
+  }
+
+  // After all items: this thread's share of the rows, their spans merged in order.
+  void finish(const Team& team) const {
+    const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
+    const Range all = team.share(n_.B * n_.N_kv * rows_);
+    for (int64_t at = all.begin; at < all.end; ++at) {
+      const int64_t b = at / rows_ / n_.N_kv, g = at / rows_ % n_.N_kv, r = at % rows_;
+      const AttentionSizes n = sequence(n_, p_.packing, b);
+      if (r >= group_ * n.S_q) continue;
+      const int64_t h = head(n, g, r), i = r % n.S_q, first = at / rows_ * spans_;
+      T top = p_.rule.sinks ? T(widen(p_.rule.sinks[h])) : -kInfinity<T>;
+      const T sink = top;
+      for (int64_t s = 0; s < spans_; ++s) {
+        const T maximum = *part_of(first + s, r).maximum;
+        top = maximum > top || maximum != maximum ? maximum : top;
+      }
+      T sum = sink == -kInfinity<T> ? T(0) : power((sink - top) * rate);
+      S* const out = p_.out.at(b, h, i);
+      T* const total = part_of(first, r).out;
+      for (int64_t s = 0; s < spans_; ++s) {
+        const Part part = part_of(first + s, r);
+        const T factor =
+            *part.maximum == -kInfinity<T> ? T(0) : power((*part.maximum - top) * rate);
+        sum += *part.sum * factor;
+        for (int64_t d = 0; d < width_; d += lanes<T>) {
+          const vec<T> scaled = load(part.out + d) * factor;
+          store(total + d, s ? load(total + d) + scaled : scaled);
+        }
+      }
+      const T inverse = sum > 0 || sum != sum ? 1 / sum : T(0);
+      for (int64_t d = 0; d < n.D_v; d += lanes<T>)
+        store_n(out + d, load(total + d) * inverse, n.D_v - d);
+      const int64_t row = row_of(n_, p_.packing, b, h, i);
+      p_.lse[row] = top * unit + std::log(sum);
+    }
+  }
+
+ private:
+  // What one span gives one row: as if there were no other keys, but for the division by the sum.
+  struct Part {
+    T *maximum, *sum, *out;
+  };
+  int64_t part_size() const { return Arena<T>::padded(width_ + 2); }
+  Part part_of(int64_t item, int64_t r) const {
+    T* const at = parts_.get() + (item * rows_ + r) * part_size();
+    return {at + width_, at + width_ + 1, at};
+  }
+
+  int64_t longest_keys() const { return p_.packing.queries ? p_.packing.longest_k : n_.S_k; }
+  int64_t head(const AttentionSizes& n, int64_t g, int64_t r) const {
+    return g * group_ + r / n.S_q;
+  }
+  static T power(T x) { return exp2_softmax<T>(broadcast(x))[0]; }
+
+  // The products of a query with the keys `seen` of a block, in whole registers of keys.
+  void multiply_keys(const T* query, View<S> k, Range seen, T* scores) const {
+    constexpr int width = lanes<T>;
+    for (int64_t j = seen.begin / width * width; j < seen.end; j += width) {
+      vec<T> sums[width] = {};
+      // Past the last key, the last one again.
+      const S* rows[width];
+      for (int x = 0; x < width; ++x) rows[x] = k.at(std::min(j + x, seen.end - 1), 0).data;
+      int64_t d = 0;
+      for (; d + width <= n_.D; d += width) {
+        const vec<T> q = load(query + d);
+#pragma GCC unroll 16
+        for (int x = 0; x < width; ++x) sums[x] += q * load(rows[x] + d);
+      }
+      if (d < n_.D)
+        for (int x = 0; x < width; ++x) sums[x] += load(query + d) * load_n(rows[x] + d, n_.D - d);
+      transpose(sums);
+      for (int x = 1; x < width; x *= 2)
+        for (int y = 0; y + x < width; y += 2 * x) sums[y] += sums[y + x];
+      store(scores + j, sums[0]);
+    }
+  }
+
+  // out += the values of the keys `mine`, weighed.
+  void add_values(const T* weights, View<S> v, Range mine, T* out) const {
+    constexpr int64_t width = lanes<T>;
+    int64_t d = 0;
+    for (; d + kSums * width <= n_.D_v; d += kSums * width) {
+      vec<T> sums[kSums] = {};
+      for (int64_t j = mine.begin; j < mine.end; ++j) {
+        const S* const row = v.at(j, d).data;
+        const vec<T> weight = broadcast(weights[j]);
+#pragma GCC unroll 8
+        for (int x = 0; x < kSums; ++x) sums[x] += weight * load(row + x * width);
+      }
+      for (int x = 0; x < kSums; ++x)
+        store(out + d + x * width, load(out + d + x * width) + sums[x]);
+    }
+    for (; d < n_.D_v; d += width) {
+      vec<T> sum{};
+      for (int64_t j = mine.begin; j < mine.end; ++j)
+        sum += broadcast(weights[j]) * load_n(v.at(j, d).data, n_.D_v - d);
+      store(out + d, load(out + d) + sum);
+    }
+  }
+
+  const AttentionForward<S>& p_;
+  const AttentionSizes& n_;
+  const int64_t group_, rows_, spans_;  // rows: queries by heads of a group
+  const int64_t depth_, width_;         // D and D_v in whole registers
+  const int64_t per_thread_;
+  const Scratch<T> scratch_, parts_;
+  const Scratch<S> gathered_;
+};
+
+}  // namespace
+
+template <class S>
+bool are_few(const AttentionForward<S>& p) {
+  const AttentionSizes& n = p.sizes;
+  return !p.rows.top && n.N_kv > 0 && n.N / n.N_kv * longest_queries(n, p.packing) <= kFewRows;
+}
+
+template <class S>
+void attend_few(int threads, const AttentionForward<S>& p) {
+  const Few<S> few(threads, p);
+  Items items(few.items());
+  parallel(static_cast<int>(std::min<int64_t>(threads, few.items())), [&](const Team& team) {
+    for (int64_t item; items.take(&item);) few.run(team, item);
+    team.wait();
+    few.finish(team);
+  });
+}
+
+template bool are_few(const AttentionForward<float>&);
+template void attend_few(int, const AttentionForward<float>&);
+template bool are_few(const AttentionForward<double>&);
+template void attend_few(int, const AttentionForward<double>&);
+template bool are_few(const AttentionForward<bf16>&);
+template void attend_few(int, const AttentionForward<bf16>&);
+template bool are_few(const AttentionForward<f16>&);
+template void attend_few(int, const AttentionForward<f16>&);
+
+}  // namespace pykernels
