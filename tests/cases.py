@@ -125,7 +125,7 @@ def leaves(spec, dtype, backend, needing=None):
 
 def call(spec, inputs, backend):
     """functional.<op> of the spec on the given inputs -> its outputs, in one tuple."""
-    options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
+    options = spec.options | ({"return_lse": True} if spec.op.startswith("attention") else {})
     return evaluate.flat(getattr(functional, spec.op)(**inputs, **options, backend=backend))
 
 

@@ -14,6 +14,7 @@ from pykernels import _backends
 from pykernels.testing.specs import find
 
 CPU = torch.device("cpu")
+VARLEN = {"alibi", "dropout", "large_head", "sinks", "softcap", "v_head_dim", "window"}
 
 
 def chosen(requested=None, dtype=torch.float32, features=frozenset(), op="rnn"):
@@ -43,11 +44,11 @@ def test_triton_runs_here():
 
 
 @pytest.mark.parametrize("backend", _backends.BACKENDS)
-@pytest.mark.parametrize("op", ["rnn", "gru", "lstm", "attention"])
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm", "attention", "attention_varlen"])
 def test_every_backend_serves_its_dtypes(backend, op):
     if reason := _backends.available(backend):
         pytest.skip(reason)
-    if (backend, op) in {("triton", "gru"), ("triton", "lstm")}:
+    if (backend, op) in {("triton", op) for op in ("gru", "lstm", "attention_varlen")}:
         assert not _backends.has(backend, op)
         return
     module = _backends.module(backend, op)
@@ -75,6 +76,8 @@ def test_every_backend_serves_its_dtypes(backend, op):
             "window",
         },
         ("attention", "triton"): {"v_head_dim"},
+        ("attention_varlen", "reference"): VARLEN,
+        ("attention_varlen", "cpp"): VARLEN,
         ("rnn", "reference"): {"ragged"},
         ("rnn", "cpp"): {"ragged"},
         ("gru", "reference"): {"ragged"},

@@ -18,7 +18,7 @@ FEATURES = frozenset(
 Band = tuple[int | None, int | None]
 
 _NO_PACKING = (0, 0, 0, 0, 0, False)
-_NO_PAGES = (0, 0, 0)
+NO_PAGES = (0, 0, 0)
 
 
 def attention_fwd(
@@ -39,12 +39,12 @@ def attention_fwd(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=_compute_dtype(q))
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     # what backward makes weights from
     row_stats = lse.new_empty(2, *lse.shape) if keep else None
     # The copies must outlive the call: their addresses alone reach it.
-    rows = [_rows(t) for t in (q, k, v)]
-    rule = _Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
+    rows = [dense_rows(t) for t in (q, k, v)]
+    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
     _backends.load_extension().attention_forward(
         cpp.DTYPES[q.dtype],
         torch.get_num_threads(),
@@ -53,7 +53,7 @@ def attention_fwd(
         _NO_PACKING,
         rule.packed,
         [_strided(t) for t in rows],
-        _NO_PAGES,
+        NO_PAGES,
         _strided(out),
         address(lse),
         address(row_stats),
@@ -81,8 +81,8 @@ def attention_bwd(
         t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
     )
     dsinks = sinks.new_empty(sinks.shape) if needs[4] else None
-    rows = [_rows(t) for t in (q, k, v, out, dout)]
-    rule = _Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
+    rows = [dense_rows(t) for t in (q, k, v, out, dout)]
+    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
     sums, dmask = None, _strided(None)
     if needs[3]:
         sums = row_stats.new_zeros(*attn_mask.shape[:3], k.shape[2])
@@ -107,7 +107,7 @@ def attention_bwd(
     return dq, dk, dv, sums, dsinks, None, None
 
 
-class _Rule:
+class Rule:
     """What makes weights of scores, as the extension takes it, and the tensors it points to."""
 
     def __init__(
@@ -127,13 +127,13 @@ class _Rule:
         self.sinks, self.seed = contiguous(sinks), seed
         self.slopes, step = None, 0
         if alibi_slopes is not None:
-            self.slopes = plain(alibi_slopes).to(_compute_dtype(q)).contiguous()
+            self.slopes = plain(alibi_slopes).to(compute_dtype(q)).contiguous()
             step = self.slopes.shape[-1] if self.slopes.dim() > 1 else 0
         slopes = address(self.slopes), step
         self.packed = mask, address(self.sinks), slopes, address(self.seed)
 
 
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
+def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -147,7 +147,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, diagonal: int) -> tuple[
     return B, N, k.shape[1], S_q, S_k, D, v.shape[3], first, last, diagonal
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor with its last axis contiguous, copied only if it is not."""
     tensor = plain(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -164,11 +164,7 @@ def attention(
     _checks.floating(op, "q", q)
     B, N, S_q, D = q.shape
     N_kv, S_k = k.shape[1:3]
-    if enable_gqa:
-        if not _groups(N, N_kv):
-            _checks.fail(op, "q", f"of a multiple of N_kv = {N_kv} heads", list(q.shape))
-    elif N_kv != N:
-        _checks.fail(op, "k", f"of N = {N} heads unless enable_gqa is True", list(k.shape))
+    check_heads(op, q, k, N, N_kv, enable_gqa)
     _checks.positive(op, "head dim D", D)
     _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
     _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
@@ -177,20 +173,9 @@ def attention(
         _check_mask(op, attn_mask, q)
         _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
         mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    _check_scale(op, scale)
-    if window is not None:
-        _check_window(op, window)
-    _checks.number(op, "softcap", softcap)
-    if not 0 <= softcap < math.inf:
-        _checks.fail(op, "softcap", "at least 0 and finite", softcap)
-    _checks.choice(op, "causal_alignment", causal_alignment, ALIGNMENTS)
+    check_options(op, scale, window, softcap, causal_alignment, dropout_p)
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
-    if sinks is not None:
-        _checks.tensor(op, "sinks", sinks, q)
-        _checks.shape(op, "sinks", sinks, "N", (N,))
-    if alibi_slopes is not None:
-        _check_slopes(op, alibi_slopes, q, B, N)
-    _check_dropout(op, dropout_p)
+    check_head_tensors(op, q, sinks, alibi_slopes, B, N)
     out, lse = _run(
         q,
         k,
@@ -335,6 +320,45 @@ def _check_window(op: str, window: Any) -> None:
             raise TypeError(f"{op}: `window` must be of integers or None, got {window!r}")
         if side is not None and side < 0:
             _checks.fail(op, "window", "of sides of at least 0, or None", window)
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, N: int, N_kv: int, enable_gqa: bool) -> None:
+    """N query heads may read N_kv heads of keys."""
+    if enable_gqa:
+        if not _groups(N, N_kv):
+            _checks.fail(op, "q", f"of a multiple of N_kv = {N_kv} heads", list(q.shape))
+    elif N_kv != N:
+        _checks.fail(op, "k", f"of N = {N} heads unless enable_gqa is True", list(k.shape))
+
+
+def check_options(
+    op: str,
+    scale: float | None,
+    window: Any,
+    softcap: float,
+    causal_alignment: str,
+    dropout_p: float,
+) -> None:
+    """The options that are no tensors."""
+    _check_scale(op, scale)
+    if window is not None:
+        _check_window(op, window)
+    _checks.number(op, "softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        _checks.fail(op, "softcap", "at least 0 and finite", softcap)
+    _checks.choice(op, "causal_alignment", causal_alignment, ALIGNMENTS)
+    _check_dropout(op, dropout_p)
+
+
+def check_head_tensors(
+    op: str, q: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None, B: int, N: int
+) -> None:
+    """The numbers by head of B sequences."""
+    if sinks is not None:
+        _checks.tensor(op, "sinks", sinks, q)
+        _checks.shape(op, "sinks", sinks, "N", (N,))
+    if alibi_slopes is not None:
+        _check_slopes(op, alibi_slopes, q, B, N)
 
 
 def _check_slopes(op: str, slopes: Tensor, q: Tensor, B: int, N: int) -> None:

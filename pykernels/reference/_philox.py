@@ -24,13 +24,14 @@ def philox(seed, c0, c1, c2, c3):
     return c0, c1, c2, c3
 
 
-def keep_mask(seed, dropout_p, B, N, S_q, S_k):
+def keep_mask(seed, dropout_p, B, N, S_q, S_k, sequence=0):
     """Which weights are kept, ``[B, N, S_q, S_k]``; each is dropped with probability `dropout_p`.
 
-    The word of weight (b, n, i, j) is word w of counter (16 blk + lane, i, b N + n, 0), where
-    j = 64 blk + 16 w + lane: kernels draw for 64 keys at a time.
+    The sequences b are numbered from `sequence` on. The word of weight (b, n, i, j) is word w of
+    counter (16 blk + lane, i, b N + n, 0), where j = 64 blk + 16 w + lane: kernels draw for 64 keys
+    at a time.
     """
-    heads = torch.arange(B * N, device=seed.device)[:, None, None]
+    heads = (sequence * N + torch.arange(B * N, device=seed.device))[:, None, None]
     i = torch.arange(S_q, device=seed.device)[:, None]
     j = torch.arange(S_k, device=seed.device)
     counters = torch.broadcast_tensors(j // 64 * 16 + j % 16, i, heads)

@@ -68,12 +68,13 @@ def attention(
     softcap=0.0,
     diagonal=0,
     dropout_p=0.0,
+    sequence=0,
     return_lse=False,
 ):
     """``out [B, N, S_q, D_v]`` and, on request, ``lse [B, N, S_q]``; differentiable by autograd."""
     options = {"band": band, "scale": scale, "softcap": softcap, "diagonal": diagonal}
     s = with_sinks(scores(q, k, attn_mask, alibi_slopes, **options), sinks)
-    p = dropped(probabilities(s)[..., : k.shape[2]], seed, dropout_p)
+    p = dropped(probabilities(s)[..., : k.shape[2]], seed, dropout_p, sequence)
     out = p @ repeat_heads(v, q)
     return (out, logsumexp(s)) if return_lse else out
 
@@ -85,12 +86,12 @@ def with_sinks(s, sinks):
     return torch.cat([s, sinks[None, :, None, None].expand(*s.shape[:-1], 1)], -1)
 
 
-def dropped(p, seed, dropout_p):
+def dropped(p, seed, dropout_p, sequence=0):
     """The weights, or any numbers beside them, that dropout leaves, grown by 1/(1 - dropout_p)."""
     if dropout_p == 0:
         return p
     grown = p / (1 - dropout_p) if dropout_p < 1 else 0 * p
-    return grown.masked_fill(~keep_mask(seed, dropout_p, *p.shape), 0)
+    return grown.masked_fill(~keep_mask(seed, dropout_p, *p.shape, sequence), 0)
 
 
 def probabilities(s):
@@ -119,7 +120,7 @@ def attention_fwd(q, k, v, attn_mask, sinks, alibi_slopes, seed, *, keep=True, *
     return (out, lse), (*tensors, out, lse)
 
 
-def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, **options):
+def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, sequence=0, **options):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
@@ -139,14 +140,14 @@ def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, **o
     delta = (out * dout).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None].to(q.dtype)
-    dp = dropped(dout @ repeat_heads(v, q).transpose(-2, -1), seed, dropout_p)
+    dp = dropped(dout @ repeat_heads(v, q).transpose(-2, -1), seed, dropout_p, sequence)
     ds = p * (dp - delta)
     dmask = ds
     if softcap:
         ds = ds * (1 - (scores(q, k, scale=scale, softcap=softcap) / softcap) ** 2)
     dq = scale * (ds @ repeat_heads(k, q))
     dk = sum_groups(scale * (ds.transpose(-2, -1) @ q), k)
-    dv = sum_groups(dropped(p, seed, dropout_p).transpose(-2, -1) @ dout, v)
+    dv = sum_groups(dropped(p, seed, dropout_p, sequence).transpose(-2, -1) @ dout, v)
     dmask = dmask.sum_to_size(attn_mask.shape) if needs[3] else None
     dsinks = (p_sink * -delta).sum((0, 2, 3)) if needs[4] else None
     return dq, dk, dv, dmask, dsinks, None, None

@@ -4,10 +4,12 @@ from pykernels.testing import evaluate, specs, stock
 from pykernels.testing.evaluate import check
 from pykernels.testing.specs import (
     ATTENTION_SPECS,
+    ATTENTION_VARLEN_SPECS,
     GRU_SPECS,
     LSTM_SPECS,
     RNN_SPECS,
     AttentionSpec,
+    AttentionVarlenSpec,
     GRUSpec,
     LSTMSpec,
     RNNSpec,
@@ -16,10 +18,12 @@ from pykernels.testing.tolerance import Measured, assert_close, measure
 
 __all__ = [
     "ATTENTION_SPECS",
+    "ATTENTION_VARLEN_SPECS",
     "GRU_SPECS",
     "LSTM_SPECS",
     "RNN_SPECS",
     "AttentionSpec",
+    "AttentionVarlenSpec",
     "GRUSpec",
     "LSTMSpec",
     "Measured",

@@ -126,8 +126,10 @@ def flat(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def differentiable(spec: Spec, inputs: Mapping[str, Tensor]) -> list[str]:
-    """The inputs that have a gradient. A float mask has one where it is learned."""
+    """The inputs that have a gradient: a float mask where it is learned, nothing in pages."""
     constant = {"alibi_slopes"} | (set() if getattr(spec, "learned", False) else {"attn_mask"})
+    if getattr(spec, "page_size", 0):
+        return []
     return [name for name, t in inputs.items() if t.is_floating_point() and name not in constant]
 
 
@@ -146,7 +148,7 @@ def _evaluate(
     """
     wanted = differentiable(spec, inputs) if gradients else []
     leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
-    options = spec.options | ({"return_lse": True} if spec.op == "attention" else {})
+    options = spec.options | ({"return_lse": True} if spec.op.startswith("attention") else {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)  # of dropout
         outputs = dict(zip(spec.outputs, flat(op(**leaves, **options)), strict=True))

@@ -350,7 +350,113 @@ class AttentionSpec:
         return draw.normal(*shape).masked_fill(~keep, -math.inf)
 
 
-Spec = RecurrentSpec | AttentionSpec
+@dataclass(frozen=True, slots=True)
+class AttentionVarlenSpec:
+    """Inputs of `functional.attention_varlen`: sequences of `lengths`, keys of `key_lengths`.
+
+    q is [T_q, N, D], k [T_k, N_kv, D], v [T_k, N_kv, D_v]; with `page_size`, k and v are pages
+    in no order, one more than are needed, and `used` counts the keys.
+    """
+
+    name: str
+    why: str
+    lengths: tuple[int, ...]
+    n: int
+    d: int
+    key_lengths: tuple[int, ...] = ()  # (): as many keys as queries
+    n_kv: int = -1
+    d_v: int = -1
+    is_causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    causal_alignment: str = "bottom-right"
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: tuple[str, ...] = ()
+    dropout_p: float = 0.0
+    used: tuple[int, ...] = ()  # (): all
+    page_size: int = 0
+    layout: str = "contiguous"
+    tags: frozenset[str] = frozenset()
+
+    op = "attention_varlen"
+    outputs = ("out", "lse")
+
+    def __post_init__(self) -> None:
+        for field, default in (("n_kv", self.n), ("d_v", self.d)):
+            if getattr(self, field) == -1:
+                object.__setattr__(self, field, default)
+        if not self.key_lengths:
+            object.__setattr__(self, "key_lengths", self.lengths)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"B": len(self.lengths), "N": self.n, "T_q": sum(self.lengths)}
+
+    def features(self, dtype: torch.dtype) -> frozenset[str]:
+        """What a backend must list in FEATURES to serve this spec."""
+        return features(
+            dtype,
+            self.d,
+            self.d_v,
+            band_of(0, 0, self.is_causal, self.window, "top-left"),
+            self.softcap,
+            self.sinks,
+            bool(self.alibi),
+            self.dropout_p > 0,
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "is_causal": self.is_causal,
+            "window": self.window,
+            "causal_alignment": self.causal_alignment,
+            "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
+            "enable_gqa": self.n_kv != self.n,
+        }
+
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Tensors by argument name, floating ones standard normal."""
+        draw = _Draw(seed)
+        shape: tuple[int, ...] = (sum(self.key_lengths),)
+        if self.page_size:
+            pages = [math.ceil(n / self.page_size) for n in self.used]
+            shape = (sum(pages) + 1, self.page_size)
+        made = {
+            "q": draw.normal(sum(self.lengths), self.n, self.d),
+            "k": draw.normal(*shape, self.n_kv, self.d),
+            "v": draw.normal(*shape, self.n_kv, self.d_v),
+        }
+        if self.sinks:
+            made["sinks"] = draw.normal(self.n)
+        if self.alibi:
+            made["alibi_slopes"] = draw.normal(*(self.sizes[letter] for letter in self.alibi)).abs()
+        made = {
+            name: with_layout(t.to(device=device, dtype=dtype), self.layout)
+            for name, t in made.items()
+        }
+        made["cu_seqlens_q"] = _starts(self.lengths)
+        if self.page_size:
+            table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+            order = torch.arange(sum(pages), 0, -1).split(pages)
+            for row, taken in zip(table, order, strict=True):
+                row[: len(taken)] = taken
+            made["block_table"] = table
+        else:
+            made["cu_seqlens_k"] = _starts(self.key_lengths)
+        if self.used:
+            made["seqused_k"] = torch.tensor(self.used, dtype=torch.int32)
+        return {name: t.to(device) for name, t in made.items()}
+
+
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+Spec = RecurrentSpec | AttentionSpec | AttentionVarlenSpec
 
 
 def _tags(*tags: str) -> frozenset[str]:
@@ -1282,9 +1388,130 @@ ATTENTION_SPECS: list[AttentionSpec] = [
 ]
 
 
+ATTENTION_VARLEN_SPECS: list[AttentionVarlenSpec] = [
+    AttentionVarlenSpec(f"attention_varlen-{name}", why, lengths, *sizes, tags=tags, **rest)
+    for name, why, tags, lengths, sizes, rest in [
+        ("plain", "three sequences", TINY, (3, 1, 5), (2, 4), {}),
+        (
+            "causal",
+            "with fewer queries than keys",
+            TINY,
+            (3, 1, 2),
+            (2, 4),
+            {"key_lengths": (4, 1, 5), "is_causal": True},
+        ),
+        (
+            "top-left",
+            "the other alignment",
+            SMALL,
+            (3, 7, 20),
+            (2, 8),
+            {"key_lengths": (9, 1, 25), "is_causal": True, "causal_alignment": "top-left"},
+        ),
+        (
+            "blind",
+            "more queries than keys: the first see none",
+            SMALL,
+            (9, 4),
+            (2, 8),
+            {"key_lengths": (4, 1), "is_causal": True},
+        ),
+        ("window", "before and behind", SMALL, (40, 3, 90), (2, 16), {"window": (9, 4)}),
+        (
+            "gqa",
+            "shared heads of another width",
+            SMALL,
+            (30, 61),
+            (4, 8),
+            {"n_kv": 2, "d_v": 5, "is_causal": True},
+        ),
+        (
+            "empty",
+            "sequences of no query, no key, nothing",
+            SMALL,
+            (0, 5, 3, 0),
+            (2, 8),
+            {"key_lengths": (4, 0, 6, 0)},
+        ),
+        ("one", "one sequence", SMALL, (33,), (2, 8), {}),
+        (
+            "ones",
+            "a query each: decoding without a cache's gaps",
+            SMALL,
+            (1, 1, 1, 1),
+            (4, 8),
+            {"key_lengths": (5, 70, 1, 300), "n_kv": 2, "is_causal": True},
+        ),
+        (
+            "used",
+            "slots that are not full",
+            TINY,
+            (2, 1, 3),
+            (2, 4),
+            {"key_lengths": (4, 3, 5), "used": (3, 0, 5), "is_causal": True},
+        ),
+        (
+            "all",
+            "everything at once",
+            SMALL,
+            (20, 7, 41),
+            (4, 8),
+            {
+                "key_lengths": (31, 7, 90),
+                "n_kv": 2,
+                "used": (31, 5, 77),
+                "window": (30, 9),
+                "softcap": 1.3,
+                "sinks": True,
+                "alibi": ("B", "N"),
+                "dropout_p": 0.25,
+                "layout": "transposed",
+            },
+        ),
+        ("slopes", "slopes by head", SMALL, (20, 7), (4, 8), {"alibi": ("N",)}),
+        ("tiles", "across tiles", HOSTILE, (129, 700, 3), (1, 16), {"is_causal": True}),
+        ("strided", "no tensor is dense", SMALL, (9, 17), (2, 8), {"layout": "strided"}),
+        (
+            "pages",
+            "a cache in pages",
+            SMALL,
+            (2, 1, 9),
+            (4, 8),
+            {"n_kv": 2, "used": (13, 37, 9), "page_size": 8, "is_causal": True},
+        ),
+        (
+            "pages-decode",
+            "one query each",
+            HOSTILE,
+            (1, 1, 1),
+            (2, 64),
+            {"used": (1300, 0, 37), "page_size": 16, "is_causal": True},
+        ),
+        (
+            "pages-all",
+            "a chunk of queries with all else",
+            HOSTILE,
+            (40, 1, 33),
+            (4, 16),
+            {
+                "n_kv": 2,
+                "used": (600, 5, 77),
+                "page_size": 5,
+                "window": (200, 0),
+                "softcap": 1.3,
+                "sinks": True,
+                "alibi": ("B", "N"),
+                "dropout_p": 0.25,
+                "layout": "strided",
+            },
+        ),
+    ]
+]
+
+
 def find(name: str) -> Spec:
     """The spec called `name`; a KeyError that lists the known names otherwise."""
-    specs = (*RNN_SPECS, *GRU_SPECS, *LSTM_SPECS, *ATTENTION_SPECS)
+    specs = (*RNN_SPECS, *GRU_SPECS, *LSTM_SPECS, *ATTENTION_SPECS, *ATTENTION_VARLEN_SPECS)
     for spec in specs:
         if spec.name == name:
             return spec

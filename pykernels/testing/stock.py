@@ -175,13 +175,15 @@ def attention(
     dropout_p: float = 0.0,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    kept: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """F.scaled_dot_product_attention -> out [B, N, S_q, D_v].
 
     With `return_lse` also lse [B, N, S_q], in plain torch, as is out with what torch's function
-    lacks: `softcap`, `sinks`, `alibi_slopes`, and `dropout_p`, whose draw is this package's; and as
-    stock torch gives NaN gradients for rows that see no key on some paths, such rows are then
-    computed unmasked and set to what this package defines: out = 0, lse = -inf, no gradient.
+    lacks: `softcap`, `sinks`, `alibi_slopes`, and `dropout_p`, which leaves the weights `kept`, by
+    default those that this package draws; and as stock torch gives NaN gradients for rows that see
+    no key on some paths, such rows are then computed unmasked and set to what this package defines:
+    out = 0, lse = -inf, no gradient.
     """
     formula = softcap > 0 or dropout_p > 0 or sinks is not None or alibi_slopes is not None
     if not return_lse and not formula and window is None and causal_alignment == "top-left":
@@ -227,7 +229,8 @@ def attention(
     if formula:
         weights = scores.softmax(-1)[..., :s_k]
         if dropout_p:
-            kept = keep_mask(draw_seed(q.device), dropout_p, *weights.shape)
+            if kept is None:
+                kept = keep_mask(draw_seed(q.device), dropout_p, *weights.shape)
             weights = weights * kept / (1 - dropout_p) if dropout_p < 1 else 0 * weights
         out = weights @ v
     if sinks is not None:
@@ -235,6 +238,54 @@ def attention(
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of one sequence after the other, its pages put together."""
+    seed = draw_seed(q.device) if dropout_p else None
+    outs, lses = [], []
+    for b in range(len(cu_seqlens_q) - 1):
+        rows = q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]
+        if block_table is None:
+            mine = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
+            keys, values = k[mine], v[mine]
+        else:
+            keys, values = (torch.cat([pool[page] for page in block_table[b]]) for pool in (k, v))
+        if seqused_k is not None:
+            keys, values = keys[: seqused_k[b]], values[: seqused_k[b]]
+        one, *two = (t.transpose(0, 1)[None] for t in (rows, keys, values))
+        kept = None
+        if dropout_p:
+            sizes = (1, q.shape[1], rows.shape[0], keys.shape[0])
+            kept = keep_mask(seed, dropout_p, *sizes, sequence=b)
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() > 1:
+            slopes = slopes[b : b + 1]
+        out, lse = attention(
+            one,
+            *two,
+            alibi_slopes=slopes,
+            dropout_p=dropout_p,
+            return_lse=True,
+            kept=kept,
+            **options,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    return _both(torch.cat(outs), torch.cat(lses, 1), return_lse)
 
 
 def _both(out: Tensor, lse: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:

@@ -1,0 +1,210 @@
+"""Self-attention of sequences of different lengths that lie one behind the other."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pykernels import _backends, _checks
+from pykernels.ops import _autograd
+from pykernels.ops import attention as _attention
+
+OP = "attention_varlen"
+
+
+class AttentionVarlenFunction(torch.autograd.Function):
+    """Autograd over one backend's ``attention_varlen_fwd`` and ``_bwd``; differentiable twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _autograd.forward(ctx, OP, backend, options, tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _autograd.backward(ctx, OP, grads)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""`attention` of B sequences of different lengths, packed one behind the other.
+
+    No step is padding, and none is computed. Each sequence b is attention by itself:
+
+    .. math:: \mathrm{out}_b = \mathrm{softmax}(\mathrm{scale} \cdot Q_b K_b^T) V_b
+
+    The arguments are those of `torch.nn.attention.varlen.varlen_attn` under the names of T. Dao's
+    flash-attn; `is_causal` and `window` are as in `attention`.
+
+    Args:
+        q: queries, [T_q, N, D], any floating dtype.
+        k: keys, [T_k, N_kv, D]; or, with `block_table`, pages of them, [P, page_size, N_kv, D].
+        v: values, [T_k, N_kv, D_v], or [P, page_size, N_kv, D_v].
+        cu_seqlens_q: [B + 1], int32 or int64, from 0 on: sequence b is rows cu_seqlens_q[b] up to
+            cu_seqlens_q[b + 1] of q. Rows behind the last get zeros.
+        cu_seqlens_k: the same of k and v; None for cu_seqlens_q. Not with `block_table`.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence, where given; here for code that
+            passes them, since they are known from the above.
+        causal_alignment: what the own place of a query is: "bottom-right", so that the last query
+            stands at the last key, or "top-left".
+        scale, softcap, sinks, dropout_p, enable_gqa: as in `attention`.
+        alibi_slopes: [N] or [B, N], as in `attention`.
+        seqused_k: [B], int32 or int64: only so many of a sequence's keys count.
+        block_table: [B, pages], int32 or int64, with `seqused_k`: key j of sequence b is row
+            ``j % page_size`` of page ``block_table[b, j // page_size]``, as in a cache that
+            grows page by page (W. Kwon et al., "PagedAttention", 2023). No gradients.
+        return_lse: return ``(out, lse)``.
+        backend: "cpp" or "reference"; None takes the fastest that serves the call.
+
+    Returns:
+        ``out`` [T_q, N, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [N, T_q] in float32
+        (float64 for float64); differentiable, both. A query that sees no key gets out = 0,
+        lse = -inf (or its sink) and no gradient.
+
+    Raises:
+        TypeError: something is no tensor, dtypes differ or are not floating, or not integer.
+        ValueError: a rank, size, device, alignment or backend is wrong; cu_seqlens decrease or
+            overrun; seqused_k exceeds what is there; block_table points outside, or stands without
+            seqused_k, or a gradient is wanted through it.
+    """
+    paged = block_table is not None
+    pages = "P, page_size, " if paged else "T_k, "
+    for name, value, axes in (
+        ("q", q, "T_q, N, D"),
+        ("k", k, pages + "N_kv, D"),
+        ("v", v, pages + "N_kv, D_v"),
+    ):
+        _checks.tensor(OP, name, value, q if name != "q" else None)
+        _checks.rank(OP, name, value, axes)
+    _checks.floating(OP, "q", q)
+    T_q, N, D = q.shape
+    N_kv = k.shape[-2]
+    _attention.check_heads(OP, q, k, N, N_kv, enable_gqa)
+    _checks.positive(OP, "head dim D", D)
+    _checks.shape(OP, "k", k, pages + "N_kv, D", (*k.shape[:-2], N_kv, D))
+    _checks.shape(OP, "v", v, pages + "N_kv, D_v", (*k.shape[:-2], N_kv, v.shape[-1]))
+    lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q, T_q)
+    B = len(lengths_q)
+    if paged:
+        if cu_seqlens_k is not None:
+            _checks.fail(OP, "cu_seqlens_k", "None with block_table", "a tensor")
+        lengths_k = _check_pages(block_table, seqused_k, k, B)
+    else:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        lengths_k = _lengths("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
+        _checks.shape(OP, "cu_seqlens_k", cu_seqlens_k, "B + 1", (B + 1,))
+        if seqused_k is not None:
+            _check_used(seqused_k, q, lengths_k)
+    for name, given, lengths in (
+        ("max_seqlen_q", max_seqlen_q, lengths_q),
+        ("max_seqlen_k", max_seqlen_k, lengths_k),
+    ):
+        if given is not None and given < max(lengths, default=0):
+            _checks.fail(OP, name, f"at least the longest sequence, {max(lengths)}", given)
+    _attention.check_options(OP, scale, window, softcap, causal_alignment, dropout_p)
+    _attention.check_head_tensors(OP, q, sinks, alibi_slopes, B, N)
+    if paged and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        _checks.fail(OP, "block_table", "None where a gradient is wanted", "a tensor")
+
+    band = _attention.band_of(0, 0, is_causal, window, "top-left")
+    wanted = _attention.features(
+        q.dtype,
+        D,
+        v.shape[-1],
+        band,
+        softcap,
+        sinks is not None,
+        alibi_slopes is not None,
+        dropout_p > 0,
+    )
+    chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
+    options: dict[str, Any] = {
+        "band": band,
+        "ends_meet": causal_alignment == "bottom-right",
+        "scale": 1 / math.sqrt(D) if scale is None else float(scale),
+        "softcap": float(softcap),
+        "dropout_p": float(dropout_p),
+    }
+    seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
+    behind = T_q - sum(lengths_q)
+    if cu_seqlens_k is not None:
+        end = sum(cu_seqlens_k.diff().tolist())
+        k, v = k[:end], v[:end]
+    tensors = (q[: T_q - behind], k, v, sinks, alibi_slopes, seed)
+    places = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    out, lse = _autograd.apply(AttentionVarlenFunction, OP, chosen, options, (*tensors, *places))
+    if behind:
+        out = F.pad(out, (0, 0, 0, 0, 0, behind))
+        lse = F.pad(lse, (0, behind), value=-math.inf)
+    return (out, lse) if return_lse else out
+
+
+def _integers(name: str, value: Any, like: Tensor, axes: str, sizes: tuple[int, ...]) -> None:
+    """`value` is a tensor of integers of that shape, on the device of `like`."""
+    _checks.tensor(OP, name, value)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{OP}: `{name}` must be of int32 or int64, got {value.dtype}")
+    _checks.device(OP, name, value, like)
+    _checks.shape(OP, name, value, axes, sizes)
+
+
+def _lengths(name: str, starts: Any, like: Tensor, rows: int) -> list[int]:
+    """The lengths of the sequences that begin at `starts`, which are checked."""
+    sizes = tuple(starts.shape) if isinstance(starts, Tensor) and starts.dim() == 1 else (0,)
+    _integers(name, starts, like, "B + 1", sizes)
+    values = starts.tolist()
+    if not values or values[0] != 0 or values != sorted(values) or values[-1] > rows:
+        _checks.fail(OP, name, f"from 0 on, never decreasing, up to {rows} rows", values)
+    return starts.diff().tolist()
+
+
+def _check_used(seqused_k: Any, q: Tensor, most: list[int]) -> list[int]:
+    _integers("seqused_k", seqused_k, q, "B", (len(most),))
+    used = seqused_k.tolist()
+    if any(not 0 <= n <= m for n, m in zip(used, most, strict=True)):
+        _checks.fail(OP, "seqused_k", f"from 0 to {most}, the keys that are there", used)
+    return used
+
+
+def _check_pages(block_table: Any, seqused_k: Any, k: Tensor, B: int) -> list[int]:
+    """The keys that each sequence uses; every page that one of them is in exists."""
+    columns = block_table.shape[-1] if isinstance(block_table, Tensor) and block_table.dim() else 0
+    _integers("block_table", block_table, k, "B, pages", (B, columns))
+    if seqused_k is None:
+        _checks.fail(OP, "seqused_k", "given with block_table", None)
+    pages, size = k.shape[:2]
+    used = _check_used(seqused_k, k, [columns * size] * B)
+    for b, (row, count) in enumerate(zip(block_table.tolist(), used, strict=True)):
+        for page in row[: math.ceil(count / size) if size else 0]:
+            if not 0 <= page < pages:
+                _checks.fail(
+                    OP, "block_table", f"of pages from 0 to {pages - 1}", f"{page} in row {b}"
+                )
+    return used
