@@ -30,6 +30,7 @@ SOURCES = [
     "csrc/ops/attention_few.cpp",
     "csrc/ops/attention_forward.cpp",
     "csrc/ops/gru.cpp",
+    "csrc/ops/linear_cross_entropy.cpp",
     "csrc/ops/lstm.cpp",
     "csrc/ops/rnn.cpp",
     "csrc/ops/step.cpp",

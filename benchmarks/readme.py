@@ -62,6 +62,19 @@ CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
         "queries that see no key": lambda s: s.name.endswith(("blind", "empty", "used")),
         "any strides": lambda s: s.layout != "contiguous",
     },
+    "linear_cross_entropy": {
+        "mean": lambda s: s.reduction == "mean",
+        "sum": lambda s: s.reduction == "sum",
+        "a loss for each row": lambda s: s.reduction == "none",
+        "without bias": lambda s: not s.bias,
+        "ignored targets": lambda s: s.ignored > 0,
+        "label smoothing": lambda s: s.label_smoothing > 0,
+        "class weights": lambda s: s.class_weight,
+        "z-loss": lambda s: s.z_loss > 0,
+        "log-sum-exp and its gradient": lambda s: s.return_lse,
+        "no row": lambda s: 0 in s.lead,
+        "any strides": lambda s: s.layout != "contiguous",
+    },
 }
 PROVED = SPECS | {"attention_varlen": ATTENTION_VARLEN_SPECS}
 FEATURES = {

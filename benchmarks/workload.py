@@ -13,7 +13,14 @@ from torch import Tensor
 from pykernels import __main__ as about
 from pykernels import _backends, cost, functional
 from pykernels.testing import evaluate, stock
-from pykernels.testing.specs import ATTENTION_SPECS, GRU_SPECS, LSTM_SPECS, RNN_SPECS, Spec
+from pykernels.testing.specs import (
+    ATTENTION_SPECS,
+    GRU_SPECS,
+    LINEAR_CROSS_ENTROPY_SPECS,
+    LSTM_SPECS,
+    RNN_SPECS,
+    Spec,
+)
 from pykernels.testing.tolerance import Measured, measure
 
 SPECS: dict[str, list[Spec]] = {
@@ -21,6 +28,7 @@ SPECS: dict[str, list[Spec]] = {
     "gru": [*GRU_SPECS],
     "lstm": [*LSTM_SPECS],
     "attention": [*ATTENTION_SPECS],
+    "linear_cross_entropy": [*LINEAR_CROSS_ENTROPY_SPECS],
 }
 RECURRENT = ("rnn", "gru", "lstm")
 IMPLEMENTATIONS = ("ours", "torch", "reference")
@@ -121,7 +129,8 @@ class Setting:
                 functions["ours"] = functools.partial(functions["ours"], packed=packed)
             return {name: _forward(f, inputs) for name, f in functions.items()}
         upstream = [torch.randn_like(out) for out in _forward(torchs, inputs)()]
-        return {name: _both(f, inputs, upstream) for name, f in functions.items()}
+        wanted = [n for n in evaluate.differentiable(self.spec, inputs) if n != "attn_mask"]
+        return {name: _both(f, inputs, wanted, upstream) for name, f in functions.items()}
 
 
 def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:
@@ -130,8 +139,10 @@ def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:
         rest = {"bias": spec.bias, "initial_state": spec.h0, "lengths": spec.lengths}
         if spec.op == "lstm":
             rest["proj_size"] = spec.proj_size
-    else:
+    elif spec.op == "attention":
         rest = {"is_causal": spec.is_causal}
+    else:
+        rest = {"bias": spec.bias}
     return getattr(cost, spec.op)(**spec.sizes, **rest, itemsize=itemsize, which=which)
 
 
@@ -144,9 +155,9 @@ def _forward(function: Callable, inputs: dict[str, Tensor]) -> Callable[[], tupl
 
 
 def _both(
-    function: Callable, inputs: dict[str, Tensor], upstream: list[Tensor]
+    function: Callable, inputs: dict[str, Tensor], wanted: list[str], upstream: list[Tensor]
 ) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items() if n != "attn_mask"}
+    leaves = {n: inputs[n].detach().requires_grad_() for n in wanted}
 
     def both() -> tuple[Tensor, ...]:
         outputs = evaluate.flat(function(**{**inputs, **leaves}))

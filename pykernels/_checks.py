@@ -98,6 +98,12 @@ def number(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: `{name}` must be a number, got {type(value).__name__}")
 
 
+def integer(op: str, name: str, value: Any) -> None:
+    """`value` is a plain integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: `{name}` must be an integer, got {type(value).__name__}")
+
+
 def pair(op: str, name: str, value: Any, of: str) -> None:
     """`value` is a tuple or list of the two tensors that `of` names."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -145,6 +151,15 @@ def _integers(op: str, name: str, value: Any, axes: str) -> tuple[int, ...]:
         return tuple(map(operator.index, value))
     except TypeError as error:
         raise TypeError(f"{op}: `{name}` must hold integers alone: {error}") from None
+
+
+def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:
+    """`value` holds numbers of classes, or `ignored`."""
+    wrong = ((value < 0) | (value >= V)) & (value != ignored)
+    if wrong.any():
+        at = wrong.nonzero()[0].tolist()
+        must = f"from 0 to V - 1 = {V - 1} or ignore_index = {ignored}"
+        fail(op, name, must, f"{value[tuple(at)].item()} at {at}")
 
 
 def choice(op: str, name: str, value: Any, choices: Collection[str]) -> None:

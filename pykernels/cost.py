@@ -210,6 +210,35 @@ def attention(
     )
 
 
+def linear_cross_entropy(
+    N: int, H: int, V: int, *, bias: bool = True, itemsize: int = 4, which: str = "forward"
+) -> Cost:
+    r"""The cross-entropy of ``W x_i + b`` over a vocabulary of V words, for N rows x_i.
+
+    Forward: :math:`N H V` multiply-adds, the logits. Backward: twice as many, dx and dW, as the
+    gradients of the logits can be made where the logits are; a kernel that computes these anew in
+    its backward pass makes four products of the three.
+
+    Args:
+        N, H, V: rows, hidden size, vocabulary.
+        bias: whether there is a b.
+        itemsize: bytes of a number; a target has eight.
+        which: one of `PASSES`.
+    """
+    x, weights, target = N * H, H * V + (V if bias else 0), 8 * N
+    return _total(
+        which,
+        products=(N * H * V, 2 * N * H * V),
+        # Forward reads x, the weights and the targets, and writes the loss. Backward reads all of
+        # these, and writes the gradients of x and of the weights.
+        traffic=(
+            (x + weights + 1) * itemsize + target,
+            (2 * (x + weights) + 1) * itemsize + target,
+        ),
+        parameters=weights,
+    )
+
+
 def visible_pairs(S_q: int, S_k: int, *, is_causal: bool = False) -> int:
     """How many (query i, key j) there are; with `is_causal` only those of j <= i."""
     if not is_causal:

@@ -5,6 +5,7 @@ from pykernels.ops._recurrent import group as recurrent_group  # noqa: F401  for
 from pykernels.ops.attention import attention, scaled_dot_product_attention
 from pykernels.ops.attention_varlen import attention_varlen
 from pykernels.ops.gru import gru, gru_cell
+from pykernels.ops.linear_cross_entropy import linear_cross_entropy
 from pykernels.ops.lstm import lstm, lstm_cell
 from pykernels.ops.rnn import rnn, rnn_cell
 
@@ -14,6 +15,7 @@ __all__ = [
     "attention_varlen",
     "gru",
     "gru_cell",
+    "linear_cross_entropy",
     "lstm",
     "lstm_cell",
     "rnn",

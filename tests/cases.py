@@ -43,7 +43,7 @@ def dtypes(spec, backend):
         # Large, and of no other code path: once is enough, and where the reference's float64 scores
         # take a quarter of a gigabyte each, the benchmark's own check is.
         sizes = spec.sizes
-        scores = math.prod(sizes.get(axis, 1) for axis in ("B", "N", "S_q", "S_k"))
+        scores = math.prod(sizes.get(axis, 1) for axis in ("B", "N", "S_q", "S_k", "V"))
         once = backend == "cpp" and "quick" in tags and scores <= 2**23
         return (torch.float32,) if once else ()
     if backend == "triton" and INTERPRETING and "interpreter" not in tags:

@@ -44,11 +44,14 @@ def test_triton_runs_here():
 
 
 @pytest.mark.parametrize("backend", _backends.BACKENDS)
-@pytest.mark.parametrize("op", ["rnn", "gru", "lstm", "attention", "attention_varlen"])
+@pytest.mark.parametrize(
+    "op", ["rnn", "gru", "lstm", "attention", "attention_varlen", "linear_cross_entropy"]
+)
 def test_every_backend_serves_its_dtypes(backend, op):
     if reason := _backends.available(backend):
         pytest.skip(reason)
-    if (backend, op) in {("triton", op) for op in ("gru", "lstm", "attention_varlen")}:
+    without = ("gru", "lstm", "attention_varlen", "linear_cross_entropy")
+    if backend == "triton" and op in without:
         assert not _backends.has(backend, op)
         return
     module = _backends.module(backend, op)
@@ -93,6 +96,7 @@ def test_default_is_the_fastest():
     assert chosen(op="gru") == "cpp"
     assert chosen(op="lstm", features=frozenset({"projection", "ragged"})) == "cpp"
     assert chosen(op="attention") == "cpp"
+    assert chosen(op="linear_cross_entropy") == "cpp"
 
 
 @pytest.fixture
@@ -302,6 +306,10 @@ def test_every_instruction_set(isa):
                 "mqa-decode",
             ),
         )
+    ]
+    names += [
+        f"linear_cross_entropy-{name}"
+        for name in ("plain", "all-mean", "all-none", "s33", "s193", "h1030", "rows", "words")
     ]
     env = {k: v for k, v in os.environ.items() if k != "PYKERNELS_BACKEND"}
     done = subprocess.run(

@@ -2,7 +2,17 @@
 
 from pykernels.nn.attention import MultiheadAttention
 from pykernels.nn.gru import GRU, GRUCell
+from pykernels.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from pykernels.nn.lstm import LSTM, LSTMCell
 from pykernels.nn.rnn import RNN, RNNCell
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "MultiheadAttention", "RNNCell"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+    "RNNCell",
+]

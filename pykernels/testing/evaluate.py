@@ -127,7 +127,9 @@ def flat(outputs: Any) -> tuple[Tensor, ...]:
 
 def differentiable(spec: Spec, inputs: Mapping[str, Tensor]) -> list[str]:
     """The inputs that have a gradient: a float mask where it is learned, nothing in pages."""
-    constant = {"alibi_slopes"} | (set() if getattr(spec, "learned", False) else {"attn_mask"})
+    constant = {"alibi_slopes", "class_weight"} | (
+        set() if getattr(spec, "learned", False) else {"attn_mask"}
+    )
     if getattr(spec, "page_size", 0):
         return []
     return [name for name, t in inputs.items() if t.is_floating_point() and name not in constant]

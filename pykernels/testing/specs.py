@@ -456,7 +456,77 @@ def _starts(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-Spec = RecurrentSpec | AttentionSpec | AttentionVarlenSpec
+@dataclass(frozen=True)
+class LinearCrossEntropySpec:
+    """Inputs of `functional.linear_cross_entropy`.
+
+    x is [*lead, H], weight [V, H], target [*lead]; a share `ignored` of the targets, the first of
+    them too, is `ignore_index`.
+    """
+
+    name: str
+    why: str
+    lead: tuple[int, ...]
+    h: int
+    v: int
+    _: KW_ONLY
+    bias: bool = True
+    class_weight: bool = False
+    ignored: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    return_lse: bool = False
+    gain: float = 1.0  # standard deviation of the logits is about this
+    layout: str = "contiguous"
+    tags: frozenset[str] = frozenset()
+
+    op = "linear_cross_entropy"
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("loss", "lse") if self.return_lse else ("loss",)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": math.prod(self.lead), "H": self.h, "V": self.v}
+
+    def features(self, dtype: torch.dtype) -> frozenset[str]:
+        """What a backend must list in FEATURES to serve this spec."""
+        return frozenset()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "return_lse")
+        return {name: getattr(self, name) for name in names}
+
+    def inputs(
+        self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Tensors by argument name: x standard normal, the weight such that `gain` holds."""
+        draw = _Draw(seed)
+        made = {
+            "x": draw.normal(*self.lead, self.h),
+            "weight": draw.normal(self.v, self.h) * self.gain / math.sqrt(self.h),
+        }
+        if self.bias:
+            made["bias"] = draw.normal(self.v)
+        if self.class_weight:
+            made["class_weight"] = draw.uniform(1, self.v).abs() + 0.1
+        made = {
+            name: with_layout(t.to(device=device, dtype=dtype), self.layout)
+            for name, t in made.items()
+        }
+        target = torch.randint(self.v, self.lead, generator=draw.generator)
+        if self.ignored:
+            out = draw.chance(self.ignored, *self.lead)
+            out.reshape(-1)[:1] = True
+            target[out] = self.ignore_index
+        return made | {"target": target.to(device)}
+
+
+Spec = RecurrentSpec | AttentionSpec | AttentionVarlenSpec | LinearCrossEntropySpec
 
 
 def _tags(*tags: str) -> frozenset[str]:
@@ -1509,9 +1579,87 @@ ATTENTION_VARLEN_SPECS: list[AttentionVarlenSpec] = [
 ]
 
 
+def _loss(
+    name: str, why: str, tags: frozenset[str], sizes: tuple[Any, int, int], **rest: Any
+) -> LinearCrossEntropySpec:
+    lead, h, v = sizes
+    lead = lead if isinstance(lead, tuple) else (lead,)
+    return LinearCrossEntropySpec(
+        f"linear_cross_entropy-{name}", why, lead, h, v, **rest, tags=tags
+    )
+
+
+LINEAR_CROSS_ENTROPY_SPECS = [
+    _loss("1600x512x30000", "an RNN language model of 30,000 words", BENCH, (1600, 512, 30000)),
+    _loss("1024x768x50257", "GPT-2's head", BENCH, (1024, 768, 50257), bias=False),
+    _loss("512x256x8000", "a small one", QUICK, (512, 256, 8000)),
+    # --- what is asked for
+    _loss("plain", "the usual case", TINY, (5, 4, 7)),
+    _loss("no-bias", "a tied embedding", TINY, (5, 4, 7), bias=False),
+    _loss("sum", "no division", TINY, (5, 4, 7), reduction="sum"),
+    _loss("none", "an upstream gradient for each row", TINY, (5, 4, 7), reduction="none"),
+    _loss("ignored", "rows that do not count", TINY, (6, 4, 7), ignored=0.4),
+    _loss("ignored-class", "a class is ignored", SMALL, (40, 6, 3), ignored=0.3, ignore_index=2),
+    _loss("smooth", "label smoothing", TINY, (5, 4, 7), label_smoothing=0.2),
+    _loss("smooth-1", "nothing but smoothing", SMALL, (5, 4, 7), label_smoothing=1.0),
+    _loss("weights", "the mean is weighted", TINY, (5, 4, 7), class_weight=True, ignored=0.3),
+    _loss("z", "z-loss", TINY, (5, 4, 7), z_loss=0.1),
+    _loss("lse", "the log-sum-exp and its gradient", TINY, (5, 4, 7), return_lse=True),
+    *(
+        _loss(
+            f"all-{reduction}",
+            "everything at once",
+            TINY,
+            ((2, 3), 4, 7),
+            class_weight=True,
+            ignored=0.3,
+            reduction=reduction,
+            label_smoothing=0.1,
+            z_loss=0.05,
+            return_lse=lse,
+        )
+        for reduction, lse in (("mean", False), ("sum", True), ("none", True))
+    ),
+    # --- sizes
+    _loss("lead", "rows in three axes", SMALL, ((2, 3, 4), 6, 9), reduction="none"),
+    _loss("row", "one row without an axis", SMALL, ((), 6, 9)),
+    _loss("n0-sum", "no row", SMALL, (0, 4, 7), reduction="sum"),
+    _loss("n0-none", "no row", SMALL, ((2, 0), 4, 7), reduction="none"),
+    _loss("h1", "one input", SMALL, (6, 1, 9)),
+    _loss("v1", "one word: no loss and no gradient", SMALL, (6, 4, 1)),
+    _loss("v2", "two words", SMALL, (40, 8, 2)),
+    *(
+        _loss(f"s{s}", "vector width, tile and block +-1", HOSTILE, (s, s + 2, s + 1), ignored=0.2)
+        for s in (8, 15, 16, 17, 31, 32, 33, 47, 49, 63, 65, 95, 127, 191, 193)
+    ),
+    _loss("h600", "the hidden size in slices", HOSTILE, (9, 600, 70)),
+    _loss("h1030", "in three, the last one short", HOSTILE, (33, 1030, 40), reduction="none"),
+    _loss("rows", "several chunks of rows", HOSTILE, (801, 20, 33), ignored=0.1),
+    _loss("rows-none", "the same, recomputed", HOSTILE, (801, 20, 33), reduction="none"),
+    _loss("rows-smooth", "chunks and smoothing", HOSTILE, (401, 9, 20), label_smoothing=0.1),
+    _loss("words-smooth", "blocks and smoothing", HOSTILE, (9, 9, 450), label_smoothing=0.1),
+    _loss("words", "so many words that chunks are short", HOSTILE, (150, 5, 70001)),
+    _loss("words-z", "the same with a z-loss", HOSTILE, (60, 5, 70001), z_loss=1e-3, bias=False),
+    # --- values
+    _loss("saturated", "logits of size 50: one-hot", HOSTILE, (20, 8, 60), gain=50.0),
+    # --- memory layouts
+    *(
+        _loss(layout, "views", SMALL, ((3, 4), 6, 9), layout=layout, class_weight=True)
+        for layout in ("transposed", "expanded", "offset", "strided")
+    ),
+]
+
+
 def find(name: str) -> Spec:
     """The spec called `name`; a KeyError that lists the known names otherwise."""
-    specs = (*RNN_SPECS, *GRU_SPECS, *LSTM_SPECS, *ATTENTION_SPECS, *ATTENTION_VARLEN_SPECS)
+    specs = (
+        *RNN_SPECS,
+        *GRU_SPECS,
+        *LSTM_SPECS,
+        *ATTENTION_SPECS,
+        *ATTENTION_VARLEN_SPECS,
+        *LINEAR_CROSS_ENTROPY_SPECS,
+    )
     for spec in specs:
         if spec.name == name:
             return spec

@@ -290,3 +290,41 @@ def attention_varlen(
 
 def _both(out: Tensor, lse: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     return (out, lse) if return_lse else out
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """F.cross_entropy of F.linear -> loss, a number or [...] as target.
+
+    With `return_lse` also lse [...]. The z-loss, which torch has not, is added in plain torch.
+    """
+    z = F.linear(x, weight, bias)
+    rows, classes = z.reshape(-1, len(weight)), target.reshape(-1)
+    loss = F.cross_entropy(
+        rows,
+        classes,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    if z_loss:
+        counted = classes != ignore_index
+        squares = z_loss * (rows.logsumexp(-1) ** 2).masked_fill(~counted, 0)
+        if reduction == "mean":
+            squares = squares.sum() / counted.sum()
+        loss = loss + (squares.sum() if reduction == "sum" else squares)
+    loss = loss.reshape(target.shape) if reduction == "none" else loss
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return (loss, z.to(wide).logsumexp(-1)) if return_lse else loss

@@ -1,0 +1,97 @@
+"""`LinearCrossEntropyLoss`, a linear layer and its loss, over `functional.linear_cross_entropy`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykernels import functional
+
+
+class LinearCrossEntropyLoss(torch.nn.Linear):
+    r"""`torch.nn.Linear` under a `torch.nn.CrossEntropyLoss`, without the logits in memory.
+
+    .. math:: \mathrm{loss} = \mathrm{CrossEntropy}(W x + b, \mathrm{target})
+
+    Parameters and state_dict are those of ``torch.nn.Linear(in_features, num_classes, bias)``, so
+    that W may be shared with an embedding and the layer still be called for logits as
+    `logits`. The arguments are those of torch's layer of this name, which newer versions have; its
+    state_dict loads too.
+
+    Args:
+        in_features: H, the size of x.
+        num_classes: V, the number of classes.
+        bias: whether there is a b.
+        weight: the class weights, [V]; a buffer `class_weight` that state_dict leaves out.
+        reduction, ignore_index, label_smoothing, z_loss: as `functional.linear_cross_entropy`.
+        device, dtype: of the parameters.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, bias, device, dtype)
+        self.register_buffer("class_weight", weight, persistent=False)
+        self.reduction, self.ignore_index = reduction, ignore_index
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+
+    @property
+    def num_classes(self) -> int:
+        return self.out_features
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+        """The loss.
+
+        Args:
+            input: x, [..., H].
+            target: the classes, [...], int64.
+
+        Returns:
+            A number, or [...] with reduction "none".
+        """
+        loss: Tensor = functional.linear_cross_entropy(
+            input,
+            self.weight,
+            target,
+            self.bias,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+        return loss
+
+    def logits(self, input: Tensor) -> Tensor:
+        """W x + b, [..., V], as `torch.nn.Linear`: to sample from, not to train with."""
+        return super().forward(input)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, "
+            f"bias={self.bias is not None}, reduction={self.reduction!r}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
+    ) -> None:
+        for name in ("weight", "bias"):
+            theirs = f"{prefix}linear.{name}"  # torch's layer keeps a Linear
+            if theirs in state_dict:
+                state_dict[prefix + name] = state_dict.pop(theirs)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **options)

@@ -1,0 +1,285 @@
+"""The `linear_cross_entropy` op: every spec on every backend, then what is special to it."""
+
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pykernels import functional, nn
+from pykernels.testing import LINEAR_CROSS_ENTROPY_SPECS, LinearCrossEntropySpec, evaluate
+from pykernels.testing.specs import find
+
+BACKENDS = ("reference", "cpp")
+
+
+def spec_of(name):
+    return find(f"linear_cross_entropy-{name}")
+
+
+@pytest.mark.parametrize(("spec", "backend", "dtype"), cases.cases(*LINEAR_CROSS_ENTROPY_SPECS))
+def test_values_and_gradients(spec, backend, dtype):
+    cases.check(spec, backend, dtype)
+
+
+@pytest.mark.parametrize(
+    ("spec", "backend"), cases.gradcheck_cases(LINEAR_CROSS_ENTROPY_SPECS, {"plain"})
+)
+def test_gradcheck(spec, backend):
+    cases.gradcheck(spec, backend)
+    cases.gradcheck(spec, backend, torch.autograd.gradgradcheck)
+
+
+NAMES = [
+    f"linear_cross_entropy-{name}"
+    for name in ("plain", "all-mean", "all-sum", "all-none", "s33", "rows", "strided", "n0-sum")
+]
+
+
+@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES))
+def test_each_gradient_alone(spec, backend):
+    cases.gradient_alone(spec, backend)
+
+
+@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES))
+def test_leaves_inputs_alone(spec, backend):
+    """And a second backward pass, which has nothing made ahead, gives the same bits."""
+    cases.leaves_inputs_alone(spec, backend)
+    cases.without_gradients(spec, backend)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", ["plain", "all-none", "v2", "s193", "h1030", "rows", "words"])
+def test_threads(name, count, threads):
+    """One, two, and more threads than there are tiles of words: right, the same bits twice."""
+    threads(count)
+    for dtype in (torch.float32, torch.bfloat16):
+        cases.check(spec_of(name), "cpp", dtype)
+        cases.repeats_bitwise(spec_of(name), "cpp", dtype)
+
+
+def test_concurrent_calls(threads):
+    threads(2)
+    cases.concurrently(spec_of("s127"), "cpp", torch.float32)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    sizes=st.tuples(st.integers(1, 60), st.integers(1, 40), st.integers(2, 90)),
+    bias=st.booleans(),
+    class_weight=st.booleans(),
+    ignored=st.sampled_from([0.0, 0.3]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    return_lse=st.booleans(),
+)
+def test_any_sizes(sizes, **options):
+    n, h, v = sizes
+    spec = LinearCrossEntropySpec("drawn", "drawn", (n + 1,), h, v, **options)
+    cases.check(spec, "cpp", torch.float64)
+
+
+def torchs(x, weight, target, bias=None, class_weight=None, **options):
+    return F.cross_entropy(F.linear(x, weight, bias), target, class_weight, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("n", [0, 3])
+def test_no_row_counts(n, reduction, smoothing, backend):
+    """As torch: the mean over nothing is NaN, and gradients are zero."""
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((n, 4), (7, 4), 7))
+    target = torch.full((n,), -100)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    expected = torchs(x, w, target, b, **options)
+    found = functional.linear_cross_entropy(x, w, target, b, **options, backend=backend)
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    for grad in torch.autograd.grad(found.sum(), (x, w, b)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_argmax_is_the_first_of_the_largest(backend, threads):
+    threads(2)
+    x, w = torch.randn(50, 9), torch.randn(1000, 9)
+    w[900], w[400] = w[7], w[7]
+    x[3] = 40 * w[7]
+    target = torch.zeros(50, dtype=torch.int64)
+    loss, lse, argmax = functional.linear_cross_entropy(
+        x, w, target, return_lse=True, return_argmax=True, backend=backend
+    )
+    assert argmax[3] == 7
+    assert torch.equal(argmax, (x @ w.T).argmax(-1))
+    torch.testing.assert_close(lse, (x @ w.T).logsumexp(-1))
+    alone = functional.linear_cross_entropy(x, w, target, return_argmax=True, backend=backend)
+    assert torch.equal(alone[1], argmax)
+    assert torch.equal(alone[0], loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_words_without_a_chance(smoothing, backend):
+    """A bias of -inf takes words out: blocks of them, and in the end the target's own."""
+    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(700, 4, requires_grad=True)
+    bias = torch.zeros(700)
+    bias[:500] = -torch.inf
+    target = torch.arange(600, 606)
+    options = {"label_smoothing": smoothing, "reduction": "none"}
+    for classes in (target, target - 200):
+        expected = torchs(x, w, classes, bias, **options)
+        found = functional.linear_cross_entropy(x, w, classes, bias, **options, backend=backend)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        if smoothing:
+            continue
+        if found.isfinite().all():
+            for one, two in zip(
+                torch.autograd.grad(found.sum(), (x, w)),
+                torch.autograd.grad(expected.sum(), (x, w)),
+                strict=True,
+            ):
+                torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_shows(backend):
+    x, w = torch.randn(4, 3), torch.randn(60, 3)
+    x[1, 2] = torch.nan
+    target = torch.arange(4)
+    loss, lse = functional.linear_cross_entropy(
+        x, w, target, reduction="none", return_lse=True, backend=backend
+    )
+    assert loss.isnan().tolist() == lse.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_in_half_precision(backend):
+    """An upstream gradient that lifts them into float16's range comes before any rounding."""
+    x, w = torch.randn(64, 8).half(), torch.randn(50, 8).half()
+    target = torch.arange(64) % 50
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        loss = functional.linear_cross_entropy(*leaves, target, backend=backend, reduction="sum")
+        up = torch.tensor(2.0**-14, dtype=dtype)
+        grads.append(torch.autograd.grad(loss / 64 * 64, leaves, up))
+    for half, double in zip(*grads, strict=True):
+        assert (half.double() - double).abs().max() < 2e-3 * double.abs().max()
+
+
+MEMORY = """
+import resource, torch
+from pykernels import functional
+torch.set_num_threads(2)
+x, w = torch.randn(600, 128, requires_grad=True), torch.randn(40000, 128, requires_grad=True)
+target = torch.arange(600)
+def step(n):
+    w.grad = x.grad = None
+    functional.linear_cross_entropy(x[:n], w, target[:n], backend="cpp").backward()
+step(1)
+w.grad = None
+torch.empty(0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(600)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_stays_small():
+    """Logits and their gradient would be 96 MB each."""
+    if sys.platform != "linux":
+        pytest.skip("kilobytes are Linux's unit")
+    out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 40 * 1024, f"peak memory grew by {out.stdout} KB"
+
+
+def test_autocast_is_torchs():
+    """Products of bfloat16, a loss in float32."""
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    c, target = torch.rand(9), torch.arange(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torchs(x, w, target, None, c)
+        found = functional.linear_cross_entropy(x, w, target, class_weight=c)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    for grad, leaf in zip(torch.autograd.grad(found, (x, w)), (x, w), strict=True):
+        assert grad.dtype == leaf.dtype
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer(bias):
+    """A Linear and a CrossEntropyLoss, whose state_dict it shares."""
+    weight = torch.rand(11)
+    linear = torch.nn.Linear(6, 11, bias=bias)
+    options = {"label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum"}
+    theirs = torch.nn.CrossEntropyLoss(weight, **options)
+    ours = nn.LinearCrossEntropyLoss(6, 11, bias=bias, weight=weight, **options)
+    assert ours.state_dict().keys() == linear.state_dict().keys()
+    ours.load_state_dict(linear.state_dict())
+    x, target = torch.randn(4, 5, 6), torch.randint(11, (4, 5))
+    expected = theirs(linear(x).flatten(0, 1), target.flatten())
+    found = ours(x, target)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(ours.logits(x), linear(x))
+    found.backward()
+    expected.backward()
+    for one, two in zip(ours.parameters(), linear.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    assert "num_classes=11" in repr(ours)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="this torch has no such layer"
+)
+def test_layer_is_torchs():
+    theirs = torch.nn.LinearCrossEntropyLoss(6, 11, bias=True, weight=torch.rand(11))
+    ours = nn.LinearCrossEntropyLoss(6, 11, bias=True, weight=theirs.weight)
+    state = theirs.state_dict()
+    del state["weight"]  # the class weights
+    ours.load_state_dict(state)
+    x, target = torch.randn(5, 6), torch.randint(11, (5,))
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
+
+
+def mutants():
+    def zero(run, *args, **options):
+        outputs, saved = run(*args, **options)
+        return tuple(None if t is None else t * 0 for t in outputs), saved
+
+    yield "linear_cross_entropy_fwd", zero
+    for index in (0, 1, 3):
+        for factor in (0.0, 1.001):
+            yield "linear_cross_entropy_bwd", cases.scaled_gradient(index, factor)
+    yield from (("linear_cross_entropy_bwd", cases.forget(index)) for index in (0, 1))
+
+
+def test_harness_rejects_mutants(monkeypatch):
+    def skip_none(wrong):
+        return wrong
+
+    cases.rejects_mutants(
+        spec_of("all-none"), monkeypatch, [(name, skip_none(wrong)) for name, wrong in mutants()]
+    )
+
+
+def test_the_truth_is_torchs():
+    """F.cross_entropy in float64, to the letter."""
+    for spec in LINEAR_CROSS_ENTROPY_SPECS:
+        if "bench" in spec.tags or 0 in spec.lead:
+            continue
+        expected = evaluate.stock(spec, torch.float64)
+        for name, truth in evaluate.truth(spec, torch.float64).items():
+            torch.testing.assert_close(
+                truth, expected[name], rtol=1e-11, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}"
+            )
