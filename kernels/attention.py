@@ -761,6 +761,11 @@ def attention_fwd(
     return (out, lse), (*saved, out, lse)
 
 
+def attention_extras(q: Tensor, *_: Tensor | None, **options: object) -> tuple[Tensor]:
+    """Room for what `attention_fwd` saves behind out."""
+    return (q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype)),)
+
+
 def attention_bwd(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],

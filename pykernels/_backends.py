@@ -18,6 +18,8 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   first output of the one before; beside it ``<op>_group_bwd(calls, *, chained)``, the gradients of
   calls ``(saved, grads, needs, options)``, if `chained` with the last link first, whose first
   gradient is the first of the next call's;
+* optionally ``<op>_extras(*tensors, **options) -> tensors``: what the forward saves behind the
+  tensors and the outputs that every backend saves, uninitialised; none where it is missing;
 * ``DTYPES``: the dtypes it serves;
 * ``FEATURES``: which of the op's optional features it serves.
 
@@ -44,6 +46,7 @@ from pykernels import _checks
 #: Fastest first.
 BACKENDS = ("cpp", "triton", "reference")
 _PACKAGES = {"cpp": "cpp", "triton": "kernels", "reference": "reference"}
+_NAMES = {package: name for name, package in _PACKAGES.items()}
 
 #: Best first; the last one runs everywhere.
 ISAS = ("avx512", "avx2", "baseline")
@@ -87,12 +90,32 @@ def select(
         ValueError: the requested backend is unknown, or cannot serve this device, dtype or
             feature; the message names those that can.
     """
-    return _select(op, asked_for(requested), device.type, dtype, features)
+    found = _found(op, requested, device.type, dtype, features)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def asked_for(requested: str | None) -> str | None:
     """The backend that the call or its surroundings ask for; None leaves the choice."""
     return requested or _context.get() or _environment
+
+
+def name(module: ModuleType) -> str:
+    """The backend that a module is of."""
+    return _NAMES[module.__name__.split(".")[1]]
+
+
+def _found(
+    op: str, requested: str | None, device: str, dtype: torch.dtype, features: frozenset[str]
+) -> ModuleType | str:
+    """What `select` returns, or the message of what it raises."""
+    return _select(op, asked_for(requested), device, dtype, features)
+
+
+# torch.compile does not look into the choice: what is found while it compiles, stays. This is what
+# torch.compiler.assume_constant_result does, without the second that the import of Dynamo takes.
+_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -102,16 +125,15 @@ def _select(
     device: str,
     dtype: torch.dtype,
     features: frozenset[str],
-) -> ModuleType:
+) -> ModuleType | str:
     if requested is not None:
         _checks.choice(op, "backend", requested, BACKENDS)
         reason = refusal(requested, op, device, dtype, features)
         if reason is None:
             return module(requested, op)
         able = [name for name in BACKENDS if refusal(name, op, device, dtype, features) is None]
-        raise ValueError(
-            f"{op}: backend {requested!r} cannot serve this call: {reason}; "
-            + (f"these can: {', '.join(able)}" if able else "no backend can")
+        return f"{op}: backend {requested!r} cannot serve this call: {reason}; " + (
+            f"these can: {', '.join(able)}" if able else "no backend can"
         )
     for name in BACKENDS:
         # Triton's interpreter on a CPU is for proving kernels, hundreds of times too slow to pick.
@@ -119,7 +141,7 @@ def _select(
             continue
         if refusal(name, op, device, dtype, features) is None:
             return module(name, op)
-    raise ValueError(f"{op}: no backend serves dtype {dtype} on device {device}")
+    return f"{op}: no backend serves dtype {dtype} on device {device}"
 
 
 def refusal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,7 @@ def attention_fwd(
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
-    # what backward makes weights from
-    row_stats = lse.new_empty(2, *lse.shape) if keep else None
+    row_stats = attention_extras(q)[0] if keep else None
     # The copies must outlive the call: their addresses alone reach it.
     rows = [dense_rows(t) for t in (q, k, v)]
     rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
@@ -59,6 +60,11 @@ def attention_fwd(
         address(row_stats),
     )
     return (out, lse), (q, k, v, attn_mask, sinks, alibi_slopes, seed, out, row_stats)
+
+
+def attention_extras(q: Tensor, *_: Tensor | None, **options: Any) -> tuple[Tensor]:
+    """See `pykernels._backends` for the contract: what backward makes weights from."""
+    return (q.new_empty(2, *q.shape[:3], dtype=compute_dtype(q)),)
 
 
 def attention_bwd(

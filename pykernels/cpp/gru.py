@@ -26,6 +26,11 @@ def gru_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True)
     return [(each.results, each.saved) for each in made]
 
 
+def gru_extras(x: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
+    """See `pykernels._backends` for the contract."""
+    return (_recurrent.empty_gates(x, w_hh.shape[1]),)
+
+
 def gru_bwd(
     saved: tuple[Maybe, ...],
     grads: tuple[Maybe, ...],
@@ -69,7 +74,7 @@ def _forward(
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
     _, B, _, H, _ = sizes
     y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
-    gates = _recurrent.empty_gates(x, H) if keep else None
+    gates = gru_extras(x, w_ih, w_hh)[0] if keep else None
     held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
     outputs = (address(y), address(h_n))
     call = (sizes, batch_sizes or (), reverse, inputs, outputs, address(gates))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pykernels import cpp
@@ -30,6 +31,16 @@ def lstm_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True
             outputs.append(cells.to(outputs[0].dtype, copy=keep))
         found.append((tuple(outputs), each.saved))
     return found
+
+
+def lstm_extras(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Maybe, **options: Any
+) -> tuple[Maybe, ...]:
+    """See `pykernels._backends` for the contract."""
+    H, w_hr = w_hh.shape[0] // 4, others[-1]
+    cells = x.new_empty(*x.shape[:-1], H, dtype=_recurrent.compute_dtype(x))
+    unprojected = None if w_hr is None else torch.empty_like(cells)
+    return _recurrent.empty_gates(x, H), cells, unprojected
 
 
 def lstm_bwd(
@@ -82,11 +93,13 @@ def _forward(
     """The last of its results are all cell states, where they are asked for."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
     _, B, _, H, R = sizes
-    rows, dtype = x.shape[:-1], _recurrent.compute_dtype(x)
+    rows = x.shape[:-1]
     y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
-    gates = _recurrent.empty_gates(x, H) if keep else None
-    cells = x.new_empty(*rows, H, dtype=dtype) if keep or return_cell_states else None
-    unprojected = x.new_empty(*rows, H, dtype=dtype) if keep and w_hr is not None else None
+    gates = cells = unprojected = None
+    if keep:
+        gates, cells, unprojected = lstm_extras(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+    elif return_cell_states:
+        cells = x.new_empty(*rows, H, dtype=_recurrent.compute_dtype(x))
     held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed=packed)
     first = cpp.contiguous(c0)
     call = (

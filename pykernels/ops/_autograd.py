@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pykernels import _autocast, _backends
+from pykernels.ops import _library
 
 
 def apply(
@@ -23,8 +23,11 @@ def apply(
 ) -> Any:
     """The outputs of `op` on `backend`, through its Function where autograd must see the call.
 
-    `unrecorded` makes further options for a call that it need not see.
+    `unrecorded` makes further options for a call that it need not see. Where a compiler or a
+    transform looks on, it sees the operator (`_library`).
     """
+    if _library.looked_at(backend):
+        return _library.call(op, backend, options, tensors, wanted(tensors))
     if wanted(tensors):
         return function.apply(backend, options, *tensors)
     if unrecorded is not None:
@@ -77,15 +80,5 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call on these tensors must be recorded. Recording costs some microseconds.
-
-    Under forward-mode differentiation it must: the Function then says that it has no such formula.
-    """
-    if in_forward_mode():
-        return True
+    """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is going on."""
-    return forward_ad._current_level >= 0

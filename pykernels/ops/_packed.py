@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends
-from pykernels.ops import _autograd
+from pykernels.ops import _library
 
 
 class PackedWeights:
@@ -71,7 +71,7 @@ class PackedWeights:
         the way through all checks then says what.
         """
         step = self._step
-        if step is None or torch.is_grad_enabled() or _autograd.in_forward_mode():
+        if step is None or torch.is_grad_enabled() or _library.in_forward_mode():
             return None
         if _backends.asked_for(backend) not in (None, "cpp"):
             return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
-from pykernels.ops import _autograd
+from pykernels.ops import _autograd, _library
 from pykernels.ops._packed import PackedWeights
 
 #: Rows of the weights by the number of gates, as errors name them.
@@ -22,6 +22,51 @@ _NONE: frozenset[str] = frozenset()
 _BESIDE = 3 * 2**16
 
 Function = type[torch.autograd.Function]
+
+
+def define(op: str, *, options: str = "", extras: str = "") -> None:
+    """Makes the op known to torch's compilers and transforms."""
+    has_cells = op == "lstm"
+    last_if = "return_cell_states" if has_cells else ""
+    options = f"{options}, " if options else ""
+
+    def empty(x: Tensor, *others: Any, batch_sizes: Any, **options: Any) -> tuple[Tensor, ...]:
+        rows, B = x.shape[:-1], x.shape[1] if batch_sizes is None else batch_sizes[0]
+        R = others[1].shape[1]
+        found = [x.new_empty(*rows, R), x.new_empty(B, R)]
+        if has_cells:
+            H = others[1].shape[0] // 4
+            found.append(x.new_empty(B, H))
+            if options[last_if]:
+                found.append(x.new_empty(*rows, H))
+        return tuple(found)
+
+    def formula(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
+        with_cells = options.pop(last_if, True)
+        found = getattr(_backends.module("reference", op), op)(*tensors, **options)
+        return found if with_cells else found[:-1]
+
+    def axes(*tensors: Any, batch_sizes: Any, **options: Any) -> Any:
+        if batch_sizes is not None:
+            return None  # the rows of a step lie behind those of the one before
+        shared = (None, None, None, None)
+        kept = [1] * len(extras.split())
+        if has_cells:
+            return (1, *shared, 0, 0, None), (1, 0, 0, 1, *kept)
+        return (1, *shared, 0), (1, 0, *kept)
+
+    _library.Operator(
+        op,
+        tensors="Tensor x, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? h0"
+        + (", Tensor? c0, Tensor? w_hr" if has_cells else ""),
+        options=f"{options}bool reverse, SymInt[]? batch_sizes",
+        outputs="y h_n c_n c" if has_cells else "y h_n",
+        extras=extras,
+        last_if=last_if,
+        empty=empty,
+        formula=formula,
+        axes=axes,
+    )
 
 
 def features(ragged: bool, projection: bool) -> frozenset[str]:
@@ -189,7 +234,7 @@ def step(
         input = input[None]
         states = tuple(None if state is None else state[None] for state in states)
     projection = (None,) if op == "lstm" else ()
-    if "ragged" in chosen.FEATURES:
+    if not _library.looked_at(chosen) and "ragged" in chosen.FEATURES:
         options["batch_sizes"] = (input.shape[0],)  # spares autograd a view
     else:
         input = input[None]
@@ -281,12 +326,12 @@ def group(
     packed = [own.pop("packed") for own in options]
     batch_sizes = options[0]["batch_sizes"]
     w_hh, w_hr = calls[0][0][1], calls[0][0][4]
-    if torch.get_num_threads() < 2 or w_hh.numel() > _BESIDE:
+    if torch.compiler.is_compiling() or torch.get_num_threads() < 2 or w_hh.numel() > _BESIDE:
         return None
     check_input(op, x, None, batch_sizes)
     wanted = features(batch_sizes is not None, w_hr is not None)
     backend = _backends.select(op, None, x.device, x.dtype, wanted)
-    if not hasattr(backend, f"{op}_group_fwd"):
+    if not hasattr(backend, f"{op}_group_fwd") or _library.looked_at(backend):
         return None
     tensors: list[Tensor | None] = []
     like = x
@@ -400,11 +445,15 @@ class _Rows:
     def __init__(self, lengths: tuple[int, ...], T: int, device: torch.device) -> None:
         """`lengths` are B numbers from 1 to T."""
         self.T, self.B = T, len(lengths)
+        # Numbers from numbers, so that no size in a compiled graph hangs on what a tensor holds.
+        sizes: list[int] = []
+        for ended, length in enumerate(sorted(lengths)):
+            sizes += [self.B - ended] * (length - len(sizes))
+        self.batch_sizes = tuple(sizes)
         descending, order = torch.tensor(lengths).sort(descending=True, stable=True)
         step = torch.arange(T)[:, None]
-        reached = step < descending  # [T, B]
-        self.batch_sizes = tuple(n for n in reached.sum(1).tolist() if n)
-        self.rows = (step * self.B + order)[reached].to(device)  # [N], out of T * B
+        reached = (step < descending).flatten().nonzero_static(size=sum(lengths))  # [N, 1]
+        self.rows = (step * self.B + order).flatten()[reached[:, 0]].to(device)  # [N], of T * B
         self.order = order.to(device)  # [B]: which sequence is first, second, ...
         self.place = order.argsort().to(device)  # [B]: and back
 

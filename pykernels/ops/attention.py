@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
-from pykernels.ops import _autograd
+from pykernels.ops import _autograd, _library
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -25,6 +25,38 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd.backward(ctx, "attention", grads)
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+def _formula(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    reference = _backends.module("reference", "attention")
+    out, lse = reference.attention(*tensors, **options, return_lse=True)
+    return out, lse.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _axes(*tensors: Any, dropout_p: float = 0.0, **options: Any) -> Any:
+    if dropout_p > 0:
+        return None  # what is dropped is drawn by the place in the batch
+    slopes = 0 if tensors[5] is not None and tensors[5].dim() == 2 else None
+    return (0, 0, 0, 0, None, slopes, None), (0, 0, 1)
+
+
+_library.Operator(
+    "attention",
+    tensors="Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? seed",
+    options="SymInt?[2] band, float scale, float softcap=0.0, SymInt diagonal=0, "
+    "float dropout_p=0.0",
+    outputs="out lse",
+    extras="row_stats",
+    empty=_empty,
+    formula=_formula,
+    axes=_axes,
+)
 
 
 #: Bytes of a head, in the dtype of the arithmetic, above which it is a "large_head": several such

@@ -28,6 +28,9 @@ class GRUFunction(torch.autograd.Function):
         return _autograd.backward(ctx, "gru", grads)
 
 
+_recurrent.define("gru", extras="gates")
+
+
 def gru(
     x: Tensor,
     w_ih: Tensor,

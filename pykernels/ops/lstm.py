@@ -28,6 +28,9 @@ class LSTMFunction(torch.autograd.Function):
         return _autograd.backward(ctx, "lstm", grads)
 
 
+_recurrent.define("lstm", options="bool return_cell_states", extras="gates cells unprojected")
+
+
 def lstm(
     x: Tensor,
     w_ih: Tensor,

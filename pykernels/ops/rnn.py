@@ -30,6 +30,9 @@ class RNNFunction(torch.autograd.Function):
         return _autograd.backward(ctx, "rnn", grads)
 
 
+_recurrent.define("rnn", options="str nonlinearity")
+
+
 def rnn(
     x: Tensor,
     w_ih: Tensor,
