@@ -81,7 +81,8 @@ def broadcastable(op: str, name: str, value: Tensor, axes: str, sizes: Sequence[
     """`value` broadcasts to the sizes that `axes` names."""
     given = value.shape
     if len(given) > len(sizes) or any(
-        have not in (1, want) for have, want in zip(reversed(given), reversed(sizes), strict=False)
+        have != 1 and have != want  # not `in`, which torch.compile does not ask of unknown sizes
+        for have, want in zip(reversed(given), reversed(sizes), strict=False)
     ):
         fail(op, name, f"broadcastable to [{axes}] = {list(sizes)}", list(given))
 

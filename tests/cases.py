@@ -515,3 +515,11 @@ def recurrent_mutants(op, tensors, outputs):
     for i in range(tensors):
         mutants += [(f"{op}_bwd", scaled_gradient(i, factor)) for factor in (0.0, 1.001)]
     return mutants + [(f"{op}_bwd", forget(i)) for i in range(outputs)]
+
+
+# --- what compilers and transforms are given
+
+
+def flat_tensors(value):
+    """The tensors of any nested result."""
+    return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]

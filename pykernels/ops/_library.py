@@ -9,7 +9,6 @@ them. Eager calls go past all this, as the dispatcher costs more than a small st
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -61,7 +60,7 @@ def call(
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         found = operator.forward(*tensors, **options, backend=name, keep=keep)
     else:
-        found = _Transformed.apply(_Forward(operator, name, options, keep=True), *tensors)
+        found = _Transformed.apply(_Forward(operator, name, options, True), *tensors)
     count = len(operator.outputs)
     return found[: count if options.get(operator.last_if, True) else count - 1]
 
@@ -119,9 +118,11 @@ class Operator:
 
     def _register(self, schema: str, kind: type[_Pass]) -> Any:
         def of(keywords: dict[str, Any]) -> _Pass:
-            options = {k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()}
-            own = {kind.own: options.pop(kind.own)}
-            return kind(self, options.pop("backend"), options, **own)
+            options: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()
+            }
+            own = options.pop(kind.own)
+            return kind(self, options.pop("backend"), options, own)
 
         def run(*args: Maybe, **keywords: Any) -> tuple[Tensor, ...]:
             return of(keywords).run(*args)
@@ -157,7 +158,9 @@ class _Pass:
     #: The option that this pass alone has.
     own: str
 
-    def __init__(self, operator: Operator, backend: str, options: dict[str, Any]) -> None:
+    def __init__(
+        self, operator: Operator, backend: str, options: dict[str, Any], _own: Any
+    ) -> None:
         self.operator, self.backend_name, self.options = operator, backend, options
 
     def __call__(self, args: Sequence[Maybe]) -> tuple[Tensor, ...]:
@@ -227,9 +230,9 @@ class _Forward(_Pass):
     own = "keep"
 
     def __init__(
-        self, operator: Operator, backend: str, options: dict[str, Any], *, keep: bool
+        self, operator: Operator, backend: str, options: dict[str, Any], keep: bool
     ) -> None:
-        super().__init__(operator, backend, options)
+        super().__init__(operator, backend, options, keep)
         self.keep = keep
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
@@ -267,7 +270,7 @@ class _Forward(_Pass):
     def backward(self, ctx: Any, needs: Sequence[bool], grads: Tensors) -> Tensors:
         needs = tuple(map(bool, needs[: len(self.operator.tensors)]))
         args = (*ctx.saved_tensors, *grads[: len(self.operator.outputs)])
-        run = _Backward(self.operator, self.backend_name, self.options, needs=needs)
+        run = _Backward(self.operator, self.backend_name, self.options, needs)
         found = run.formula(args) if in_forward_mode() else run(args)
         return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
 
@@ -278,8 +281,8 @@ class _Forward(_Pass):
         if axes is None or _shared(dims, axes[0]):
             return None
         rows = _rows(one, axes[0])
-        every = zip(args, dims, axes[0], one, strict=True)
-        found = self([_join(*each, size, rows) for each in every])
+        each = zip(args, dims, axes[0], one, strict=True)
+        found = self([_join(t, d, a, o, size, rows) for t, d, a, o in each])
         # What is missing has no such axis.
         out = tuple(
             None if a is None or t.dim() <= a else a for t, a in zip(found, axes[1], strict=True)
@@ -299,9 +302,9 @@ class _Backward(_Pass):
     own = "needs"
 
     def __init__(
-        self, operator: Operator, backend: str, options: dict[str, Any], *, needs: Sequence[bool]
+        self, operator: Operator, backend: str, options: dict[str, Any], needs: Sequence[bool]
     ) -> None:
-        super().__init__(operator, backend, options)
+        super().__init__(operator, backend, options, needs)
         self.needs = tuple(needs)
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
@@ -380,13 +383,10 @@ class _Backward(_Pass):
         ):
             return None
         rows = _rows(one, own)
+        # A gradient is by row, and so must be what it is of.
         whole = (*self.needs, *[False] * (len(args) - count))
-        found = self(
-            [
-                _join(*each, size, rows, whole=need)
-                for *each, need in zip(args, dims, every, one, whole, strict=True)
-            ]
-        )
+        each = zip(args, dims, every, one, whole, strict=True)
+        found = self([_join(t, d, a, o, size, rows, whole=need) for t, d, a, o, need in each])
         out = tuple(a if need else None for a, need in zip(own, self.needs, strict=True))
         grads = []
         for grad, a, t in zip(found, out, one[:count], strict=True):

@@ -398,7 +398,7 @@ def _check_slopes(op: str, slopes: Tensor, q: Tensor, B: int, N: int) -> None:
     _checks.tensor(op, name, slopes)
     _checks.floating(op, name, slopes)
     _checks.device(op, name, slopes, q)
-    if tuple(slopes.shape) not in ((N,), (B, N)):
+    if slopes.shape != (N,) and slopes.shape != (B, N):
         _checks.fail(op, name, f"[N] or [B, N] = [{N}] or [{B}, {N}]", list(slopes.shape))
     if slopes.requires_grad:
         _checks.fail(op, name, "without a gradient: pass a learned bias as attn_mask", "one")

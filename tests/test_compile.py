@@ -1,0 +1,432 @@
+"""Our ops under torch.compile and torch.export: one operator in the graph, whatever the sizes."""
+
+import io
+import time
+
+import pytest
+import torch
+from cases import flat_tensors as flat
+from torch.library import opcheck
+
+from pykernels import functional, nn, use_backend
+from pykernels.testing import specs
+
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+LAYERS = {
+    "plain": {},
+    "deep": {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing compiled before; and Dynamo's leave to look into RNN, GRU and LSTM, ours or not."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+
+
+class Graphs:
+    """A backend of torch.compile that keeps the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def ours(self):
+        """The names of our operators in all graphs."""
+        return [
+            str(node.target).split(".")[1]
+            for graph in self.graphs
+            for node in graph.graph.nodes
+            if str(node.target).startswith("pykernels.")
+        ]
+
+
+def step(run, *args):
+    """The outputs of a call and all gradients under random upstream ones."""
+    leaves = [t for t in flat(args) if t.requires_grad]
+    leaves += list(run.parameters()) if isinstance(run, torch.nn.Module) else []
+    outputs = flat(run(*args))
+    if not leaves:
+        return outputs
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, upstream, allow_unused=True)]
+
+
+def same(run, *args, **options):
+    """Compiled without a break, `run` gives the same bits as without, gradients too.
+
+    It returns what was compiled.
+    """
+    graphs = Graphs()
+    compiled = torch.compile(run, fullgraph=True, **{"backend": graphs} | options)
+    exactly(step(compiled, *args), step(run, *args))
+    return compiled, graphs
+
+
+def exactly(found, expected):
+    assert len(found) == len(expected)
+    for one, two in zip(found, expected, strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or (torch.equal(one, two) and one.any())
+
+
+def arguments(op, T=5, B=3, I=4, H=6, dtype=torch.float32, grad=True):
+    """x, w_ih, w_hh, b_ih, b_hh and the first states of a recurrent op."""
+    torch.manual_seed(0)
+    rows = GATES[op] * H
+    shapes = [(T, B, I), (rows, I), (rows, H), (rows,), (rows,)]
+    shapes += [(B, H)] * (2 if op == "lstm" else 1)
+    return [torch.randn(shape, dtype=dtype).div_(2).requires_grad_(grad) for shape in shapes]
+
+
+def heads(dtype=torch.float32, grad=True, B=2, N=4, S=7, D=8):
+    torch.manual_seed(0)
+    return [torch.randn(B, N, S, D, dtype=dtype, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("op", GATES)
+def test_functions(op, dynamic, grad):
+    run = getattr(functional, op)
+    compiled, graphs = same(run, *arguments(op, grad=grad), dynamic=dynamic)
+    assert graphs.ours() == [op]
+    if dynamic:
+        for T, B in ((2, 4), (9, 2)):
+            other = arguments(op, T=T, B=B, grad=grad)
+            exactly(step(compiled, *other), step(run, *other))
+        assert len(graphs.graphs) == 1
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_cells(op):
+    x, w_ih, w_hh, b_ih, b_hh, *states = arguments(op)
+    run = getattr(functional, f"{op}_cell")
+    hx = tuple(states) if op == "lstm" else states[0]
+    _, graphs = same(run, x[0], hx, w_ih, w_hh, b_ih, b_hh, dynamic=True)
+    assert graphs.ours() == [op]
+    same(run, x[0, 0], tuple(t[0] for t in hx) if op == "lstm" else hx[0], w_ih, w_hh)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("lengths", [[2, 5, 1], (5, 5, 5)])
+@pytest.mark.parametrize("op", GATES)
+def test_lengths_as_numbers(op, lengths, dynamic):
+    _, graphs = same(
+        lambda *args: getattr(functional, op)(*args, lengths=lengths, reverse=True),
+        *arguments(op),
+        dynamic=dynamic,
+    )
+    assert graphs.ours() == [op]
+
+
+def test_options_of_the_lstm():
+    def run(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
+        return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, return_cell_states=True)
+
+    same(run, *arguments("lstm"))
+    x, w_ih, w_hh, *_ = arguments("lstm")
+    w_hr = torch.randn(2, 6, requires_grad=True)
+    same(lambda *t: functional.lstm(*t[:3], w_hr=t[3]), x, w_ih, w_hh[:, :2], w_hr, dynamic=True)
+
+
+ATTENTIONS = {
+    "full": {},
+    "causal": {"is_causal": True, "causal_alignment": "bottom-right"},
+    "window": {"window": (3, None), "softcap": 2.0, "scale": 0.3},
+    "slopes": {"alibi_slopes": torch.tensor([0.5, 0.25, 1.0, 2.0])},
+    "sinks": {"sinks": torch.tensor([0.5, 0.25, 1.0, 2.0])},
+    "mask": {"attn_mask": torch.arange(49).reshape(7, 7) % 3 > 0},
+    "lse": {"return_lse": True},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", ATTENTIONS.values(), ids=ATTENTIONS)
+def test_attention(options, dynamic):
+    _, graphs = same(
+        lambda q, k, v: functional.attention(q, k, v, **options), *heads(), dynamic=dynamic
+    )
+    assert graphs.ours() == ["attention"]
+
+
+def test_attention_of_any_length_is_one_graph():
+    def run(q, k, v):
+        return functional.attention(q, k, v, is_causal=True, causal_alignment="bottom-right")
+
+    compiled, graphs = same(run, *heads(), dynamic=True)
+    for S in (4, 19):
+        exactly(step(compiled, *heads(S=S, B=3)), step(run, *heads(S=S, B=3)))
+    assert len(graphs.graphs) == 1
+
+
+def test_scaled_dot_product_attention():
+    run = functional.scaled_dot_product_attention
+    same(run, *heads(), dynamic=True)
+    mask = torch.randn(7, 7, requires_grad=True)
+    same(run, *heads(), mask)
+    same(lambda q: run(q, q[:, :2], q[:, :2], enable_gqa=True), heads()[0])
+
+
+def test_dropout_draws_from_torchs_generator():
+    q, k, v = heads()
+
+    def run(q, k, v):
+        torch.manual_seed(3)
+        return functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+
+    compiled = torch.compile(run, backend="aot_eager")
+    exactly(step(compiled, q, k, v), step(run, q, k, v))
+
+
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_layers(name, options):
+    layer = getattr(nn, name)(4, 6, **options)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    _, graphs = same(layer, x, dynamic=True)
+    assert len(graphs.ours()) == (4 if options else 1)
+    same(layer, x[0])
+    layer.eval().requires_grad_(False)
+    with torch.no_grad():
+        layer(x)  # packs the weights, which no graph may know of
+        same(layer, x.detach())
+
+
+def test_dropout_between_layers():
+    layer = nn.LSTM(4, 6, num_layers=2, dropout=0.5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, results = torch.randn(5, 3, 4), []
+    for run in (compiled, layer):
+        torch.manual_seed(3)
+        results.append(step(run, x))
+    exactly(*results)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_layers_of_one_step(name):
+    cell = getattr(nn, name)(4, 6)
+    x = torch.randn(3, 4, requires_grad=True)
+    hx = torch.randn(3, 6)
+    same(cell, x, (hx, hx) if name == "LSTMCell" else hx, dynamic=True)
+    same(lambda x: cell(x[0]), x)
+    cell.eval().requires_grad_(False)
+    with torch.no_grad():
+        cell(x)
+        same(cell, x.detach())
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention(need_weights):
+    mha = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = mha
+
+        def forward(self, x):
+            out, weights = self.mha(x, x, x, attn_mask=mask, need_weights=need_weights)
+            return (out, weights) if need_weights else out
+
+    _, graphs = same(Model(), x, dynamic=True)
+    assert graphs.ours() == ["attention"]
+
+
+@torch._dynamo.config.patch(allow_rnn=False)
+def test_a_layer_that_dynamo_leaves_alone_still_runs():
+    """By default Dynamo breaks the graph at each RNN, GRU and LSTM: then it is an eager call."""
+    gru = nn.GRU(4, 6)
+    x = torch.randn(5, 3, 4, requires_grad=True)
+
+    def run(x):
+        return gru(x * 2)
+
+    exactly(step(torch.compile(run, backend="aot_eager"), x), step(run, x))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM"])
+def test_packed_sequences_break_the_graph_and_run(name):
+    layer = getattr(nn, name)(4, 6)
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(5, 3, 4), [5, 2, 1])
+    (one, last), (two, other) = compiled(x), layer(x)
+    exactly([one.data, *flat(last)], [two.data, *flat(other)])
+
+
+def test_the_graph_and_its_making_are_flat_in_time():
+    times = []
+    for T in (4, 4, 2000):
+        torch._dynamo.reset()
+        x, *rest = arguments("lstm", T=T)
+        graphs = Graphs()
+        begin = time.perf_counter()
+        flat(torch.compile(functional.lstm, fullgraph=True, backend=graphs)(x, *rest))
+        times.append(time.perf_counter() - begin)
+        assert graphs.ours() == ["lstm"]
+        assert len(list(graphs.graphs[0].graph.nodes)) < 30
+    assert times[2] < 3 * max(times[:2]) + 1
+
+
+@pytest.mark.parametrize("op", [*GATES, "attention"])
+def test_inductor(op):
+    """The compiler that torch.compile takes by default, forward and backward."""
+    run = getattr(functional, op)
+    args = heads() if op == "attention" else arguments(op)
+
+    def around(*args):
+        return [t.sin() * 2 for t in flat(run(*(t * 1.5 for t in args)))]
+
+    compiled = torch.compile(around, fullgraph=True)
+    for one, two in zip(step(compiled, *args), step(around, *args), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+        assert one.any()
+
+
+def test_inductor_on_a_layer_of_any_size():
+    layer = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for T, B in ((5, 3), (2, 7)):
+        x = torch.randn(T, B, 4, requires_grad=True)
+        for one, two in zip(step(compiled, x), step(layer, x), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", [*GATES, "attention"])
+def test_backend_is_in_the_graph(op):
+    run, args = getattr(functional, op), heads() if op == "attention" else arguments(op)
+    graphs = Graphs()
+    with use_backend("reference"):
+        torch.compile(run, fullgraph=True, backend=graphs)(*args)
+    torch.compile(lambda *a: run(*a, backend="cpp"), fullgraph=True, backend=graphs)(*args)
+    nodes = [node for graph in graphs.graphs for node in graph.graph.nodes]
+    chosen = [node.kwargs["backend"] for node in nodes if "backend" in node.kwargs]
+    assert chosen == ["reference", "cpp"]
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rnn-plain",
+        "rnn-bare",
+        "rnn-ragged",
+        "gru-plain",
+        "gru-ragged",
+        "lstm-plain",
+        "lstm-cells",
+        "lstm-projection",
+        "attention-plain",
+        "attention-lq-lk",
+    ],
+)
+def test_opcheck(name, backend):
+    """torch's own checks of a registration: schema, sizes, gradient, dynamic sizes."""
+    spec = specs.find(name)
+    seen = []
+
+    class See(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "pykernels":
+                seen.append((func, args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    inputs = spec.inputs(torch.float64)
+    for t in inputs.values():
+        t.requires_grad_(t.is_floating_point())
+    with See():
+        outputs = flat(getattr(functional, spec.op)(**inputs, **spec.options, backend="cpp"))
+        sum(t.sum() for t in outputs).backward()
+    assert [func._opname for func, *_ in seen] == [spec.op, f"{spec.op}_backward"]
+    for func, args, kwargs in seen:
+        args = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
+        opcheck(func, tuple(args), {**kwargs, "backend": backend})
+
+
+class Model(torch.nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(4, 6)
+        self.gru = nn.GRU(6, 6, bidirectional=True)
+        self.lstm = nn.LSTM(12, 8, num_layers=2)
+        self.mha = nn.MultiheadAttention(8, 2)
+        self.cell = nn.LSTMCell(8, 6)
+
+    def forward(self, x):
+        x = self.lstm(self.gru(self.rnn(x)[0])[0])[0]
+        x, _ = self.mha(x, x, x, need_weights=False)
+        return self.cell(x[-1])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(dynamic):
+    """Export, save, load and run."""
+    model, x = Model().eval(), torch.randn(5, 3, 4)
+    sizes = ({0: torch.export.Dim("T"), 1: torch.export.Dim("B")},) if dynamic else None
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (x,), dynamic_shapes=sizes), file)
+    file.seek(0)
+    program = torch.export.load(file)
+    names = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("pykernels.")]
+    assert sorted(names) == sorted(
+        f"pykernels.{op}.default" for op in ("rnn", *["gru"] * 2, *["lstm"] * 3, "attention")
+    )
+    for given in (x, torch.randn(11, 2, 4)) if dynamic else (x,):
+        exactly(flat(program.module()(given)), flat(model(given)))
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell", "MultiheadAttention"])
+def test_autocast(name):
+    """The same dtypes and bits as in an eager call, autocast around the graph or in it."""
+    layer = getattr(nn, name)(*((8, 2) if name == "MultiheadAttention" else (8, 6)))
+    x = torch.randn(*((3,) if name == "GRUCell" else (5, 3)), 8)
+
+    def run(x):
+        found = layer(x, x, x)[0] if name == "MultiheadAttention" else layer(x)
+        return flat(found)
+
+    def inside(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run(x)
+
+    expected = inside(x)
+    assert all(t.dtype == torch.bfloat16 for t in expected)
+    exactly(torch.compile(inside, fullgraph=True, backend="aot_eager")(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        exactly(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+BAD = {
+    "rnn": lambda x: functional.rnn(x, x[0], x[0]),
+    "gru": lambda x: functional.gru(x, torch.zeros(9, 4), torch.zeros(9, 4)),
+    "lstm": lambda x: functional.lstm(x.long(), torch.zeros(12, 4), torch.zeros(12, 3)),
+    "lstm_cell": lambda x: functional.lstm_cell(x, None, torch.zeros(12, 4), torch.zeros(12, 3)),
+    "attention": lambda x: functional.attention(x, x, x),
+    "mask": lambda x: functional.attention(x[None], x[None], x[None], torch.zeros(9, 9)),
+    "backend": lambda x: functional.rnn(x, x[0], torch.zeros(3, 3), backend="metal"),
+    "device": lambda x: functional.attention(x[None], x[None], x[None].to("meta")),
+}
+
+
+@pytest.mark.parametrize("run", BAD.values(), ids=BAD)
+def test_bad_input(run):
+    """Compiled, the error is that of the eager call; where no break is allowed, it is quoted."""
+    x = torch.randn(5, 3, 4)
+    with pytest.raises((ValueError, TypeError)) as expected:
+        run(x)
+    with pytest.raises(expected.type) as found:
+        torch.compile(run, backend="aot_eager")(x)
+    assert str(found.value) == str(expected.value)
+    with pytest.raises(torch._dynamo.exc.Unsupported) as quoted:
+        torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    assert expected.type.__name__ in str(quoted.value)
