@@ -110,7 +110,10 @@ def _found(
     op: str, requested: str | None, device: str, dtype: torch.dtype, features: frozenset[str]
 ) -> ModuleType | str:
     """What `select` returns, or the message of what it raises."""
-    return _select(op, asked_for(requested), device, dtype, features)
+    try:
+        return _select(op, asked_for(requested), device, dtype, features)
+    except ValueError as error:
+        return str(error)
 
 
 # torch.compile does not look into the choice: what is found while it compiles, stays. This is what
@@ -125,15 +128,16 @@ def _select(
     device: str,
     dtype: torch.dtype,
     features: frozenset[str],
-) -> ModuleType | str:
+) -> ModuleType:
     if requested is not None:
         _checks.choice(op, "backend", requested, BACKENDS)
         reason = refusal(requested, op, device, dtype, features)
         if reason is None:
             return module(requested, op)
         able = [name for name in BACKENDS if refusal(name, op, device, dtype, features) is None]
-        return f"{op}: backend {requested!r} cannot serve this call: {reason}; " + (
-            f"these can: {', '.join(able)}" if able else "no backend can"
+        raise ValueError(
+            f"{op}: backend {requested!r} cannot serve this call: {reason}; "
+            + (f"these can: {', '.join(able)}" if able else "no backend can")
         )
     for name in BACKENDS:
         # Triton's interpreter on a CPU is for proving kernels, hundreds of times too slow to pick.
@@ -141,7 +145,7 @@ def _select(
             continue
         if refusal(name, op, device, dtype, features) is None:
             return module(name, op)
-    return f"{op}: no backend serves dtype {dtype} on device {device}"
+    raise ValueError(f"{op}: no backend serves dtype {dtype} on device {device}")
 
 
 def refusal(

@@ -658,14 +658,6 @@ def test_lazy_minus():
     assert torch.equal(found, expected)
 
 
-def test_forward_mode_is_refused():
-    q, k, v = (torch.randn(1, 2, 5, 8) for _ in range(3))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
-        with pytest.raises(NotImplementedError, match=r"forward mode|jvp"):
-            functional.attention(dual, k, v)
-
-
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}])
 def test_autocast(options):
     """Under autocast the drop-in casts as torch's function does; the op itself keeps its dtype."""

@@ -49,7 +49,8 @@ class Graphs:
 def step(run, *args):
     """The outputs of a call and all gradients under random upstream ones."""
     leaves = [t for t in flat(args) if t.requires_grad]
-    leaves += list(run.parameters()) if isinstance(run, torch.nn.Module) else []
+    if isinstance(run, torch.nn.Module):
+        leaves += [p for p in run.parameters() if p.requires_grad]
     outputs = flat(run(*args))
     if not leaves:
         return outputs
@@ -320,12 +321,11 @@ def test_backend_is_in_the_graph(op):
         "rnn-bare",
         "rnn-ragged",
         "gru-plain",
-        "gru-ragged",
         "lstm-plain",
         "lstm-cells",
-        "lstm-projection",
+        "lstm-proj",
         "attention-plain",
-        "attention-lq-lk",
+        "attention-alibi",
     ],
 )
 def test_opcheck(name, backend):
@@ -427,6 +427,7 @@ def test_bad_input(run):
     with pytest.raises(expected.type) as found:
         torch.compile(run, backend="aot_eager")(x)
     assert str(found.value) == str(expected.value)
-    with pytest.raises(torch._dynamo.exc.Unsupported) as quoted:
+    torch._dynamo.reset()
+    with pytest.raises((expected.type, torch._dynamo.exc.Unsupported)) as quoted:
         torch.compile(run, backend="aot_eager", fullgraph=True)(x)
-    assert expected.type.__name__ in str(quoted.value)
+    assert str(expected.value)[:20] in str(quoted.value)

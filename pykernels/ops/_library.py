@@ -283,10 +283,7 @@ class _Forward(_Pass):
         rows = _rows(one, axes[0])
         each = zip(args, dims, axes[0], one, strict=True)
         found = self([_join(t, d, a, o, size, rows) for t, d, a, o in each])
-        # What is missing has no such axis.
-        out = tuple(
-            None if a is None or t.dim() <= a else a for t, a in zip(found, axes[1], strict=True)
-        )
+        out = tuple(_axis(t, a) for t, a in zip(found, axes[1], strict=True))
         return tuple(
             t if a is None else t.unflatten(a, (size, rows))
             for t, a in zip(found, out, strict=True)
@@ -451,6 +448,13 @@ def _rows(tensors: Sequence[Maybe], axes: Axes) -> int:
     )
 
 
+def _axis(tensor: Maybe, axis: int | None) -> int | None:
+    """`axis` counted from the first; None where the tensor is missing or has no such axis."""
+    if tensor is None or axis is None or not -tensor.dim() <= axis < tensor.dim():
+        return None
+    return axis % tensor.dim()
+
+
 def _join(
     tensor: Maybe,
     dim: int | None,
@@ -469,10 +473,9 @@ def _join(
         size, rows: sizes of the two axes.
         whole: repeat what could be broadcast.
     """
+    axis = _axis(one, axis)
     if tensor is None or one is None or axis is None:
         return tensor
-    if one.dim() <= axis:
-        return one  # an extra that is missing
     if dim is None:
         if one.shape[axis] == 1 != rows and not whole:
             return tensor

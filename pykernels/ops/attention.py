@@ -42,7 +42,7 @@ def _axes(*tensors: Any, dropout_p: float = 0.0, **options: Any) -> Any:
     if dropout_p > 0:
         return None  # what is dropped is drawn by the place in the batch
     slopes = 0 if tensors[5] is not None and tensors[5].dim() == 2 else None
-    return (0, 0, 0, 0, None, slopes, None), (0, 0, 1)
+    return (0, 0, 0, 0, None, slopes, None), (0, 0, -3)
 
 
 _library.Operator(
