@@ -368,12 +368,12 @@ class _Backward(_Pass):
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]] | None:
         operator = self.operator
         count = len(operator.tensors)
-        axes = operator.axes(*one[:count], **self.options)
+        axes: Any = operator.axes(*one[:count], **self.options)
         if axes is None:
             return None
         own, results = axes
         kept, outputs = results[len(operator.outputs) :], results[: len(operator.outputs)]
-        every = (*own, *results[: operator.saves], *kept, *outputs)
+        every: Axes = (*own, *results[: operator.saves], *kept, *outputs)
         # The gradient of what all rows share is a sum over rows, those of other calls too.
         if _shared(dims, every) or _shared(
             [i if need else None for i, need in enumerate(self.needs)], own
