@@ -26,7 +26,7 @@ def apply(
     `unrecorded` makes further options for a call that it need not see. Where a compiler or a
     transform looks on, it sees the operator (`_library`).
     """
-    if _library.looked_at(backend):
+    if _library.looked_at(backend) and _library.knows(op):
         return _library.call(op, backend, options, tensors, wanted(tensors))
     if wanted(tensors):
         return function.apply(backend, options, *tensors)
@@ -80,5 +80,11 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
+    """Whether a call on these tensors must be recorded. Recording costs some microseconds.
+
+    Under forward-mode differentiation it must: a Function of an op that is no operator then says
+    that it has no such formula.
+    """
+    if _library.in_forward_mode():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

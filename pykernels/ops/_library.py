@@ -30,6 +30,11 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _operators: dict[str, Operator] = {}
 
 
+def knows(op: str) -> bool:
+    """Whether the op is an operator of torch."""
+    return op in _operators
+
+
 def looked_at(backend: ModuleType) -> bool:
     """Whether a compiler, a transform or a dispatch mode looks on, and must see an operator.
 
@@ -356,7 +361,7 @@ class _Backward(_Pass):
                 own[i] = t
             return self._only_needed(self.formula(own))
 
-        _, pull = torch.func.vjp(formula, *(args[i] for i in wanted))
+        pull: Any = torch.func.vjp(formula, *(args[i] for i in wanted))[1]
         found = dict(zip(wanted, pull(self._only_needed(grads)), strict=True))
         return tuple(found.get(i) for i in range(len(args)))
 
