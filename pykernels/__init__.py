@@ -5,5 +5,15 @@ import torch  # noqa: F401  torch's OpenMP runtime must be loaded before the C++
 from pykernels import functional, nn
 from pykernels._backends import use_backend
 from pykernels._version import __version__
+from pykernels.patch import activate, deactivate, replace_modules, restore_modules
 
-__all__ = ["__version__", "functional", "nn", "use_backend"]
+__all__ = [
+    "__version__",
+    "activate",
+    "deactivate",
+    "functional",
+    "nn",
+    "replace_modules",
+    "restore_modules",
+    "use_backend",
+]

@@ -93,6 +93,12 @@ def positive(op: str, name: str, value: int) -> None:
         fail(op, name, "at least 1", value)
 
 
+def module(op: str, name: str, value: Any) -> None:
+    """`value` is a module."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{op}: `{name}` must be a torch.nn.Module, got {type(value).__name__}")
+
+
 def number(op: str, name: str, value: Any) -> None:
     """`value` is a plain number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -27,7 +27,9 @@ PARTS = {
     "cost": (set(), set()),
     "_version": (set(), set()),
     "testing": ({"functional", "ops", "reference"}, {"torch"}),
-    "__init__": ({"functional", "nn", "_backends", "_version"}, {"torch"}),
+    "patch": ({"functional", "nn", "_backends", "_checks"}, {"torch"}),
+    "integrations": ({"functional"}, {"torch", "transformers"}),
+    "__init__": ({"functional", "nn", "patch", "_backends", "_version"}, {"torch"}),
     "__main__": ({"_backends", "_version", "__init__"}, {"torch"}),
 }
 FILES = sorted([*(ROOT / "pykernels").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

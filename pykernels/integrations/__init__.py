@@ -1,0 +1,1 @@
+"""Our kernels inside other libraries: a module for each, to be imported by name."""
