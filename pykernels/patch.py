@@ -105,7 +105,7 @@ def _change(
             done.append(place)
             say = f"{found.__module__}.{found.__qualname__}"
         elif isinstance(module, tuple(classes)) and not isinstance(module, tuple(classes.values())):
-            say = f"{type(module).__qualname__}, left alone: " + (
+            say = f"{type(module).__name__}, left alone: " + (
                 "a subclass" if found is None else "it has a forward of its own"
             )
         else:
@@ -214,7 +214,7 @@ def _attention(
     """``aten::scaled_dot_product_attention`` on CPU tensors, where autograd sees it."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, "enable_gqa": enable_gqa}
-    if _served(query, key, value, attn_mask, is_causal, enable_gqa):
+    if 0 <= dropout_p <= 1 and _served(query, key, value, attn_mask, enable_gqa):
         return functional.scaled_dot_product_attention(*arguments, **options)
     stock = torch.ops.aten.scaled_dot_product_attention.default
     return stock.decompose(*arguments, **options)
@@ -231,7 +231,6 @@ def _served(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
-    is_causal: bool,
     enable_gqa: bool,
 ) -> bool:
     """Whether a call goes to our kernel at once; stock torch words the errors of bad ones."""
@@ -246,7 +245,7 @@ def _served(
         if t.layout != torch.strided or t.is_nested or t.dim() < 2:
             return False
     dtypes = (query.dtype, torch.float32, torch.bool)
-    if attn_mask is not None and (is_causal or attn_mask.dtype not in dtypes):
+    if attn_mask is not None and attn_mask.dtype not in dtypes:
         return False
     if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
         return False
