@@ -37,7 +37,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     `torch.nn.TransformerEncoderLayer` has an inference path (eval mode without gradients) that
     reads this module's weights and never calls its forward: there stock kernels run. It is left by
-    ``torch.backends.mha.set_fastpath_enabled(False)``.
+    ``torch.backends.mha.set_fastpath_enabled(False)``, and by `pykernels.replace_modules`.
     """
 
     def forward(
