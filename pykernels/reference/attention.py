@@ -120,16 +120,12 @@ def attention_fwd(q, k, v, attn_mask, sinks, alibi_slopes, seed, *, keep=True, *
     return (out, lse), (*tensors, out, lse)
 
 
-<<<<<<< HEAD
-def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, sequence=0, **options):
-=======
 def attention_extras(q, *others, **options):
     """See `pykernels._backends` for the contract."""
     return (q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),)
 
 
-def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, **options):
->>>>>>> 9ad369c (Ops as torch's operators: for compilers, torch.func and forward mode)
+def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, sequence=0, **options):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
