@@ -42,6 +42,7 @@ bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/run.py $(ARGS)
 	@$(PY) benchmarks/recurrent.py
 	@$(PY) benchmarks/errors.py
+	@$(PY) benchmarks/scaling.py
 	@$(PY) benchmarks/plot.py
 	@$(PY) benchmarks/readme.py
 

@@ -1,4 +1,4 @@
-"""Draws the newest kept results: speed.png and errors.png in benchmarks/results.
+"""Draws the newest kept results: speed.png, errors.png and scaling.png in benchmarks/results.
 
 python benchmarks/plot.py
 python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import records
+import scaling
 import torch
 
 mpl.use("Agg")
@@ -42,12 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--speed", type=Path, help="CSV file of run.py (default: the newest kept)")
     parser.add_argument("--errors", type=Path, help="CSV file of errors.py (default: likewise)")
+    parser.add_argument("--scaling", type=Path, help="CSV file of scaling.py (default: likewise)")
     parser.add_argument("--output", type=Path, default=records.KEPT, help="folder")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    given = options.speed or options.errors
+    given = options.speed or options.errors or options.scaling
     drawn = 0
-    for kind, draw in (("speed", speed), ("errors", errors)):
+    for kind, draw in (("speed", speed), ("errors", errors), ("scaling", growth)):
         source = getattr(options, kind) or (None if given else records.newest(kind))
         if source is None:
             continue
@@ -152,6 +154,53 @@ def scatter(axis: Axes, rows: list[records.Row]) -> None:
     axis.set_xlabel(f"error of stock torch (at most {least:g}: at the edge)")
     axis.grid(alpha=0.2)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def growth(rows: list[records.Row]) -> plt.Figure:
+    """Time against the size that moves, a panel a curve, with the model's line below."""
+    by_curve: dict[str, dict[str, dict[str, list[records.Row]]]] = {}
+    for (name, which), by in scaling.curves(rows).items():
+        by_curve.setdefault(name, {})[which] = by
+    columns = min(4, len(by_curve))
+    lines = math.ceil(len(by_curve) / columns)
+    size = (4.4 * columns, 3.9 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(by_curve) :]:
+        axis.axis("off")
+    for axis, (name, passes) in zip(axes.flat, by_curve.items(), strict=False):
+        for which, by in passes.items():
+            for implementation, points in by.items():
+                style = "o-" if implementation == "ours" else "s:"
+                slope = scaling.exponent(points, "median_ms")
+                axis.plot(
+                    *columns_of(points, "median_ms"),
+                    style,
+                    color=COLOURS[which],
+                    markersize=4,
+                    label=f"{implementation} {which}: ^{slope:.2f}",
+                )
+            if points[0]["model_ms"]:
+                slope = scaling.exponent(points, "model_ms")
+                axis.plot(
+                    *columns_of(points, "model_ms"),
+                    color=COLOURS[which],
+                    alpha=0.4,
+                    linewidth=1,
+                    label=f"model's floor: ^{slope:.2f}",
+                )
+        axis.set(xscale="log", yscale="log", xlabel=name.partition("-")[2], ylabel="ms")
+        axis.set_title(scaling.CURVES[name].title.replace(" (", "\n("), fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=7)
+    figure.suptitle(
+        f"Measured time and the cost model, with exponents of growth: {where(rows[0])}", fontsize=11
+    )
+    figure.tight_layout()
+    return figure
+
+
+def columns_of(points: list[records.Row], name: str) -> tuple[list[float], list[float]]:
+    return [float(row["value"]) for row in points], [float(row[name]) for row in points]
 
 
 def where(row: records.Row) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ RECURRENT = ("rnn", "gru", "lstm")
 IMPLEMENTATIONS = ("ours", "torch", "reference")
 PASSES = ("forward", "forward+backward")
 FMA_SECONDS = 0.02
+#: Numbers of a copy that is timed: 128 MiB, more than caches hold.
+COPIED = 2**25
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
@@ -49,6 +52,22 @@ def fma_rate(dtype: str, threads: int) -> list[float]:
         return []
     kind = "float64" if dtype == "float64" else "float32"  # 16 bits compute in it
     return [_backends.load_extension().fma_rate(kind, threads, FMA_SECONDS)]
+
+
+@functools.cache
+def copy_rate(threads: int) -> float:
+    """Bytes a second that a copy reads and writes, on arrays that no cache holds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    source, target = torch.ones(COPIED), torch.empty(COPIED)
+    target.copy_(source)  # the first touch of a page is no copy
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    torch.set_num_threads(before)
+    return best
 
 
 @dataclass(frozen=True)

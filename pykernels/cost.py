@@ -1,4 +1,4 @@
-r"""What an op costs: multiply-adds, bytes, parameters, and the least time they can take.
+r"""What an op, a layer or a small model costs: operations, bytes, parameters, and the least time.
 
 A recurrent layer of T steps on a vector of d inputs and h hidden units takes
 
@@ -12,12 +12,30 @@ are the compulsory traffic: every input read once and every output written once.
 
 >>> rnn(T=50, B=1, I=300, H=512).multiply_adds
 20787200
+
+With an output projection onto a vocabulary of V words, y_t = W_hy h_t, it is
+
+.. math:: O(T (h^2 + h d + V h)) \text{ forward, and twice that backward through time,}
+
+as each product gives two: the gradient of its matrix and that of its vector. The projection is
+most of a language model:
+
+>>> parts = recurrent_language_model("rnn", T=50, B=1, V=30_000, d=300, h=512, bias=False)
+>>> (parts["recurrence"] + parts["output"]).parameters
+15775744
+>>> {name: part.multiply_adds for name, part in parts.items()}
+{'embedding': 0, 'recurrence': 20787200, 'output': 768000000}
+
+Ops count one call, layers (`recurrent_layers`, `multihead_attention`, `transformer_block`) and
+models (`recurrent_language_model`, `transformer_language_model`) add up the ops in them, each with
+traffic of its own: what one op writes the next one reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 #: The passes that can be counted and timed.
 PASSES = ("forward", "backward", "forward+backward")
@@ -36,6 +54,33 @@ class Cost:
     def flops(self) -> int:
         """Floating-point operations: a multiply-add is two of them."""
         return 2 * self.multiply_adds
+
+    def __add__(self, other: Cost) -> Cost:
+        """The cost of both, one after the other, with weights of their own."""
+        if not isinstance(other, Cost):
+            return NotImplemented
+        return Cost(
+            self.multiply_adds + other.multiply_adds,
+            self.bytes + other.bytes,
+            self.parameters + other.parameters,
+        )
+
+    def floor(self, machine: Machine) -> float:
+        """The least seconds that `machine` can take: see `floor_seconds`."""
+        return floor_seconds(self.flops, self.bytes, machine.flop_rate, machine.byte_rate)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine was measured to do in a second; ``float("inf")`` leaves one out."""
+
+    flop_rate: float
+    byte_rate: float = float("inf")
+
+
+def total(parts: Iterable[Cost]) -> Cost:
+    """The sum of `parts`, as ``total(model.values())``."""
+    return sum(parts, Cost(0, 0, 0))
 
 
 def rnn(
@@ -245,6 +290,241 @@ def visible_pairs(S_q: int, S_k: int, *, is_causal: bool = False) -> int:
         return S_q * S_k
     rising = min(S_q, S_k)  # rows 0, 1, ... see 1, 2, ... keys until all are seen
     return rising * (rising + 1) // 2 + (S_q - rising) * S_k
+
+
+def linear(
+    rows: int, I: int, O: int, *, bias: bool = True, itemsize: int = 4, which: str = "forward"
+) -> Cost:
+    r"""``y = W x + b`` on each of so many rows x: a projection, as that onto a vocabulary.
+
+    Forward: rows * I * O multiply-adds; backward: twice as many, for dW and dx.
+
+    Args:
+        rows, I, O: vectors, their size and that of y.
+        bias, itemsize, which: as in `rnn`.
+    """
+    weights = I * O + (O if bias else 0)
+    x, y = rows * I, rows * O
+    return _total(
+        which,
+        products=(x * O, 2 * x * O),
+        # Backward reads x, W and dy, and writes dx, dW and db.
+        traffic=((x + weights + y) * itemsize, (x + I * O + y + x + weights) * itemsize),
+        parameters=weights,
+    )
+
+
+def embedding(rows: int, V: int, D: int, *, itemsize: int = 4, which: str = "forward") -> Cost:
+    """A row of a [V, D] matrix for each of so many tokens: no product, only traffic.
+
+    Forward reads the numbers of the tokens (8 bytes each) and their rows, and writes these;
+    backward reads their gradients and writes that of the matrix, all V rows of it.
+    """
+    found = rows * D * itemsize
+    return _total(
+        which,
+        products=(0, 0),
+        traffic=(8 * rows + 2 * found, 8 * rows + found + V * D * itemsize),
+        parameters=V * D,
+    )
+
+
+def layer_norm(rows: int, D: int, *, itemsize: int = 4, which: str = "forward") -> Cost:
+    """``(x - mean) / std * weight + bias`` on each of so many rows: no product, only traffic."""
+    x, weights = rows * D, 2 * D
+    return _total(
+        which,
+        products=(0, 0),
+        # Backward reads x, dy and the weight, and writes dx and both gradients.
+        traffic=((2 * x + weights) * itemsize, (3 * x + D + weights) * itemsize),
+        parameters=weights,
+    )
+
+
+def recurrent_layers(
+    op: str,
+    T: int,
+    B: int,
+    I: int,
+    H: int,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    proj_size: int = 0,
+    bias: bool = True,
+    initial_state: bool = False,
+    lengths: Sequence[int] | None = None,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    """`nn.RNN`, `nn.GRU` or `nn.LSTM`: all layers and directions.
+
+    Args:
+        op: "rnn", "gru" or "lstm".
+        num_layers, bidirectional, proj_size: as torch.nn has them.
+        T, B, I, H, bias, initial_state, lengths, itemsize, which: as in `rnn`.
+    """
+    count = _recurrent(op)
+    if proj_size and op != "lstm":
+        raise ValueError(f"`proj_size` is for lstm alone, got {proj_size} for {op}")
+    directions = 2 if bidirectional else 1
+    inputs = [I, *[directions * (proj_size or H)] * (num_layers - 1)]
+    shared: dict[str, Any] = {"bias": bias, "initial_state": initial_state, "lengths": lengths}
+    if proj_size:
+        shared["proj_size"] = proj_size
+    return total(
+        count(T, B, size, H, **shared, itemsize=itemsize, which=which)
+        for size in inputs
+        for _ in range(directions)
+    )
+
+
+def multihead_attention(
+    B: int,
+    S_q: int,
+    S_k: int,
+    E: int,
+    N: int,
+    *,
+    is_causal: bool = False,
+    bias: bool = True,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    """`nn.MultiheadAttention` of width E and N heads: four projections and `attention`.
+
+    Args:
+        B, S_q, S_k, E, N: batch, queries, keys, width, heads.
+        is_causal, itemsize, which: as in `attention`.
+        bias: whether the projections have one.
+    """
+    if E % N:
+        raise ValueError(f"the width E must be a multiple of the heads N, got {E} and {N}")
+    project = [
+        linear(B * S, E, E, bias=bias, itemsize=itemsize, which=which)
+        for S in (S_q, S_k, S_k, S_q)  # to Q, K and V, and back
+    ]
+    sizes = (B, N, S_q, S_k, E // N)
+    attend = attention(*sizes, is_causal=is_causal, itemsize=itemsize, which=which)
+    return total([*project, attend])
+
+
+def transformer_block(
+    B: int,
+    T: int,
+    E: int,
+    N: int,
+    F: int,
+    *,
+    is_causal: bool = False,
+    bias: bool = True,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    """Self-attention and a feed-forward pair E -> F -> E, each behind a norm, as
+    `torch.nn.TransformerEncoderLayer` has them.
+
+    Args:
+        B, T, E, N, F: batch, positions, width, heads, width between the pair.
+        is_causal, bias, itemsize, which: as in `multihead_attention`; without bias the norms keep
+            theirs.
+    """
+    return total(
+        [
+            layer_norm(B * T, E, itemsize=itemsize, which=which),
+            multihead_attention(
+                B, T, T, E, N, is_causal=is_causal, bias=bias, itemsize=itemsize, which=which
+            ),
+            layer_norm(B * T, E, itemsize=itemsize, which=which),
+            linear(B * T, E, F, bias=bias, itemsize=itemsize, which=which),
+            linear(B * T, F, E, bias=bias, itemsize=itemsize, which=which),
+        ]
+    )
+
+
+def recurrent_language_model(
+    op: str,
+    T: int,
+    B: int,
+    V: int,
+    d: int,
+    h: int,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    tied: bool = False,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> dict[str, Cost]:
+    r"""Tokens to vectors of d, a recurrence of h units, scores of V words: its parts by name.
+
+    ``total(parts.values())`` is all of it: for an RNN, forward,
+    :math:`B T (h^2 + h d + V h)` multiply-adds; backward, twice as many.
+
+    Args:
+        op: "rnn", "gru" or "lstm".
+        T, B, V, d, h: steps, batch, vocabulary, width of the embedding, hidden units.
+        num_layers, bias, itemsize, which: as in `recurrent_layers`.
+        tied: the output's matrix is the embedding's; d must be h.
+    """
+    if tied and d != h:
+        raise ValueError(f"tied weights need d = h, got {d} and {h}")
+    return {
+        "embedding": embedding(T * B, V, d, itemsize=itemsize, which=which),
+        "recurrence": recurrent_layers(
+            op, T, B, d, h, num_layers=num_layers, bias=bias, itemsize=itemsize, which=which
+        ),
+        "output": _output(T * B, V, h, bias, tied, itemsize, which),
+    }
+
+
+def transformer_language_model(
+    T: int,
+    B: int,
+    V: int,
+    E: int,
+    N: int,
+    F: int,
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    tied: bool = False,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> dict[str, Cost]:
+    """Tokens to vectors of E, causal blocks, a last norm, scores of V words: its parts by name.
+
+    Positions come from a formula and cost no parameters.
+
+    Args:
+        T, B, V, E, N, F: positions, batch, vocabulary, width, heads, width between the pair.
+        num_layers: blocks.
+        bias, tied, itemsize, which: as in `recurrent_language_model`.
+    """
+    block = transformer_block(
+        B, T, E, N, F, is_causal=True, bias=bias, itemsize=itemsize, which=which
+    )
+    last = layer_norm(B * T, E, itemsize=itemsize, which=which)
+    return {
+        "embedding": embedding(T * B, V, E, itemsize=itemsize, which=which),
+        "blocks": total([*[block] * num_layers, last]),
+        "output": _output(T * B, V, E, bias, tied, itemsize, which),
+    }
+
+
+def _output(rows: int, V: int, h: int, bias: bool, tied: bool, itemsize: int, which: str) -> Cost:
+    """The projection onto a vocabulary; a tied one has no matrix of its own."""
+    scores = linear(rows, h, V, bias=bias, itemsize=itemsize, which=which)
+    own = scores.parameters - (V * h if tied else 0)
+    return Cost(scores.multiply_adds, scores.bytes, own)
+
+
+def _recurrent(op: str) -> Callable[..., Cost]:
+    """The count of a recurrent op by its name."""
+    counts: dict[str, Callable[..., Cost]] = {"rnn": rnn, "gru": gru, "lstm": lstm}
+    if op not in counts:
+        raise ValueError(f"`op` must be one of {', '.join(counts)}, got {op!r}")
+    return counts[op]
 
 
 def floor_seconds(flops: float, bytes: float, flop_rate: float, byte_rate: float) -> float:

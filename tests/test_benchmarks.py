@@ -16,6 +16,7 @@ import readme
 import records
 import recurrent
 import run
+import scaling
 import timing
 import torch
 import workload
@@ -25,6 +26,7 @@ from pykernels.testing import measure, stock
 
 QUICK = ["--quick", "--seconds", "0.02"]
 SMALLEST = [*QUICK, "--op", "rnn", "--shapes", "rnn-1024x1x64x64", "--peers"]  # none
+SHORT = ["--quick", "--seconds", "0.01", "--threads", "1"]
 TINY = [*QUICK, "--sizes", "3", "2", "5", "4"]
 
 
@@ -349,6 +351,55 @@ def test_recurrent_does_not_time_a_wrong_kernel(tmp_path, capsys, monkeypatch):
     assert recurrent.main(arguments) == 1
     assert {row["shape"] for row in records.read(path)} == {"3x2x5x4 2 layers"}
     assert "3x2x5x4 2 directions forward ours one by one, result 1" in capsys.readouterr().out
+
+
+def test_scaling_times_and_draws_every_curve(tmp_path, capsys):
+    path = tmp_path / "scaling.csv"
+    assert scaling.main([*SHORT, "--output", str(path)]) == 0
+    rows = records.read(path)
+    found = scaling.curves(rows)
+    assert set(found) == {(name, which) for name in scaling.CURVES for which in workload.PASSES}
+    for by in found.values():
+        assert set(by) == set(scaling.LAYERS)
+        assert {len(points) for points in by.values()} == {2}
+    for row in rows:
+        assert float(row["model_ms"]) > 0
+        assert float(row["copy_gbyte_per_s"]) > 0
+        assert row["commit"]
+    assert "growth: t ~ size^exponent" in capsys.readouterr().out
+    assert plot.main(["--scaling", str(path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_scaling_ends_at_a_wrong_kernel(tmp_path, capsys, monkeypatch):
+    right = functional.rnn
+
+    def wrong(*tensors, backend=None, **options):
+        y, h_n = right(*tensors, backend=backend, **options)
+        return (y, h_n) if backend == "reference" else (y * 1.001, h_n)
+
+    monkeypatch.setattr(functional, "rnn", wrong)
+    path = tmp_path / "scaling.csv"
+    for curve in ("rnn-T", "rnn-V"):
+        assert scaling.main([*SHORT, "--curve", curve, "--output", str(path)]) == 1
+        assert not path.exists()
+        assert f"WRONG, ended here: {curve}=" in capsys.readouterr().out
+
+
+def test_exponents_of_growth():
+    """Linear in T for an RNN, quadratic for attention: what the model's lines say."""
+    for name, power in (("rnn-T", 1.0), ("attention-T", 2.0), ("attention-h", 1.0)):
+        counts = {
+            str(value): scaling.CURVES[name].point(value, "cpu").cost("forward").multiply_adds
+            for value in scaling.CURVES[name].values
+        }
+        rows = [
+            {"value": value, "multiply_adds": str(count), "none": ""}
+            for value, count in counts.items()
+        ]
+        assert scaling.exponent(rows, "multiply_adds") == pytest.approx(power)
+        assert scaling.exponent(rows[:1], "multiply_adds") != power
+        assert np.isnan(scaling.exponent(rows, "none"))
 
 
 def test_bench_shapes_count_what_they_do():

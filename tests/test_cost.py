@@ -16,6 +16,21 @@ def test_recurrence_of_fifty_steps():
     assert count.flops == 2 * 20_787_200
 
 
+def test_language_model_of_thirty_thousand_words():
+    """The same with V = 30,000 words: h^2 + h d + V h weights, T of that forward, 2 T backward."""
+    sizes = {"T": 50, "B": 1, "V": 30_000, "d": 300, "h": 512}
+    parts = cost.recurrent_language_model("rnn", **sizes, bias=False)
+    assert parts["recurrence"].multiply_adds == 20_787_200
+    own = parts["recurrence"] + parts["output"]
+    assert own.parameters == 512 * 512 + 512 * 300 + 30_000 * 512 == 15_775_744
+    assert parts["embedding"].parameters == 30_000 * 300
+    forward = cost.total(parts.values())
+    assert forward.multiply_adds == 50 * 15_775_744
+    backward = cost.recurrent_language_model("rnn", **sizes, bias=False, which="backward")
+    assert cost.total(backward.values()).multiply_adds == 2 * forward.multiply_adds
+    assert parts["output"].multiply_adds / forward.multiply_adds == pytest.approx(0.974, abs=5e-4)
+
+
 def test_docstring_examples():
     assert doctest.testmod(cost).failed == 0
 
@@ -37,6 +52,83 @@ def test_projected_parameters_are_those_of_the_layer():
     layer = torch.nn.LSTM(30, 50, proj_size=20)
     count = cost.lstm(T=3, B=2, I=30, H=50, proj_size=20)
     assert count.parameters == sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("rnn", {"num_layers": 3}),
+        ("gru", {"num_layers": 2, "bidirectional": True, "bias": False}),
+        ("lstm", {"num_layers": 2, "bidirectional": True, "proj_size": 3}),
+    ],
+)
+def test_layers_are_those_of_torch(op, options):
+    """Parameters by torch's own tensors; products by the shapes of its matrices, one a step."""
+    layers = getattr(torch.nn, op.upper())(7, 5, **options)
+    count = cost.recurrent_layers(op, T=4, B=2, I=7, H=5, **options)
+    assert count.parameters == sum(p.numel() for p in layers.parameters())
+    matrices = sum(p.numel() for p in layers.parameters() if p.dim() == 2)
+    assert count.multiply_adds == 4 * 2 * matrices
+
+
+def test_refusals_of_layers():
+    with pytest.raises(ValueError, match="`op` must be one of rnn, gru, lstm, got 'elman'"):
+        cost.recurrent_layers("elman", 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="`proj_size` is for lstm alone, got 2 for gru"):
+        cost.recurrent_layers("gru", 1, 1, 1, 4, proj_size=2)
+    with pytest.raises(ValueError, match="E must be a multiple of the heads N, got 9 and 2"):
+        cost.multihead_attention(1, 1, 1, 9, 2)
+    with pytest.raises(ValueError, match="tied weights need d = h, got 3 and 4"):
+        cost.recurrent_language_model("rnn", 1, 1, 9, 3, 4, tied=True)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_block_is_that_of_torch(bias):
+    """Every matrix meets every row once; the rest is Q K^T and P V."""
+    B, T, E, N, F = 2, 6, 8, 4, 20
+    block = torch.nn.TransformerEncoderLayer(E, N, F, bias=bias)
+    norms = 2 * 2 * E  # torch drops their biases too
+    matrices = [p.numel() for p in block.parameters() if p.dim() == 2]
+    biases = sum(p.numel() for n, p in block.named_parameters() if p.dim() == 1 and "norm" not in n)
+    count = cost.transformer_block(B, T, E, N, F, bias=bias)
+    assert count.parameters == sum(matrices) + biases + norms
+    assert count.multiply_adds == B * T * sum(matrices) + 2 * B * T * T * E
+    causal = cost.transformer_block(B, T, E, N, F, bias=bias, is_causal=True)
+    assert count.multiply_adds - causal.multiply_adds == 2 * B * E * (T * T - T * (T + 1) // 2)
+
+
+def test_bytes_of_linear_embedding_and_norm():
+    rows, I, O = 6, 5, 3
+    x, y = torch.empty(rows, I), torch.empty(rows, O)
+    layer = torch.nn.Linear(I, O)
+    parameters = [layer.weight, layer.bias]
+    assert cost.linear(rows, I, O).bytes == nbytes(x, *parameters, y)
+    backward = cost.linear(rows, I, O, which="backward")
+    assert backward.bytes == nbytes(x, layer.weight, y) + nbytes(x, *parameters)
+    tokens, table, vectors = torch.empty(rows, dtype=torch.int64), torch.empty(9, I), x
+    assert cost.embedding(rows, 9, I).bytes == nbytes(tokens, vectors, vectors)
+    assert cost.embedding(rows, 9, I, which="backward").bytes == nbytes(tokens, vectors, table)
+    norm = torch.nn.LayerNorm(I)
+    assert cost.layer_norm(rows, I).bytes == nbytes(x, x, norm.weight, norm.bias)
+    backward = cost.layer_norm(rows, I, which="backward")
+    assert backward.bytes == nbytes(x, x, norm.weight) + nbytes(x, norm.weight, norm.bias)
+
+
+def test_models_add_up_their_parts():
+    sizes = {"T": 5, "B": 2, "V": 40, "num_layers": 2}
+    parts = cost.recurrent_language_model("lstm", **sizes, d=6, h=6)
+    whole = cost.total(parts.values())
+    assert whole.multiply_adds == sum(part.multiply_adds for part in parts.values())
+    assert whole.bytes == sum(part.bytes for part in parts.values())
+    tied = cost.recurrent_language_model("lstm", **sizes, d=6, h=6, tied=True)
+    assert whole.parameters - cost.total(tied.values()).parameters == 40 * 6
+    assert cost.total(tied.values()).multiply_adds == whole.multiply_adds
+    blocks = cost.transformer_language_model(**sizes, E=8, N=2, F=16)["blocks"]
+    one = cost.transformer_block(2, 5, 8, 2, 16, is_causal=True)
+    assert blocks.multiply_adds == 2 * one.multiply_adds
+    assert blocks.parameters == 2 * one.parameters + 16
+    with pytest.raises(TypeError):
+        whole + 1
 
 
 def test_recurrent_products():
@@ -116,6 +208,10 @@ def test_attention_products():
         (cost.gru, {"T": 5, "B": 4, "I": 3, "H": 2}),
         (cost.lstm, {"T": 5, "B": 4, "I": 3, "H": 2, "proj_size": 1}),
         (cost.attention, {"B": 1, "N": 2, "S_q": 3, "S_k": 4, "D": 5}),
+        (cost.linear, {"rows": 4, "I": 3, "O": 2}),
+        (cost.embedding, {"rows": 4, "V": 9, "D": 3}),
+        (cost.layer_norm, {"rows": 4, "D": 3}),
+        (cost.transformer_block, {"B": 2, "T": 3, "E": 4, "N": 2, "F": 8}),
     ],
 )
 def test_passes_add_up(op, sizes):
@@ -133,6 +229,10 @@ def test_floor_is_the_slower_of_arithmetic_and_traffic():
     assert cost.floor_seconds(100, 10, flop_rate=50, byte_rate=math.inf) == 2
     with pytest.raises(ValueError, match="rates must be positive"):
         cost.floor_seconds(1, 1, 0, 1)
+    call = cost.Cost(multiply_adds=50, bytes=10, parameters=0)
+    assert call.floor(cost.Machine(flop_rate=50, byte_rate=10)) == 2
+    assert call.floor(cost.Machine(flop_rate=50)) == 2
+    assert call.floor(cost.Machine(flop_rate=1000, byte_rate=10)) == 1
 
 
 def nbytes(*tensors):
