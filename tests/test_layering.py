@@ -25,6 +25,7 @@ PARTS = {
     "functional": ({"ops"}, set()),
     "nn": ({"functional", "_autocast", "_checks"}, {"torch"}),
     "cost": (set(), set()),
+    "diagnostics": ({"_checks"}, {"torch"}),
     "_version": (set(), set()),
     "testing": ({"functional", "ops", "reference"}, {"torch"}),
     "patch": ({"functional", "nn", "_backends", "_checks"}, {"torch"}),
