@@ -6,11 +6,18 @@ pykernels; torch and triton are all it needs. On CPU tensors the kernels run in 
 interpreter, if TRITON_INTERPRET=1 was set before the first import.
 """
 
-if __name__ != "pykernels.kernels":
-    # Found as a top-level package (the repository root is on sys.path), it would shadow another
-    # project's package of that name.
-    raise ImportError(
-        f"this is pykernels' Triton backend, not a package {__name__!r}: import pykernels.kernels"
-    )
+from typing import NoReturn
 
-from . import _common as _common  # says what to do where triton is absent or too old
+if __name__ == "pykernels.kernels":
+    from . import _common as _common  # says what to do where triton is absent or too old
+else:
+    # Found as a top-level package (the repository root is on sys.path), it is empty: programs that
+    # look for another project's package of that name, as Hugging Face transformers does, find here
+    # a package without a version and go on without it.
+    __path__: list[str] = []  # type: ignore[no-redef]
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(
+            f"no {name!r} in package {__name__!r}, which is pykernels' Triton backend: import "
+            "pykernels.kernels"
+        )
