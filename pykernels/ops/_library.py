@@ -1,4 +1,4 @@
-"""Every op as torch's compilers and function transforms see it.
+"""Ops as torch's compilers and function transforms see it.
 
 An op is two operators of torch: ``torch.ops.pykernels.<op>``, which returns the outputs and what
 its backward pass will want beside them, and ``torch.ops.pykernels.<op>_backward``. A graph holds
