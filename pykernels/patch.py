@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, _checks, functional, nn
+from pykernels.cpp import DTYPES
 
 _LAYERS = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -247,7 +248,7 @@ def _served(
     dtypes = (query.dtype, torch.float32, torch.bool)
     if attn_mask is not None and attn_mask.dtype not in dtypes:
         return False
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
         return False
     *lead, S_q, D = query.shape
     S_k, heads = key.shape[-2], slice(-1 if enable_gqa and lead else None)
@@ -260,9 +261,6 @@ def _served(
     if enable_gqa and lead[-1] % key.shape[-3]:
         return False
     return attn_mask is None or _broadcasts(attn_mask.shape, (*lead, S_q, S_k))
-
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _broadcasts(shape: torch.Size, sizes: tuple[int, ...]) -> bool:
