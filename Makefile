@@ -24,7 +24,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench readme lint format clean
+.PHONY: help setup demo test bench gpu readme lint format clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/scaling.py
 	@$(PY) benchmarks/plot.py
 	@$(PY) benchmarks/readme.py
+
+# `make gpu PY=python3` sets nothing up: for a machine without a network whose python3 has torch, triton,
+# pytest and what benchmarks/ imports.
+gpu: $(if $(filter $(BIN)/%,$(PY)),setup) ## Test and time the Triton kernels on this machine's GPU
+	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("error: torch sees no GPU on this machine")'
+	@$(PY) -m pytest -q $(WORKERS) -k triton --ignore tests/test_triton_compile.py $(ARGS)
+	@$(PY) benchmarks/run.py --device cuda --seconds 0.3
+	@$(PY) benchmarks/plot.py
 
 readme: setup ## Put the newest results and the support table into the README
 	@$(PY) benchmarks/readme.py

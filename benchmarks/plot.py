@@ -1,4 +1,4 @@
-"""Draws the newest kept results: speed.png, errors.png and scaling.png in benchmarks/results.
+"""Draws the newest kept results: speed.png, gpu.png, errors.png, scaling.png in benchmarks/results.
 
 python benchmarks/plot.py
 python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
@@ -29,6 +29,7 @@ DTYPE_COLOURS = {
     "bfloat16": "#d97706",
     "float16": "#00a6a6",
 }
+FLOORS = {"cpu": "FMA floor", "cuda": "measured matrix rate"}
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -42,14 +43,16 @@ STYLE = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--speed", type=Path, help="CSV file of run.py (default: the newest kept)")
+    parser.add_argument("--gpu", type=Path, help="CSV file of run.py --device cuda (likewise)")
     parser.add_argument("--errors", type=Path, help="CSV file of errors.py (default: likewise)")
     parser.add_argument("--scaling", type=Path, help="CSV file of scaling.py (default: likewise)")
     parser.add_argument("--output", type=Path, default=records.KEPT, help="folder")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    given = options.speed or options.errors or options.scaling
+    kinds = {"speed": speed, "gpu": speed, "errors": errors, "scaling": growth}
+    given = any(getattr(options, kind) for kind in kinds)
     drawn = 0
-    for kind, draw in (("speed", speed), ("errors", errors), ("scaling", growth)):
+    for kind, draw in kinds.items():
         source = getattr(options, kind) or (None if given else records.newest(kind))
         if source is None:
             continue
@@ -66,8 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def speed(rows: list[records.Row]) -> plt.Figure:
-    """Bars of torch's time over ours, a pair a shape, each with its share of the FMA floor."""
+    """Bars of torch's time over ours, a pair a shape, each with its share of the floor."""
     ours = [row for row in rows if row["implementation"] == "ours"]
+    first = ours[0]
     dtypes = {row["dtype"] for row in ours}
     cases: dict[str, dict[str, records.Row]] = {}
     for row in ours:
@@ -93,9 +97,8 @@ def speed(rows: list[records.Row]) -> plt.Figure:
     axis.invert_yaxis()
     axis.set_xlabel(
         "stock torch's time over ours (log scale): right of the red line ours is faster;\n"
-        "beside the bars, the share of the FMA floor that ours reaches"
+        f"beside the bars, the share of the {FLOORS[first['device']]} that ours reaches"
     )
-    first = ours[0]
     kind = f"{first['dtype']}, " if len(dtypes) == 1 else ""
     above = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     axis.annotate("Speed against stock torch", xytext=(0, 20), weight="bold", **above)

@@ -26,6 +26,9 @@ from pykernels.testing.specs import ATTENTION_VARLEN_SPECS, Spec
 
 README = Path(__file__).parent.parent / "README.md"
 NO_RESULTS = "No results are kept yet: `make bench` makes them."
+NO_GPU_RESULTS = (
+    "No figures of a GPU are kept yet: `make gpu` makes them on a machine that has one."
+)
 
 RECURRENT: dict[str, Callable[[Spec], bool]] = {
     "backwards in time": lambda s: s.reverse,
@@ -110,7 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def render(text: str) -> str:
     """`text` with every block filled."""
-    for name, fill in {"support": support, "speed": speed, "accuracy": accuracy}.items():
+    blocks = {"support": support, "speed": speed, "gpu": gpu, "accuracy": accuracy}
+    for name, fill in blocks.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         block = re.compile(f"{begin}.*?{end}", re.DOTALL)
         if len(block.findall(text)) != 1:
@@ -172,10 +176,7 @@ def speed() -> str:
     path = records.newest("speed")
     if path is None:
         return NO_RESULTS
-    cases: dict[tuple[str, ...], dict[str, records.Row]] = {}
-    for each in records.read(path):
-        key = (each["shape"], each["dtype"], each["pass"])
-        cases.setdefault(key, {})[each["implementation"]] = each
+    cases = by_case(path)
     peers = any(by["ours"].get("best_peer") for by in cases.values())
     lines = row(
         "shape", "dtype", "pass", "ours, ms", "torch, ms", "reference, ms", "torch / ours",
@@ -189,6 +190,36 @@ def speed() -> str:
         beside = [f"{float(ours['times_best_peer']):.2f} ({best})" if best else "-"][:peers]
         lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", *beside, share)
     return "\n".join([picture("speed"), *lines, "", made_by(path, records.read(path))])
+
+
+def gpu() -> str:
+    """The picture and the table of the newest speeds kept of a GPU."""
+    path = records.newest("gpu")
+    if path is None:
+        return NO_GPU_RESULTS
+    lines = row(
+        "shape", "dtype", "pass", "ours, ms", "torch, ms", "best peer / ours", "TFLOP/s",
+        "share of the matrix rate", "share of the copy rate", first=True,
+    )  # fmt: skip
+    for key, by in by_case(path).items():
+        ours, torchs = by["ours"], by["torch"]
+        lines += row(
+            *key,
+            *(f"{float(each['median_ms']):.3g}" for each in (ours, torchs)),
+            f"{float(ours['times_best_peer']):.2f} ({ours['best_peer']})",
+            f"{float(ours['gflop_per_s']) / 1e3:.3g}",
+            *(f"{float(ours[share]):.0%}" for share in ("fma_share", "copy_share")),
+        )
+    return "\n".join([picture("gpu"), *lines, "", made_by(path, records.read(path))])
+
+
+def by_case(path: Path) -> dict[tuple[str, ...], dict[str, records.Row]]:
+    """The rows of each shape, dtype and pass, by implementation."""
+    cases: dict[tuple[str, ...], dict[str, records.Row]] = {}
+    for each in records.read(path):
+        key = (each["shape"], each["dtype"], each["pass"])
+        cases.setdefault(key, {})[each["implementation"]] = each
+    return cases
 
 
 def accuracy() -> str:

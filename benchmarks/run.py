@@ -16,6 +16,14 @@ With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too (`instruction_set.py
 The peers (`peers.py`: ONNX Runtime and OpenVINO, recurrent layers forward) have a process each and
 take part in the turns; one that is wrong by the same rule, or not installed, is left out with a
 word.
+
+    python benchmarks/run.py --device cuda        the GPU's shapes, in bfloat16
+
+On a GPU (`gpu.py`) events on the device are the clock, and sets of inputs that its cache does not
+hold together take turns. Large shapes are compared on fewer heads, rows and words than are timed.
+Beside stock torch's default stand its attention backends by name and torch.compile of the loss. The
+floor is the rate of torch's large matrix product in that dtype; the bytes that must be moved are
+held against the rate of a copy.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import gpu
 import instruction_set
 import peers
 import records
@@ -33,13 +42,22 @@ import timing
 import torch
 from progress import make_console, progress
 from rich.table import Table
-from workload import DTYPES, IMPLEMENTATIONS, PASSES, SPECS, Setting, fma_rate, full_precision
+from workload import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    PASSES,
+    SPECS,
+    Setting,
+    fma_rate,
+    full_precision,
+    timed_on,
+)
 
 from pykernels import _backends
 
 KEY = ("op", "shape", "pass", "dtype", "device", "threads", "implementation", "backend")
 #: What ours is measured by; the best of them is the best peer.
-RIVALS = ("torch", *peers.PEERS)
+RIVALS = ("torch", *gpu.PEERS, *peers.PEERS)
 
 Case = tuple[Setting, str]  # and the pass
 
@@ -52,13 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     cases = choose(options)
     common = records.provenance(options.device)
     folder = records.SCRATCH if options.quick else records.KEPT
-    path = options.output or records.default_path(common, "speed", folder)
+    kind = "gpu" if options.device == "cuda" else "speed"
+    path = options.output or records.default_path(common, kind, folder)
     cpu = f"{common['cpu']}, {common['isa']} kernels, {options.threads} threads"
     console.print(
         f"{len(cases)} cases on {common['gpu'] if options.device == 'cuda' else cpu}, "
         f"torch {common['torch']}; about {len(cases) * options.seconds:.0f} s and the checks"
     )
-    for missing in sorted({*options.peers} - {*peers.installed()}):
+    asked = {*options.peers} if options.device == "cpu" else set()
+    for missing in sorted(asked - {*peers.installed()}):
         console.print(f"{missing} is not installed and left out; the extra [bench] has it")
     rows: list[records.Row] = []
     failures: list[str] = []
@@ -94,7 +114,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops")
     add("--shapes", default="", help="only shapes whose name contains this")
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="which dtypes")
+    add("--dtype", nargs="+", choices=DTYPES, help="which (default: float32, on cuda bfloat16)")
     add("--passes", nargs="+", choices=PASSES, default=[*PASSES], help="which passes")
     add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
     add("--peers", nargs="*", choices=peers.PEERS, default=[*peers.PEERS], help="which peers")
@@ -104,6 +124,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="CSV file (default: one a day and machine)")
     add("--quick", action="store_true", help="few shapes, briefly; the figures are rough")
     options = parser.parse_args(arguments)
+    if options.dtype is None:
+        options.dtype = ["bfloat16" if options.device == "cuda" else "float32"]
     if options.seconds is None:
         options.seconds = 0.4 if options.quick else 4.0
     if options.threads < 1 or options.seconds <= 0:
@@ -112,9 +134,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU on this machine")
     chosen = choose(options)
     if not chosen:
-        known = ", ".join(
-            spec.name for op in options.op for spec in SPECS[op] if "bench" in spec.tags
-        )
+        known = ", ".join(spec.name for op in options.op for spec in timed_on(options.device)[op])
         parser.error(f"--shapes {options.shapes!r} matches none of {known}")
     try:
         for setting, _ in chosen:
@@ -126,12 +146,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def choose(options: argparse.Namespace) -> list[Case]:
     """The cases, with all passes of one shape and dtype together."""
-    tag = "quick" if options.quick else "bench"
+    known = timed_on(options.device)
     return [
         (Setting(spec, dtype, options.device, options.backend), which)
         for op in options.op
-        for spec in SPECS[op]
-        if tag in spec.tags and options.shapes in spec.name
+        for spec in known[op]
+        if options.shapes in spec.name and ("quick" in spec.tags or not options.quick)
         for dtype in options.dtype
         for which in options.passes
     ]
@@ -163,7 +183,8 @@ def checked(
 def measure(case: Case, options: argparse.Namespace, left_out: list[str]) -> list[records.Row]:
     """Times one case; a row for each implementation. Why a peer has none goes to `left_out`."""
     with ExitStack() as stack:
-        return measure_beside(start_peers(case, options, left_out, stack), case, options)
+        started = start_peers(case, options, left_out, stack)
+        return measure_beside(started, case, options, left_out)
 
 
 def start_peers(
@@ -192,26 +213,37 @@ def start_peers(
 
 
 def measure_beside(
-    started: dict[str, peers.Peer], case: Case, options: argparse.Namespace
+    started: dict[str, peers.Peer],
+    case: Case,
+    options: argparse.Namespace,
+    left_out: list[str],
 ) -> list[records.Row]:
     setting, which = case
-    rates: list[float] = []
     cpu = options.device == "cpu"
+    rates = [] if cpu else [gpu.matrix_rate(DTYPES[setting.dtype])]
 
     def fma() -> None:
         if cpu:
             rates.extend(fma_rate(setting.dtype, options.threads))
 
+    calls = setting.calls(which)
+    for each in () if cpu else calls.keys() - {"ours", "torch"}:
+        try:  # not every backend of torch serves every shape, and the naive scores may be too large
+            calls[each]()
+        except RuntimeError as error:
+            del calls[each]
+            left_out.append(f"{each}, {name(case)}: {str(error).partition(chr(10))[0]}")
     timed = timing.interleave(
-        setting.calls(which),
+        calls,
         options.seconds,
         slow=["reference"],
         apart={each: peer.seconds for each, peer in started.items()},
         rounds=3 if options.quick else 5,
         between=fma,
-        synchronize=(lambda: None) if cpu else torch.cuda.synchronize,
+        clock=None if cpu else gpu.seconds,
     )
-    flops = setting.flops(which)
+    cost = setting.cost(which)
+    flops = cost.flops
     others = {each: samples.median for each, samples in timed.items() if each in RIVALS}
     best = min(others, key=others.get)
     rows = []
@@ -240,6 +272,7 @@ def measure_beside(
                 "gflop_per_s": f"{flops / samples.median / 1e9:.4g}",
                 "fma_gflop_per_s": f"{max(rates) / 1e9:.4g}" if rates else "",
                 "fma_share": f"{flops / samples.median / max(rates):.4g}" if rates else "",
+                "copy_share": "" if cpu else f"{cost.bytes / samples.median / gpu.copy_rate():.4g}",
             }
         )
     return rows
@@ -286,7 +319,7 @@ def table(rows: list[records.Row]) -> Table:
     drawn.add_column("pass")
     shown = [
         each
-        for each in (*IMPLEMENTATIONS, *peers.PEERS)
+        for each in dict.fromkeys((*IMPLEMENTATIONS, *RIVALS))
         if any(row["implementation"] == each for row in rows)
     ]
     for column in (*shown, "torch / ours", "best peer / ours", "of FMA floor"):

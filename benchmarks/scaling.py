@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu
 import instruction_set
 import numpy as np
 import records
@@ -305,7 +306,7 @@ def measured(
         point.calls(which),
         options.seconds,
         between=lambda: rates.extend(fma_rate(DTYPE, options.threads)) if on_cpu else None,
-        synchronize=(lambda: None) if on_cpu else torch.cuda.synchronize,
+        clock=None if on_cpu else gpu.seconds,
     )
     # Whatever disturbs the measurement lowers it: the best of the five counts.
     best = cost.Machine(max(rates), copy_rate(options.threads)) if rates else None

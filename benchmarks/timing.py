@@ -44,7 +44,7 @@ def interleave(
     apart: Mapping[str, Callable[[int], float]] | None = None,
     rounds: int = 5,
     between: Callable[[], object] = lambda: None,
-    synchronize: Callable[[], object] = lambda: None,
+    clock: Callable[[Callable[[], object], int], float] | None = None,
 ) -> dict[str, Samples]:
     """Times `calls` for about `seconds`, each once a round, another one first in every round.
 
@@ -59,12 +59,12 @@ def interleave(
             seconds. This process sleeps meanwhile: whoever follows runs once before it is timed.
         rounds: at least as many, whatever they take.
         between: is called before each fifth of the time, to measure what the machine can do.
-        synchronize: waits until the device has done what it was given.
+        clock: the seconds that a call takes a number of times; by default this process's.
     """
     apart = apart or {}
 
     def take(name: str, count: int) -> float:
-        return apart[name](count) if name in apart else _time(calls[name], count, synchronize)
+        return apart[name](count) if name in apart else (clock or _time)(calls[name], count)
 
     names, stand_back = [*calls, *apart], set(slow)
     samples = {name: Samples(_calls_a_sample(functools.partial(take, name))) for name in names}
@@ -104,10 +104,8 @@ def _calls_a_sample(take: Callable[[int], float]) -> int:
     return max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
 
 
-def _time(call: Callable[[], object], count: int, synchronize: Callable[[], object]) -> float:
-    synchronize()
+def _time(call: Callable[[], object], count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
         call()
-    synchronize()
     return time.perf_counter() - start

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gpu
 import peers
 import torch
 from torch import Tensor
@@ -16,11 +18,15 @@ from pykernels import _backends, cost, functional
 from pykernels.testing import evaluate, stock
 from pykernels.testing.specs import (
     ATTENTION_SPECS,
+    GPU_SPECS,
     GRU_SPECS,
     LINEAR_CROSS_ENTROPY_SPECS,
     LSTM_SPECS,
     RNN_SPECS,
+    AttentionSpec,
+    LinearCrossEntropySpec,
     Spec,
+    tagged,
 )
 from pykernels.testing.tolerance import Measured, measure
 
@@ -35,9 +41,16 @@ RECURRENT = ("rnn", "gru", "lstm")
 IMPLEMENTATIONS = ("ours", "torch", "reference")
 PASSES = ("forward", "forward+backward")
 FMA_SECONDS = 0.02
+#: Scores or logits of the inputs that are compared on a GPU: a gigabyte in float64.
+COMPARED = 2**27
 #: Numbers of a copy that is timed: 128 MiB, more than caches hold.
 COPIED = 2**25
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+def timed_on(device: str) -> dict[str, list[Spec]]:
+    """The specs that are timed there, by op; the tag "quick" marks those of a quick run."""
+    return GPU_SPECS if device == "cuda" else {op: tagged(of, "bench") for op, of in SPECS.items()}
 
 
 def full_precision() -> None:
@@ -81,14 +94,20 @@ class Setting:
 
     def check(self) -> dict[str, Measured]:
         """The error of ours in every output and gradient, and what the tolerance rule allows."""
-        spec, dtype = self.spec, DTYPES[self.dtype]
+        spec = compared(self.spec) if self.device == "cuda" else self.spec
+        dtype = DTYPES[self.dtype]
         truth, stocks = (get(spec, dtype, self.device) for get in (evaluate.truth, evaluate.stock))
         actual = evaluate.ours(spec, dtype, self.backend, self.device)
         floor = evaluate.floor(spec, dtype)
-        return {
+        found = {
             name: measure(actual[name], truth[name], stocks[name], dtype, floor=floor[name])
             for name in truth
         }
+        if self.device == "cuda":  # the large ones are not needed twice
+            evaluate.truth.cache_clear()
+            evaluate.stock.cache_clear()
+            torch.cuda.empty_cache()
+        return found
 
     def takes_peers(self, which: str) -> bool:
         """Whether `peers` know how to run this: a recurrent layer, forward, float32, on the CPU."""
@@ -121,9 +140,9 @@ class Setting:
         features = self.spec.features(dtype)
         return about.serving(self.spec.op, self.backend, device, dtype, features)
 
-    def flops(self, which: str) -> int:
-        """Floating-point operations of one call."""
-        return count(self.spec, which, DTYPES[self.dtype].itemsize).flops
+    def cost(self, which: str) -> cost.Cost:
+        """The operations of one call and the bytes that it must move."""
+        return count(self.spec, which, DTYPES[self.dtype].itemsize)
 
     def calls(self, which: str) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         """Calls without arguments, by implementation, on tensors that they share.
@@ -131,9 +150,11 @@ class Setting:
         They return the outputs if `which` is "forward", else the gradients of all inputs but the
         mask under random upstream gradients. Ours forward is that of frozen weights, which it packs
         in the first call alone. Attention is asked for no log-sum-exp: torch's gives
-        none.
+        none. On a GPU, calls take sets of inputs in turn that its cache does not hold together.
         """
         inputs = self.spec.inputs(DTYPES[self.dtype], self.device)
+        copies = gpu.sets(inputs.values()) if self.device == "cuda" else 1
+        given = [inputs, *({n: t.clone() for n, t in inputs.items()} for _ in range(copies - 1))]
         ours = functools.partial(getattr(functional, self.spec.op), **self.spec.options)
         torchs = functools.partial(getattr(stock, self.spec.op), **self.spec.options)
         functions = {
@@ -141,15 +162,41 @@ class Setting:
             "torch": torchs,
             "reference": functools.partial(ours, backend="reference"),
         }
+        if self.device == "cuda":
+            functions |= gpu.peers(self.spec.op, torchs)
         if which == "forward":
             if self.spec.op in RECURRENT:
                 # As our layers in evaluation, and as the peers, which pack when they are built.
                 packed = functional.PackedWeights()
                 functions["ours"] = functools.partial(functions["ours"], packed=packed)
-            return {name: _forward(f, inputs) for name, f in functions.items()}
-        upstream = [torch.randn_like(out) for out in _forward(torchs, inputs)()]
-        wanted = [n for n in evaluate.differentiable(self.spec, inputs) if n != "attn_mask"]
-        return {name: _both(f, inputs, wanted, upstream) for name, f in functions.items()}
+            make = _forward
+        else:
+            upstream = [torch.randn_like(out) for out in _forward(torchs, inputs)()]
+            wanted = [n for n in evaluate.differentiable(self.spec, inputs) if n != "attn_mask"]
+            make = functools.partial(_both, wanted=wanted, upstream=upstream)
+        if self.device == "cpu":
+            return {name: make(f, inputs) for name, f in functions.items()}
+        flat = self.spec.op in RECURRENT
+        laid = [gpu.flattened(self.spec.op, each) for each in given] if flat else given
+        return {
+            name: gpu.in_turn([make(f, each) for each in (laid if name == "torch" else given)])
+            for name, f in functions.items()
+        }
+
+
+def compared(spec: Spec) -> Spec:
+    """`spec` with fewer heads or rows and words, if the truth of all would not fit a GPU.
+
+    Heads, as rows and words, are independent pieces of the same work.
+    """
+    if isinstance(spec, AttentionSpec):
+        heads = max(1, COMPARED // (spec.s_q * spec.s_k))
+        if heads < spec.b * spec.n:
+            return dataclasses.replace(spec, b=1, n=heads, n_kv=heads)
+    if isinstance(spec, LinearCrossEntropySpec):
+        words = min(spec.v, 2**15)
+        return dataclasses.replace(spec, lead=(min(spec.sizes["N"], COMPARED // words),), v=words)
+    return spec
 
 
 def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:

@@ -103,9 +103,9 @@ def need(spec, backend, dtype):
         pytest.skip(f"{backend}: {reason}")
     if spec.layout == "huge":
         try:
-            torch.UntypedStorage(2 * HUGE_STRIDE * dtype.itemsize)
+            torch.UntypedStorage(2 * HUGE_STRIDE * dtype.itemsize, device=where)
         except RuntimeError as error:
-            pytest.skip(f"the address space is too small: {error}")
+            pytest.skip(f"the memory is too small: {error}")
 
 
 def check(spec, backend, dtype, *, gradients=True):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import errors
+import gpu
 import instruction_set
 import numpy as np
 import peers
@@ -414,6 +415,72 @@ def test_bench_shapes_count_what_they_do():
     causal = workload.count(spec["attention-1x8x2048x64-causal"], "forward", 4)
     assert full.flops == 4 * 8 * 2048**2 * 64
     assert causal.flops == 4 * 8 * (2048 * 2049 // 2) * 64
+
+
+def test_what_a_gpu_is_compared_on_fits_it():
+    """Fewer heads, rows and words, and the same kernel: head dims, keys and options stay."""
+    for op, specs in workload.timed_on("cuda").items():
+        assert len({spec.name for spec in specs}) == len(specs)
+        assert any("quick" in spec.tags for spec in specs)
+        for spec in specs:
+            small = workload.compared(spec)
+            sizes = small.sizes
+            if op == "attention":
+                assert sizes["B"] * sizes["N"] * sizes["S_q"] * sizes["S_k"] <= workload.COMPARED
+                assert (small.d, small.s_q, small.options) == (spec.d, spec.s_q, spec.options)
+            elif op == "linear_cross_entropy":
+                assert sizes["N"] * sizes["V"] <= workload.COMPARED
+                assert (small.h, small.options) == (spec.h, spec.options)
+            else:
+                assert small == spec
+
+
+@pytest.mark.parametrize("op", workload.RECURRENT)
+def test_flattened_weights_are_the_same_weights(op):
+    (spec, *_) = [s for s in workload.SPECS[op] if s.name == f"{op}-plain"]
+    inputs = spec.inputs(torch.float32)
+    laid = gpu.flattened(op, inputs)
+    assert laid.keys() == inputs.keys()
+    for name in inputs:
+        assert torch.equal(laid[name], inputs[name]), name
+
+
+def test_calls_in_turn():
+    log = []
+    call = gpu.in_turn([lambda i=i: log.append(i) for i in range(3)])
+    for _ in range(7):
+        call()
+    assert log == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
+    path = tmp_path / "a-gpu.csv"
+    row = {
+        **{"op": "rnn", "shape": "rnn-8x4x2x1", "dtype": "bfloat16", "pass": "forward"},
+        **{"device": "cuda", "gpu": "Some GPU", "torch": "2.0", "commit": "abc", "threads": "1"},
+        **{"date": "2026-01-01T00:00:00Z", "gflop_per_s": "1500", "best_peer": "torch flash"},
+        **{"fma_share": "0.5", "copy_share": "0.25"},
+    }
+    times = {"ours": "2", "torch": "5", "torch flash": "3"}
+    rows = [
+        {
+            **row,
+            "implementation": name,
+            "median_ms": ms,
+            "times_torch": str(5 / float(ms)),
+            "times_best_peer": str(3 / float(ms)),
+        }
+        for name, ms in times.items()
+    ]
+    records.merge(path, rows, run.KEY[:-1])
+    monkeypatch.setattr(records, "newest", lambda kind: {"gpu": path}.get(kind))
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    shown = readme.gpu()
+    cells = "rnn-8x4x2x1 | bfloat16 | forward | 2 | 5 | 1.50 (torch flash) | 1.5 | 50% | 25% |"
+    assert cells in shown
+    assert "on Some GPU" in shown
+    assert plot.main(["--gpu", str(path), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
 def test_readme_is_current():

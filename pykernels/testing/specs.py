@@ -1650,6 +1650,40 @@ LINEAR_CROSS_ENTROPY_SPECS = [
 ]
 
 
+def _gpu_attention(d: int, s: int) -> list[AttentionSpec]:
+    tags = QUICK if (d, s) == (128, 2048) else BENCH
+    return _attention_bench(2**14 // s, 2**11 // d, s, d, "16k tokens of 2048 features", tags)
+
+
+def _gpu_recurrent(kind: type[RecurrentSpec]) -> list[RecurrentSpec]:
+    return [
+        kind(f"{kind.op}-{sizes}", why, *map(int, sizes.split("x")), tags=tags)
+        for sizes, why, tags in (
+            ("50x32x300x512", "a language model's batch, I no multiple of 128", QUICK),
+            ("512x16x128x128", "a long sequence whose weights one multiprocessor holds", BENCH),
+            ("1024x1x64x64", "longest and smallest: the cost of one step", BENCH),
+            ("1024x16x768x768", "what cuDNN's persistent LSTM is at its best for", BENCH),
+            ("512x65x1000x1000", "a batch and a width that no tile divides", BENCH),
+        )
+    ]
+
+
+#: What the benchmark times on a GPU, by op: larger than what is timed on a CPU, and compared there.
+GPU_SPECS: dict[str, list[Spec]] = {
+    "rnn": [*_gpu_recurrent(RNNSpec)],
+    "gru": [*_gpu_recurrent(GRUSpec)],
+    "lstm": [*_gpu_recurrent(LSTMSpec)],
+    "attention": [
+        spec for d in (64, 128, 256) for s in (512, 2048, 8192) for spec in _gpu_attention(d, s)
+    ],
+    "linear_cross_entropy": [
+        _loss("1600x512x30000", "an RNN language model of 30,000 words", QUICK, (1600, 512, 30000)),
+        _loss("4096x1024x32000", "a small transformer", BENCH, (4096, 1024, 32000), bias=False),
+        _loss("8192x4096x131072", "a large one", BENCH, (8192, 4096, 131072), bias=False),
+    ],
+}
+
+
 def find(name: str) -> Spec:
     """The spec called `name`; a KeyError that lists the known names otherwise."""
     specs = (
