@@ -1661,7 +1661,7 @@ def _gpu_recurrent(kind: type[RecurrentSpec]) -> list[RecurrentSpec]:
         for sizes, why, tags in (
             ("50x32x300x512", "a language model's batch, I no multiple of 128", QUICK),
             ("512x16x128x128", "a long sequence whose weights one multiprocessor holds", BENCH),
-            ("1024x1x64x64", "longest and smallest: the cost of one step", BENCH),
+            ("1024x1x64x64", "longest and smallest: the cost of one step", QUICK),
             ("1024x16x768x768", "what cuDNN's persistent LSTM is at its best for", BENCH),
             ("512x65x1000x1000", "a batch and a width that no tile divides", BENCH),
         )
