@@ -1,4 +1,4 @@
-"""Other libraries' recurrent layers, forward, each in a process of its own.
+"""Other libraries' recurrent layers and attention, forward, each in a process of its own.
 
 A pool of threads may spin for a while after its work, and slows whoever runs next. So every peer
 has its own process and is timed in turn: before and after, both sides wait until their threads rest
@@ -6,7 +6,7 @@ has its own process and is timed in turn: before and after, both sides wait unti
 
     python benchmarks/peers.py <peer> <threads>
 
-which reads pickled messages from its input and answers each: a model and its inputs with the
+which reads pickled messages from its input and answers each: an op, its inputs and options with the
 outputs, a number of calls with the seconds that they took. Nothing here needs torch.
 """
 
@@ -45,7 +45,7 @@ def installed() -> dict[str, str]:
 
 
 class Peer:
-    """A worker with one layer loaded; use it as a context manager."""
+    """A worker with one op loaded; use it as a context manager."""
 
     def __init__(
         self, name: str, op: str, arrays: Arrays, options: Mapping[str, Any], threads: int
@@ -54,9 +54,9 @@ class Peer:
 
         Args:
             name: one of `PEERS`.
-            op: "rnn", "gru" or "lstm".
+            op: "rnn", "gru", "lstm" or "attention".
             arrays: float32, by the argument names of `functional.<op>`.
-            options: those of `functional.<op>`: nonlinearity and reverse count.
+            options: those of `functional.<op>`: nonlinearity, reverse and is_causal count.
             threads: of its pool.
         """
         self.worker = subprocess.Popen(
@@ -65,9 +65,8 @@ class Peer:
             stdout=subprocess.PIPE,
         )
         try:
-            fed = {n: arrays[n] for n in ("x", *STATES[op]) if n in arrays}
-            #: y [T, B, H] and the last states [B, H], in the order of `functional.<op>`.
-            self.outputs: list[np.ndarray] = self._ask((onnx_model(op, arrays, options), fed))
+            #: As `functional.<op>` returns them: y [T, B, H] and the last states [B, H]; or out.
+            self.outputs: list[np.ndarray] = self._ask((op, arrays, dict(options)))
         except BaseException:
             self.close()
             raise
@@ -111,7 +110,40 @@ def rest() -> None:
 
 
 def onnx_model(op: str, arrays: Arrays, options: Mapping[str, Any]) -> bytes:
-    """An ONNX model of one node, with the weights inside; it is fed x and the first states.
+    """An ONNX model of one node that is fed `inputs_of` the op."""
+    from onnx import TensorProto, helper
+
+    if op in STATES:
+        return recurrent_model(op, arrays, options)
+    shapes = {name: arrays[name].shape for name in ("q", "k", "v")}
+    shapes["out"] = (*arrays["q"].shape[:3], arrays["v"].shape[3])
+    q, k, v, out = (
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n, shape in shapes.items()
+    )
+    causal = int(options["is_causal"])
+    node = helper.make_node("Attention", ["q", "k", "v"], ["out"], is_causal=causal)
+    graph = helper.make_graph([node], op, [q, k, v], [out])
+    opset = helper.make_opsetid("", 23)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10).SerializeToString()
+
+
+def inputs_of(op: str, arrays: Arrays) -> Arrays:
+    """What a model is fed: x [T, B, I] and the first states [1, B, H], or q, k and v."""
+    states = {n: arrays[n][None] for n in STATES.get(op, ()) if n in arrays}
+    others = {n: arrays[n] for n in ("x", "q", "k", "v") if n in arrays}
+    return {n: np.ascontiguousarray(array) for n, array in {**others, **states}.items()}
+
+
+def outputs_of(op: str, found: list[np.ndarray]) -> list[np.ndarray]:
+    """The outputs of a model in the shapes of `functional.<op>`."""
+    if op not in STATES:
+        return found
+    y, *last = found
+    return [y[:, 0], *(state[0] for state in last)]
+
+
+def recurrent_model(op: str, arrays: Arrays, options: Mapping[str, Any]) -> bytes:
+    """An ONNX model of one node, with the weights inside.
 
     Its outputs are y [T, 1, B, H] and the last states [1, B, H].
     """
@@ -153,15 +185,16 @@ def onnx_model(op: str, arrays: Arrays, options: Mapping[str, Any]) -> bytes:
 Loaded = tuple[Callable[[], object], Callable[[], list[np.ndarray]]]  # a call; its outputs
 
 
-def _onnxruntime(model: bytes, fed: Arrays, threads: int) -> Loaded:
+def _onnxruntime(op: str, arrays: Arrays, settings: Mapping[str, Any], threads: int) -> Loaded:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    model = onnx_model(op, arrays, settings)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    for name, array in fed.items():
+    for name, array in inputs_of(op, arrays).items():
         binding.bind_cpu_input(name, array)
     for output in session.get_outputs():
         array = np.full(output.shape, np.nan, np.float32)
@@ -169,12 +202,23 @@ def _onnxruntime(model: bytes, fed: Arrays, threads: int) -> Loaded:
     return lambda: session.run_with_iobinding(binding), binding.copy_outputs_to_cpu
 
 
-def _openvino(model: bytes, fed: Arrays, threads: int) -> Loaded:
+def _openvino(op: str, arrays: Arrays, settings: Mapping[str, Any], threads: int) -> Loaded:
     import openvino
+    from openvino import opset13
 
     core = openvino.Core()
+    fed = inputs_of(op, arrays)
+    if op == "attention":  # its own node is faster than what it makes of ONNX's
+        places = [opset13.parameter(array.shape, np.float32, name) for name, array in fed.items()]
+        causal = bool(settings["is_causal"])
+        node = opset13.scaled_dot_product_attention(*places, causal=causal)
+        for place, name in zip(places, fed, strict=True):
+            place.output(0).set_names({name})
+        model = openvino.Model([node], places, op)
+    else:
+        model = core.read_model(onnx_model(op, arrays, settings))
     compiled = core.compile_model(
-        core.read_model(model),
+        model,
         "CPU",
         {
             "PERFORMANCE_HINT": "LATENCY",
@@ -203,13 +247,10 @@ def main() -> None:
         answers.flush()
 
     try:
-        model, fed = pickle.load(sys.stdin.buffer)
-        fed = {n: a if n == "x" else a[None] for n, a in fed.items()}
-        fed = {n: np.ascontiguousarray(a) for n, a in fed.items()}
-        call, outputs = load(model, fed, threads)
+        op, arrays, options = pickle.load(sys.stdin.buffer)
+        call, outputs = load(op, arrays, options, threads)
         call()
-        y, *last = outputs()
-        answer([y[:, 0], *(state[0] for state in last)])
+        answer(outputs_of(op, outputs()))
         while True:
             calls = pickle.load(sys.stdin.buffer)
             call()  # this process was asleep

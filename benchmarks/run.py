@@ -13,9 +13,9 @@ the measurement can only lower it, so the share is never flattered.
 
 With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too (`instruction_set.py`).
 
-The peers (`peers.py`: ONNX Runtime and OpenVINO, recurrent layers forward) have a process each and
-take part in the turns; one that is wrong by the same rule, or not installed, is left out with a
-word.
+The peers (`peers.py`: ONNX Runtime and OpenVINO; recurrent layers and attention, forward) have a
+process each and take part in the turns; one that is wrong by the same rule, or not installed, is
+left out with a word.
 
     python benchmarks/run.py --device cuda        the GPU's shapes, in bfloat16
 

@@ -278,6 +278,21 @@ def test_peers_compute_what_torch_computes(name, op, reverse, without):
     assert peer.worker.returncode == 0
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in peers.PEERS])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_peers_attend_as_torch_does(name, is_causal):
+    draw = np.random.default_rng(0)
+    given = {n: draw.standard_normal((2, 3, 7, 8), np.float32) for n in ("q", "k", "v")}
+    usual, exact = (
+        stock.attention(*(torch.from_numpy(a).to(d) for a in given.values()), is_causal=is_causal)
+        for d in (torch.float32, torch.float64)
+    )
+    with peers.Peer(name, "attention", given, {"is_causal": is_causal}, 1) as peer:
+        (out,) = peer.outputs
+    found = measure(torch.from_numpy(out), exact, usual)
+    assert found.ok, found
+
+
 @needs("onnxruntime")
 def test_a_peer_that_fails_says_why():
     given = arrays("rnn") | {"w_ih": np.zeros((6, 7), np.float32)}
@@ -298,11 +313,13 @@ def test_a_wrong_peer_is_not_timed(tmp_path, capsys, monkeypatch):
         == min(rivals, key=lambda row: float(row["median_ms"]))["implementation"]
     )
     assert "best peer / ours" in capsys.readouterr().out
-    right = peers.onnx_model
+    right = peers.Peer
     monkeypatch.setattr(
         peers,
-        "onnx_model",
-        lambda op, given, options: right(op, given | {"b_ih": given["b_ih"] + 1e-4}, options),
+        "Peer",
+        lambda name, op, given, *rest: right(
+            name, op, given | {"b_ih": given["b_ih"] + 1e-4}, *rest
+        ),
     )
     path.unlink()
     assert run.main(arguments) == 0
