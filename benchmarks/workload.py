@@ -206,7 +206,7 @@ def count(spec: Spec, which: str, itemsize: int) -> cost.Cost:
         if spec.op == "lstm":
             rest["proj_size"] = spec.proj_size
     elif spec.op == "attention":
-        rest = {"is_causal": spec.is_causal}
+        rest = {"is_causal": spec.is_causal, "window": spec.window}
     else:
         rest = {"bias": spec.bias}
     return getattr(cost, spec.op)(**spec.sizes, **rest, itemsize=itemsize, which=which)

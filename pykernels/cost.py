@@ -219,6 +219,7 @@ def attention(
     D_v: int | None = None,
     N_kv: int | None = None,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     itemsize: int = 4,
     which: str = "forward",
 ) -> Cost:
@@ -232,13 +233,13 @@ def attention(
         B, N, S_q, S_k, D: batch, heads, queries, keys, head dim.
         D_v: head dim of the values; D if None.
         N_kv: heads of K and V; N if None.
-        is_causal: query i sees keys j <= i only, and only these pairs count.
+        is_causal, window: which keys a query sees, as in `visible_pairs`.
         itemsize: bytes of a number.
         which: one of `PASSES`.
     """
     D_v = D if D_v is None else D_v
     N_kv = N if N_kv is None else N_kv
-    pairs = B * N * visible_pairs(S_q, S_k, is_causal=is_causal)
+    pairs = B * N * visible_pairs(S_q, S_k, is_causal=is_causal, window=window)
     q, out = B * N * S_q * D, B * N * S_q * D_v
     k, v = B * N_kv * S_k * D, B * N_kv * S_k * D_v
     lse = B * N * S_q * max(itemsize, 4)
@@ -284,12 +285,29 @@ def linear_cross_entropy(
     )
 
 
-def visible_pairs(S_q: int, S_k: int, *, is_causal: bool = False) -> int:
-    """How many (query i, key j) there are; with `is_causal` only those of j <= i."""
-    if not is_causal:
-        return S_q * S_k
-    rising = min(S_q, S_k)  # rows 0, 1, ... see 1, 2, ... keys until all are seen
-    return rising * (rising + 1) // 2 + (S_q - rising) * S_k
+def visible_pairs(
+    S_q: int,
+    S_k: int,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+) -> int:
+    """How many pairs of query i and key j there are, under the rules of `functional.attention`.
+
+    Args:
+        S_q, S_k: queries, keys.
+        is_causal: only those of j <= i.
+        window: (left, right): only those of i - left <= j <= i + right; None for no bound.
+    """
+    left, right = (None, None) if window is None else window
+    if is_causal:
+        right = 0
+    pairs = 0
+    for i in range(S_q):
+        first = 0 if left is None else max(0, i - left)
+        end = S_k if right is None else min(S_k, i + right + 1)
+        pairs += max(0, end - first)
+    return pairs
 
 
 def linear(

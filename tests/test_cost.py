@@ -191,6 +191,23 @@ def test_causal_counts_only_visible_pairs(S_q, S_k):
     assert cost.visible_pairs(S_q, S_k) == S_q * S_k
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", [(0, 0), (3, 1), (None, 2), (4, None), (100, 100)])
+@pytest.mark.parametrize(("S_q", "S_k"), [(1, 1), (5, 9), (9, 5), (7, 7), (3, 0)])
+def test_windows_count_only_visible_pairs(S_q, S_k, window, is_causal):
+    left, right = window
+    visible = sum(
+        (left is None or j >= i - left)
+        and (right is None or j <= i + right)
+        and (not is_causal or j <= i)
+        for i in range(S_q)
+        for j in range(S_k)
+    )
+    assert cost.visible_pairs(S_q, S_k, is_causal=is_causal, window=window) == visible
+    counted = cost.attention(1, 1, S_q, S_k, 2, is_causal=is_causal, window=window)
+    assert counted.multiply_adds == 4 * visible
+
+
 def test_attention_products():
     """Q K^T and P V forward; Q K^T again, dP, dQ, dK, dV backward: 2.5 times as many."""
     sizes = {"B": 1, "N": 8, "S_q": 2048, "S_k": 2048, "D": 64}
