@@ -214,7 +214,7 @@ def _attention(
 ) -> Tensor:
     """``aten::scaled_dot_product_attention`` on CPU tensors, where autograd sees it."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if 0 <= dropout_p <= 1 and _served(query, key, value, attn_mask, enable_gqa):
         return functional.scaled_dot_product_attention(*arguments, **options)
     stock = torch.ops.aten.scaled_dot_product_attention.default
