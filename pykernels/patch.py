@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, _checks, functional, nn
-from pykernels.cpp import DTYPES
 
 _LAYERS = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -248,7 +247,7 @@ def _served(
     dtypes = (query.dtype, torch.float32, torch.bool)
     if attn_mask is not None and attn_mask.dtype not in dtypes:
         return False
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in _cpp().DTYPES or not query.dtype == key.dtype == value.dtype:
         return False
     *lead, S_q, D = query.shape
     S_k, heads = key.shape[-2], slice(-1 if enable_gqa and lead else None)
