@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, _checks, functional, nn
-from pykernels.cpp import DTYPES
 
 _LAYERS = {
     getattr(torch.nn, name): getattr(nn, name)
@@ -214,7 +213,7 @@ def _attention(
 ) -> Tensor:
     """``aten::scaled_dot_product_attention`` on CPU tensors, where autograd sees it."""
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-    options = {"scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
     if 0 <= dropout_p <= 1 and _served(query, key, value, attn_mask, enable_gqa):
         return functional.scaled_dot_product_attention(*arguments, **options)
     stock = torch.ops.aten.scaled_dot_product_attention.default
@@ -248,7 +247,7 @@ def _served(
     dtypes = (query.dtype, torch.float32, torch.bool)
     if attn_mask is not None and attn_mask.dtype not in dtypes:
         return False
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
+    if query.dtype not in _cpp().DTYPES or not query.dtype == key.dtype == value.dtype:
         return False
     *lead, S_q, D = query.shape
     S_k, heads = key.shape[-2], slice(-1 if enable_gqa and lead else None)

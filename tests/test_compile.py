@@ -176,6 +176,111 @@ def test_scaled_dot_product_attention():
     same(lambda q: run(q, q[:, :2], q[:, :2], enable_gqa=True), heads()[0])
 
 
+CLASSES = torch.tensor([3, 0, -100, 10, 7])
+LOSSES = {
+    "mean": {},
+    "sum": {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 0.01},
+    "none": {"reduction": "none", "class_weight": torch.linspace(0.5, 1, 11)},
+    "lse": {"return_lse": True},
+}
+
+
+def loss_arguments(N=5, grad=True):
+    torch.manual_seed(0)
+    return [torch.randn(shape, requires_grad=grad) for shape in ((N, 8), (11, 8), (11,))]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_linear_cross_entropy(options, dynamic, grad):
+    def run(x, weight, bias, target):
+        return functional.linear_cross_entropy(x, weight, target, bias, **options)
+
+    compiled, graphs = same(run, *loss_arguments(grad=grad), CLASSES, dynamic=dynamic)
+    if dynamic:
+        other = [*loss_arguments(N=9, grad=grad), torch.arange(9)]
+        exactly(step(compiled, *other), step(run, *other))
+    assert graphs.ours() == ["linear_cross_entropy"]  # compiled once for all
+
+
+def test_gradients_of_the_loss_are_made_ahead():
+    """Backward has but to scale those asked for; the input without a gradient gets none."""
+    x, weight, bias = loss_arguments()
+    graphs = Graphs()
+    run = torch.compile(functional.linear_cross_entropy, fullgraph=True, backend=graphs)
+    step(run, x.detach(), weight, CLASSES, bias)
+    (node,) = [n for each in graphs.graphs for n in each.graph.nodes if "ahead" in n.kwargs]
+    assert list(node.kwargs["ahead"]) == [False, True, False, True, False]
+
+
+def test_targets_out_of_range():
+    """Found where the graph runs, and worded as in an eager call."""
+    x, weight, _ = loss_arguments()
+    compiled = torch.compile(functional.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for run in (functional.linear_cross_entropy, compiled):
+        run(x, weight, CLASSES)
+        with pytest.raises(ValueError, match=r"`target` must be from 0 .* got 13 at \[0\]"):
+            run(x, weight, CLASSES + 10)
+
+
+VARLENS = {
+    "causal": {"is_causal": True},
+    "lse": {"return_lse": True, "window": (2, 1)},
+    "used": {"seqused_k": torch.tensor([2, 4]), "sinks": torch.tensor([0.5, 0.25])},
+}
+
+
+def packed_heads(T=9, grad=True):
+    torch.manual_seed(0)
+    return [torch.randn(T, 2, 8, requires_grad=grad) for _ in range(3)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", VARLENS.values(), ids=VARLENS)
+def test_attention_varlen(options, dynamic, grad):
+    def run(q, k, v, starts):
+        return functional.attention_varlen(q, k, v, starts, **options)
+
+    def ran(run, T, *starts):  # without the rows behind the last sequence, whose lse is -inf
+        def within(*args):
+            found = flat(run(*args))
+            return [found[0], *(t[:, : starts[-1]] for t in found[1:])]
+
+        return step(within, *packed_heads(T, grad), torch.tensor(starts))
+
+    graphs = Graphs()
+    compiled = torch.compile(run, fullgraph=True, backend=graphs, dynamic=dynamic)
+    exactly(ran(compiled, 9, 0, 3, 8), ran(run, 9, 0, 3, 8))
+    if dynamic:
+        exactly(ran(compiled, 14, 0, 6, 14), ran(run, 14, 0, 6, 14))
+    assert graphs.ours() == ["attention_varlen"]
+
+
+def test_sequences_that_overrun():
+    compiled = torch.compile(functional.attention_varlen, fullgraph=True, backend="aot_eager")
+    for run in (functional.attention_varlen, compiled):
+        run(*packed_heads(), torch.tensor([0, 3, 8]))
+        with pytest.raises(ValueError, match=r"`cu_seqlens_q` must be from 0 on, .* up to 9 rows"):
+            run(*packed_heads(), torch.tensor([0, 3, 10]))
+
+
+def test_pages():
+    q, k, v = packed_heads(4, grad=False)
+    pages = [torch.stack([t, t * 2]) for t in (k, v)]
+    places = {
+        "seqused_k": torch.tensor([3, 6]),
+        "block_table": torch.tensor([[1, 0], [0, 1]]),
+    }
+
+    def run(q, k, v, starts):
+        return functional.attention_varlen(q, k, v, starts, **places)
+
+    _, graphs = same(run, q, *pages, torch.tensor([0, 1, 4]), dynamic=True)
+    assert graphs.ours() == ["attention_varlen"]
+
+
 def test_dropout_draws_from_torchs_generator():
     q, k, v = heads()
 
@@ -278,11 +383,16 @@ def test_the_graph_and_its_making_are_flat_in_time():
     assert times[2] < 3 * max(times[:2]) + 1
 
 
-@pytest.mark.parametrize("op", [*GATES, "attention"])
+@pytest.mark.parametrize("op", [*GATES, "attention", "attention_varlen", "linear_cross_entropy"])
 def test_inductor(op):
     """The compiler that torch.compile takes by default, forward and backward."""
-    run = getattr(functional, op)
-    args = heads() if op == "attention" else arguments(op)
+    run, args = getattr(functional, op), arguments(op) if op in GATES else heads()
+    if op == "attention_varlen":
+        args = packed_heads()
+        run = lambda *args: functional.attention_varlen(*args, torch.tensor([0, 3, 8]))  # noqa: E731
+    elif op == "linear_cross_entropy":
+        args = loss_arguments()
+        run = lambda x, w, b: functional.linear_cross_entropy(x, w, CLASSES, b)  # noqa: E731
 
     def around(*args):
         return [t.sin() * 2 for t in flat(run(*(t * 1.5 for t in args)))]
@@ -314,6 +424,9 @@ def test_backend_is_in_the_graph(op):
     assert chosen == ["reference", "cpp"]
 
 
+OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize(
     "name",
@@ -326,6 +439,11 @@ def test_backend_is_in_the_graph(op):
         "lstm-cells",
         "attention-plain",
         "attention-sinks",
+        "attention_varlen-causal",
+        "attention_varlen-used",
+        "linear_cross_entropy-plain",
+        "linear_cross_entropy-all-none",
+        "linear_cross_entropy-all-mean",
     ],
 )
 def test_opcheck(name, backend):
@@ -346,15 +464,28 @@ def test_opcheck(name, backend):
             return func(*args, **(kwargs or {}))
 
     inputs = spec.inputs(torch.float64)
-    for t in inputs.values():
-        t.requires_grad_(t.is_floating_point())
+    for name, t in inputs.items():
+        t.requires_grad_(t.is_floating_point() and name != "class_weight")
     with See():
         outputs = flat(getattr(functional, spec.op)(**inputs, **spec.options, backend="cpp"))
-        sum(t.sum() for t in outputs).backward()
+        sum(t.sum() for t in outputs if t.requires_grad).backward()
     assert [func._opname for func, *_ in seen] == [spec.op, f"{spec.op}_backward"]
     for func, args, kwargs in seen:
         args = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
-        opcheck(func, tuple(args), {**kwargs, "backend": backend})
+        # The gradient of attention_varlen's gradient reads where the sequences lie.
+        traced = func._opname != "attention_varlen_backward"
+        tests = [*OPCHECKS, "test_aot_dispatch_dynamic"] if traced else OPCHECKS
+        opcheck(func, tuple(args), {**kwargs, "backend": backend}, test_utils=tests)
+
+
+def test_opcheck_of_gradients_made_ahead():
+    x, weight, bias = (t.detach().double().requires_grad_() for t in loss_arguments())
+    op = torch.ops.pykernels.linear_cross_entropy.default
+    options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.1, "z_loss": 0.1}
+    options |= {"return_lse": False, "return_argmax": False, "keep": True}
+    for backend in ("reference", "cpp"):
+        made = {"ahead": [True, True, False, True, False], "backend": backend}
+        opcheck(op, (x, weight, CLASSES, bias, None), options | made)
 
 
 class Model(torch.nn.Module):
@@ -367,11 +498,16 @@ class Model(torch.nn.Module):
         self.lstm = nn.LSTM(12, 8, num_layers=2)
         self.mha = nn.MultiheadAttention(8, 2)
         self.cell = nn.LSTMCell(8, 6)
+        self.loss = nn.LinearCrossEntropyLoss(6, 11)
 
     def forward(self, x):
         x = self.lstm(self.gru(self.rnn(x)[0])[0])[0]
         x, _ = self.mha(x, x, x, need_weights=False)
-        return self.cell(x[-1])
+        rows = x[0].reshape(-1, 2, 4)
+        starts = torch.tensor([0, 1, 2])
+        x = x + functional.attention_varlen(rows, rows, rows, starts).reshape(x[0].shape)
+        h, c = self.cell(x[-1])
+        return h, c, self.loss(h, torch.zeros(h.shape[0], dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -385,7 +521,15 @@ def test_export(dynamic):
     program = torch.export.load(file)
     names = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("pykernels.")]
     assert sorted(names) == sorted(
-        f"pykernels.{op}.default" for op in ("rnn", *["gru"] * 2, *["lstm"] * 3, "attention")
+        f"pykernels.{op}.default"
+        for op in (
+            "rnn",
+            *["gru"] * 2,
+            *["lstm"] * 3,
+            "attention",
+            "attention_varlen",
+            "linear_cross_entropy",
+        )
     )
     for given in (x, torch.randn(11, 2, 4)) if dynamic else (x,):
         exactly(flat(program.module()(given)), flat(model(given)))

@@ -11,7 +11,9 @@ from pykernels import functional, nn
 from pykernels.testing.specs import find
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-OPS = [*GATES, "attention"]
+OPS = [*GATES, "attention", "attention_varlen", "linear_cross_entropy"]
+#: What the ops take beside what is differentiated.
+STARTS, CLASSES = torch.tensor([0, 2, 5]), torch.tensor([1, 0, -100, 5])
 MAPPED = 4
 
 
@@ -20,6 +22,10 @@ def inputs(op, sizes=()):
     generator = torch.Generator().manual_seed(0)
     if op == "attention":
         shapes = [(2, 4, 5, 6)] * 3
+    elif op == "attention_varlen":
+        shapes = [(6, 2, 4)] * 3  # with a row behind the last sequence
+    elif op == "linear_cross_entropy":
+        shapes = [(4, 5), (7, 5), (7,)]
     else:
         rows = GATES[op] * 5
         shapes = [(4, 3, 2), (rows, 2), (rows, 5), (rows,), (rows,), (3, 5)]
@@ -33,6 +39,21 @@ def call(op, backend=None, **options):
     run = getattr(functional, op)
     if op == "attention":
         options["return_lse"] = True
+    if op == "attention_varlen":  # its lse is -inf in the row behind
+
+        def run(*args, backend):
+            options = {"is_causal": True, "return_lse": True, "backend": backend}
+            out, lse = functional.attention_varlen(*args, STARTS, **options)
+            return out, lse[:, :5]
+
+    if op == "linear_cross_entropy":
+
+        def run(x, weight, bias, backend):
+            options = {"reduction": "none", "z_loss": 0.1, "return_lse": True}
+            return functional.linear_cross_entropy(
+                x, weight, CLASSES, bias, **options, backend=backend
+            )
+
     return lambda *args: tuple(flat(run(*args, backend=backend, **options)))
 
 
@@ -63,6 +84,8 @@ def dims(op):
     count = len(inputs(op))
     if op == "attention":
         return [(0, 0, 0), (0, None, None), (None, 0, None), (1, 2, 0)]
+    if op in ("attention_varlen", "linear_cross_entropy"):
+        return [(0, 0, 0), (0, None, None), (None, 0, None), (1, 2, 1)]
     states = (None,) * (count - 5)
     return [
         (0, *[None] * 4, *states),
@@ -154,10 +177,10 @@ def test_jvp(op):
 @pytest.mark.parametrize("op", OPS)
 def test_second_derivatives(op):
     """By every road, against autograd's of the reference."""
-    args = [t.narrow(0, 0, 2) if i == 0 else t for i, t in enumerate(inputs(op))]
+    args = [t.narrow(0, 0, 2) if op in GATES and i == 0 else t for i, t in enumerate(inputs(op))]
     if op == "attention":
         args = [t[:1, :1, :3, :2] for t in args]
-    else:
+    elif op in GATES:
         args[0] = args[0][:, :1]
         args = [t if i < 5 and i else t[..., :1, :] for i, t in enumerate(args)]
 
@@ -262,6 +285,48 @@ ATTENTIONS = {
     "slopes": lambda i: {"alibi_slopes": torch.linspace(0, i, 4)},
     "slopes2": lambda i: {"alibi_slopes": torch.linspace(0, i, 8).reshape(2, 4)},
 }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_targets_that_are_mapped(reduction):
+    """One loss of each sample, and its gradients; the target is checked as in an eager call."""
+    x, weight, bias = inputs("linear_cross_entropy")
+    xs, targets = torch.stack([x * i for i in range(1, MAPPED + 1)]), torch.arange(16).reshape(4, 4)
+
+    def loss(backend):
+        def run(x, weight, bias, target):
+            return functional.linear_cross_entropy(
+                x, weight, target, bias, reduction=reduction, backend=backend
+            ).sum()
+
+        return run
+
+    dims, args = (0, None, None, 0), (xs, weight, bias, targets % 7)
+    close(vmap(loss(None), dims)(*args), looped(lambda *a: [loss(None)(*a)], dims, *args))
+    found = vmap(grad(loss(None), (0, 1, 2)), dims)(*args)
+    close(found, looped(grad(loss("reference"), (0, 1, 2)), dims, *args))
+    for transform in (lambda run: run, lambda run: jacfwd(run)):
+        with pytest.raises(ValueError, match=r"`target` must be from 0 to V - 1 = 6 .* got 7 at"):
+            vmap(transform(loss(None)), dims)(xs, weight, bias, targets)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_places_of_varlen(mapped):
+    """Sequences that lie elsewhere in each sample; sinks and slopes of its own."""
+    made = [t.clone() for t in inputs("attention_varlen", (MAPPED,))]
+    starts = torch.tensor([[0, i, 5] for i in range(MAPPED)]) if mapped else STARTS
+    heads = torch.linspace(0.1, 1, 2 * MAPPED, dtype=torch.float64).reshape(MAPPED, 2)
+
+    def run(backend):
+        def of(q, k, v, starts, sinks, slopes):
+            options = {"sinks": sinks, "alibi_slopes": slopes, "backend": backend}
+            return functional.attention_varlen(q, k, v, starts, **options).sin().sum()
+
+        return grad(of, (0, 1, 2, 4))
+
+    dims = (0, 0, 0, 0 if mapped else None, 0, 0)
+    args = (*made, starts, heads, heads * 2)
+    close(vmap(run(None), dims)(*args), looped(run("reference"), dims, *args))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +40,7 @@ def attention_varlen_fwd(
     """See `pykernels._backends` for the contract."""
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=compute_dtype(q))
-    row_stats = lse.new_empty(2, *lse.shape) if keep else None
+    row_stats = attention_varlen_extras(q)[0] if keep else None
     # The copies must outlive the call: their addresses alone reach it.
     rows = [dense_rows(t) for t in (q, k, v)]
     rule = Rule(q, k, None, sinks, alibi_slopes, seed)
@@ -57,9 +61,16 @@ def attention_varlen_fwd(
         address(lse),
         address(row_stats),
     )
+    if places.end_q < q.shape[0]:
+        out[places.end_q :], lse[:, places.end_q :] = 0, -math.inf
     tensors = (q, k, v, sinks, alibi_slopes, seed)
     saved = (*tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, row_stats)
     return (out, lse), saved
+
+
+def attention_varlen_extras(q: Tensor, *_: Tensor | None, **options: Any) -> tuple[Tensor]:
+    """See `pykernels._backends` for the contract: what backward makes weights from."""
+    return (q.new_empty(2, q.shape[1], q.shape[0], dtype=compute_dtype(q)),)
 
 
 def attention_varlen_bwd(
@@ -81,7 +92,8 @@ def attention_varlen_bwd(
     places = _Places(*places_, ends_meet)
     dq = q.new_empty(q.shape) if needs[0] else None
     # Keys that are not used get zeros, and that from here.
-    fresh = torch.empty_like if places.used is None else torch.zeros_like
+    whole = places.used is None and places.end_k == k.shape[0]
+    fresh = torch.empty_like if whole else torch.zeros_like
     dk, dv = (
         fresh(t, memory_format=torch.contiguous_format) if need else None
         for t, need in zip((k, v), needs[1:3], strict=True)
@@ -104,6 +116,8 @@ def attention_varlen_bwd(
         (0, (0, 0, 0)),
         address(dsinks),
     )
+    if dq is not None and places.end_q < q.shape[0]:
+        dq[places.end_q :] = 0
     return dq, dk, dv, dsinks, *(None for _ in saved[4:-2])
 
 
@@ -121,13 +135,21 @@ class _Places:
         given = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
         wide = [None if t is None else t.to(torch.int64).contiguous() for t in given]
         self.queries, self.keys, self.used, self.table = wide
-        longest_k = self.keys.diff() if self.used is None else self.used
+        # lists, as a small tensor's every operation takes longer than a loop over its numbers
+        starts_q = self.queries.tolist()
+        starts_k = [0] if self.keys is None else self.keys.tolist()
+        self.end_q, self.end_k = starts_q[-1], starts_k[-1]
+        longest_k = _longest(starts_k) if self.used is None else max(self.used.tolist(), default=0)
         self.packed = (
             *(address(t) for t in wide[:3]),
-            int(self.queries.diff().max()),
-            int(longest_k.max()),
+            _longest(starts_q),
+            longest_k,
             ends_meet,
         )
+
+
+def _longest(starts: list[int]) -> int:
+    return max((end - begin for begin, end in itertools.pairwise(starts)), default=0)
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, places: _Places) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def linear_cross_entropy_fwd(
     """See `pykernels._backends` for the contract, and for `ahead` the op's own module."""
     inputs = (x, weight, target, bias, class_weight)
     call = _Call(inputs, ignore_index, reduction, label_smoothing, z_loss)
-    softmax = call.per_row(2)
+    (softmax,) = linear_cross_entropy_extras(x)
     rows, lse = call.per_row(), call.per_row()
     argmax = torch.empty_like(target) if return_argmax else None
     if ahead is None:
@@ -49,6 +49,11 @@ def linear_cross_entropy_fwd(
         loss = loss + (squares.sum() / call.count if reduction == "mean" else squares)
     loss = loss.sum() if reduction == "sum" else loss
     return (loss, lse if return_lse else None, argmax), (*inputs, softmax)
+
+
+def linear_cross_entropy_extras(x: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
+    """See `pykernels._backends` for the contract: two numbers a row that make its softmax."""
+    return (x.new_empty(2, x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)),)
 
 
 def linear_cross_entropy_bwd(

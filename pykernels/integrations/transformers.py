@@ -84,7 +84,7 @@ def attention_forward(
         attention_mask = _with_bias(position_bias, attention_mask)
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query.dtype)
-    out = functional.attention(
+    out: Any = functional.attention(
         query,
         key,
         value,

@@ -20,14 +20,18 @@ def apply(
     options: dict[str, Any],
     tensors: tuple[Any, ...],
     unrecorded: Callable[[], dict[str, Any]] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Any:
     """The outputs of `op` on `backend`, through its Function where autograd must see the call.
 
-    `unrecorded` makes further options for a call that it need not see. Where a compiler or a
-    transform looks on, it sees the operator (`_library`).
+    `unrecorded` makes further options for a call that it need not see; `check` checks the values of
+    the tensors. Where a compiler or a transform looks on, it sees the operator (`_library`), which
+    checks them itself.
     """
-    if _library.looked_at(backend) and _library.knows(op):
+    if _library.looked_at(backend):
         return _library.call(op, backend, options, tensors, wanted(tensors))
+    if check is not None:
+        check(*tensors, **options)
     if wanted(tensors):
         return function.apply(backend, options, *tensors)
     if unrecorded is not None:
@@ -80,11 +84,5 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call on these tensors must be recorded. Recording costs some microseconds.
-
-    Under forward-mode differentiation it must: a Function of an op that is no operator then says
-    that it has no such formula.
-    """
-    if _library.in_forward_mode():
-        return True
+    """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -30,11 +30,6 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _operators: dict[str, Operator] = {}
 
 
-def knows(op: str) -> bool:
-    """Whether the op is an operator of torch."""
-    return op in _operators
-
-
 def looked_at(backend: ModuleType) -> bool:
     """Whether a compiler, a transform or a dispatch mode looks on, and must see an operator.
 
@@ -53,12 +48,29 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _no_check(*_: Any, **__: Any) -> None:
+    """Of an op whose tensors may have any values."""
+
+
+def _as_it_is(module: ModuleType) -> ModuleType:
+    return module
+
+
+def _unwrapped(tensor: Maybe) -> Maybe:
+    """The tensor that transforms have wrapped, with its values."""
+    functorch = torch._C._functorch
+    while tensor is not None and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def call(
     op: str, backend: ModuleType, options: dict[str, Any], tensors: tuple[Any, ...], keep: bool
 ) -> Any:
     """The outputs of `op`, for whoever looks on; `keep` as in the contract of backends."""
     operator = _operators[op]
     if in_forward_mode():
+        operator.check(*map(_unwrapped, tensors), **options)
         with _autocast.disabled(tensors[0].device):
             return operator.formula(*tensors, **options)
     name = _backends.name(backend)
@@ -86,6 +98,8 @@ class Operator:
         empty: Callable[..., tuple[Tensor, ...]],
         formula: Callable[..., tuple[Tensor, ...]],
         axes: Callable[..., tuple[Axes, Axes] | None],
+        check: Callable[..., None] = _no_check,
+        adapt: Callable[[ModuleType], Any] = _as_it_is,
     ) -> None:
         """Args:
         op: its name.
@@ -101,9 +115,12 @@ class Operator:
             differentiated in every way.
         axes: ``(*tensors, **options)`` -> the batch axis of each tensor, and that of each output
             and extra; None for what all rows share. None in their place: rows are not apart.
+        check: ``(*tensors, **options)`` checks their values, which whoever looks on cannot see.
+        adapt: makes the module of a backend one of tensors alone, if it is not.
         """
         self.op, self.saves, self.last_if = op, saves, last_if
         self.empty, self.formula, self.axes = empty, formula, axes
+        self.check, self.adapt = check, adapt
         self.tensors = [part.split()[1] for part in tensors.split(", ")]
         self.outputs, self.extras = outputs.split(), extras.split()
         kept = [f"Tensor? {name}" for name in (*self.outputs[:saves], *self.extras)]
@@ -225,8 +242,8 @@ class _Pass:
         """`batch` in one call, or None. Each of `one` is an argument of a single call."""
         raise NotImplementedError
 
-    def _module(self) -> ModuleType:
-        return _backends.module(self.backend_name, self.operator.op)
+    def _module(self) -> Any:
+        return self.operator.adapt(_backends.module(self.backend_name, self.operator.op))
 
 
 class _Forward(_Pass):
@@ -246,6 +263,7 @@ class _Forward(_Pass):
         )
 
     def run(self, *args: Maybe) -> tuple[Tensor, ...]:
+        self.operator.check(*args, **self.options)
         compute = getattr(self._module(), f"{self.operator.op}_fwd")
         with _autocast.disabled(_device(args)):
             outputs, saved = compute(*args, keep=self.keep, **self.options)
@@ -329,9 +347,11 @@ class _Backward(_Pass):
         made = [t if t is None else t.new_empty(t.shape) for t in args[: len(self.needs)]]
         return self._needed(args, made)
 
-    def _gradients(self, module: ModuleType, args: Sequence[Maybe]) -> Tensors:
+    def _gradients(self, module: Any, args: Sequence[Maybe]) -> Tensors:
         count = len(args) - len(self.operator.outputs)
-        saved, grads = tuple(args[:count]), tuple(args[count:])
+        saved = tuple(args[:count])
+        # an output that is not there is an empty tensor, and may have got a gradient like that
+        grads = tuple(None if t is None or t.numel() == 0 else t for t in args[count:])
         if not self.options.get(self.operator.last_if, True):
             grads = grads[:-1]
         compute = getattr(module, f"{self.operator.op}_bwd")
@@ -389,7 +409,8 @@ class _Backward(_Pass):
         whole = (*self.needs, *[False] * (len(args) - count))
         each = zip(args, dims, every, one, whole, strict=True)
         found = self([_join(t, d, a, o, size, rows, whole=need) for t, d, a, o, need in each])
-        out = tuple(a if need else None for a, need in zip(own, self.needs, strict=True))
+        axis = zip(found, own, self.needs, strict=True)
+        out = tuple(_axis(grad, a) if need else None for grad, a, need in axis)
         grads = []
         for grad, a, t in zip(found, out, one[:count], strict=True):
             if a is not None:

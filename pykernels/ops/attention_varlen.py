@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pykernels import _backends, _checks
-from pykernels.ops import _autograd
+from pykernels.ops import _autograd, _library
 from pykernels.ops import attention as _attention
 
 OP = "attention_varlen"
@@ -63,6 +64,10 @@ def attention_varlen(
     The arguments are those of `torch.nn.attention.varlen.varlen_attn` under the names of T. Dao's
     flash-attn; `is_causal` and `window` are as in `attention`.
 
+    Under torch.compile the values of `cu_seqlens_q` and so on are checked where the graph runs,
+    with the same errors; `max_seqlen_q` and `max_seqlen_k` are not. Under vmap what is mapped is
+    taken for more heads; mapped places, grouped heads and dropout take one call after the other.
+
     Args:
         q: queries, [T_q, N, D], any floating dtype.
         k: keys, [T_k, N_kv, D]; or, with `block_table`, pages of them, [P, page_size, N_kv, D].
@@ -104,35 +109,31 @@ def attention_varlen(
         _checks.tensor(OP, name, value, q if name != "q" else None)
         _checks.rank(OP, name, value, axes)
     _checks.floating(OP, "q", q)
-    T_q, N, D = q.shape
+    N, D = q.shape[1:]
     N_kv = k.shape[-2]
     _attention.check_heads(OP, q, k, N, N_kv, enable_gqa)
     _checks.positive(OP, "head dim D", D)
     _checks.shape(OP, "k", k, pages + "N_kv, D", (*k.shape[:-2], N_kv, D))
     _checks.shape(OP, "v", v, pages + "N_kv, D_v", (*k.shape[:-2], N_kv, v.shape[-1]))
-    lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q, T_q)
-    B = len(lengths_q)
+    _integers("cu_seqlens_q", cu_seqlens_q, q, "B + 1", None)
+    B = cu_seqlens_q.shape[0] - 1
     if paged:
         if cu_seqlens_k is not None:
             _checks.fail(OP, "cu_seqlens_k", "None with block_table", "a tensor")
-        lengths_k = _check_pages(block_table, seqused_k, k, B)
+        _integers("block_table", block_table, k, "B, pages", (B, None))
+        if seqused_k is None:
+            _checks.fail(OP, "seqused_k", "given with block_table", None)
     else:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        lengths_k = _lengths("cu_seqlens_k", cu_seqlens_k, k, k.shape[0])
-        _checks.shape(OP, "cu_seqlens_k", cu_seqlens_k, "B + 1", (B + 1,))
-        if seqused_k is not None:
-            _check_used(seqused_k, q, lengths_k)
-    for name, given, lengths in (
-        ("max_seqlen_q", max_seqlen_q, lengths_q),
-        ("max_seqlen_k", max_seqlen_k, lengths_k),
-    ):
-        if given is not None and given < max(lengths, default=0):
-            _checks.fail(OP, name, f"at least the longest sequence, {max(lengths)}", given)
+        _integers("cu_seqlens_k", cu_seqlens_k, k, "B + 1", (B + 1,))
+    if seqused_k is not None:
+        _integers("seqused_k", seqused_k, q, "B", (B,))
     _attention.check_options(OP, scale, window, softcap, causal_alignment, dropout_p)
     _attention.check_head_tensors(OP, q, sinks, alibi_slopes, B, N)
     if paged and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         _checks.fail(OP, "block_table", "None where a gradient is wanted", "a tensor")
 
+    check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
     band = _attention.band_of(0, 0, is_causal, window, "top-left")
     wanted = _attention.features(
         q.dtype,
@@ -153,58 +154,109 @@ def attention_varlen(
         "dropout_p": float(dropout_p),
     }
     seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
-    behind = T_q - sum(lengths_q)
-    if cu_seqlens_k is not None:
-        end = sum(cu_seqlens_k.diff().tolist())
-        k, v = k[:end], v[:end]
-    tensors = (q[: T_q - behind], k, v, sinks, alibi_slopes, seed)
     places = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-    out, lse = _autograd.apply(AttentionVarlenFunction, OP, chosen, options, (*tensors, *places))
-    if behind:
-        out = F.pad(out, (0, 0, 0, 0, 0, behind))
-        lse = F.pad(lse, (0, behind), value=-math.inf)
+    tensors = (q, k, v, sinks, alibi_slopes, seed, *places)
+    out, lse = _autograd.apply(AttentionVarlenFunction, OP, chosen, options, tensors, check=check)
     return (out, lse) if return_lse else out
 
 
-def _integers(name: str, value: Any, like: Tensor, axes: str, sizes: tuple[int, ...]) -> None:
-    """`value` is a tensor of integers of that shape, on the device of `like`."""
+def _integers(
+    name: str, value: Any, like: Tensor, axes: str, sizes: tuple[int | None, ...] | None
+) -> None:
+    """`value` is a tensor of integers of that shape, on the device of `like`; None for any size."""
     _checks.tensor(OP, name, value)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{OP}: `{name}` must be of int32 or int64, got {value.dtype}")
     _checks.device(OP, name, value, like)
-    _checks.shape(OP, name, value, axes, sizes)
+    _checks.rank(OP, name, value, axes)
+    wanted = value.shape if sizes is None else sizes
+    pairs = zip(value.shape, wanted, strict=True)
+    _checks.shape(OP, name, value, axes, [have if n is None else n for have, n in pairs])
 
 
-def _lengths(name: str, starts: Any, like: Tensor, rows: int) -> list[int]:
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    *,
+    most: tuple[int | None, int | None] = (None, None),
+    **options: Any,
+) -> None:
+    """Where the sequences lie. `most` are max_seqlen_q and max_seqlen_k."""
+    lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    lengths_k: list[int] = []
+    if cu_seqlens_k is not None:
+        lengths_k = _lengths("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if seqused_k is not None:
+        room = (
+            lengths_k
+            if block_table is None
+            else [block_table.shape[1] * k.shape[1]] * len(lengths_q)
+        )
+        used = seqused_k.tolist()
+        if any(not 0 <= n <= m for n, m in zip(used, room, strict=True)):
+            _checks.fail(OP, "seqused_k", f"from 0 to {room}, the keys that are there", used)
+        if block_table is not None:
+            lengths_k = used
+            _check_pages(block_table, used, k)
+    names = ("max_seqlen_q", "max_seqlen_k")
+    for name, given, lengths in zip(names, most, (lengths_q, lengths_k), strict=True):
+        if given is not None and given < max(lengths, default=0):
+            _checks.fail(OP, name, f"at least the longest sequence, {max(lengths)}", given)
+
+
+def _lengths(name: str, starts: Tensor, rows: int) -> list[int]:
     """The lengths of the sequences that begin at `starts`, which are checked."""
-    sizes = tuple(starts.shape) if isinstance(starts, Tensor) and starts.dim() == 1 else (0,)
-    _integers(name, starts, like, "B + 1", sizes)
     values = starts.tolist()
     if not values or values[0] != 0 or values != sorted(values) or values[-1] > rows:
         _checks.fail(OP, name, f"from 0 on, never decreasing, up to {rows} rows", values)
-    return starts.diff().tolist()
+    return [end - begin for begin, end in itertools.pairwise(values)]
 
 
-def _check_used(seqused_k: Any, q: Tensor, most: list[int]) -> list[int]:
-    _integers("seqused_k", seqused_k, q, "B", (len(most),))
-    used = seqused_k.tolist()
-    if any(not 0 <= n <= m for n, m in zip(used, most, strict=True)):
-        _checks.fail(OP, "seqused_k", f"from 0 to {most}, the keys that are there", used)
-    return used
-
-
-def _check_pages(block_table: Any, seqused_k: Any, k: Tensor, B: int) -> list[int]:
-    """The keys that each sequence uses; every page that one of them is in exists."""
-    columns = block_table.shape[-1] if isinstance(block_table, Tensor) and block_table.dim() else 0
-    _integers("block_table", block_table, k, "B, pages", (B, columns))
-    if seqused_k is None:
-        _checks.fail(OP, "seqused_k", "given with block_table", None)
+def _check_pages(block_table: Tensor, used: list[int], k: Tensor) -> None:
+    """Every page that a used key is in exists."""
     pages, size = k.shape[:2]
-    used = _check_used(seqused_k, k, [columns * size] * B)
     for b, (row, count) in enumerate(zip(block_table.tolist(), used, strict=True)):
         for page in row[: math.ceil(count / size) if size else 0]:
             if not 0 <= page < pages:
                 _checks.fail(
                     OP, "block_table", f"of pages from 0 to {pages - 1}", f"{page} in row {b}"
                 )
-    return used
+
+
+def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:2], v.shape[-1]), lse
+
+
+def _formula(*tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _backends.module("reference", OP).attention_varlen(*tensors, **options)
+    return out, lse.to(torch.promote_types(out.dtype, torch.float32))
+
+
+def _axes(q: Tensor, k: Tensor, *others: Any, dropout_p: float, **options: Any) -> Any:
+    """What is mapped is more heads, as the sequences lie where they lie."""
+    if dropout_p > 0 or q.shape[1] != k.shape[-2]:
+        return None  # what is dropped is drawn by the head, and groups of heads stay together
+    return (-2, -2, -2, 0, -1, None, None, None, None, None), (-2, -2, -2)
+
+
+_library.Operator(
+    OP,
+    tensors="Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
+    "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table",
+    options="SymInt?[2] band, bool ends_meet, float scale, float softcap, float dropout_p",
+    outputs="out lse",
+    extras="row_stats",
+    empty=_empty,
+    formula=_formula,
+    axes=_axes,
+    check=_check_values,
+)

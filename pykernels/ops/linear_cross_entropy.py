@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
-from pykernels.ops import _autograd
+from pykernels.ops import _autograd, _library
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -31,6 +31,10 @@ class Ahead:
         return taken
 
 
+def _made_ahead(options: dict[str, Any]) -> bool:
+    return options["reduction"] != "none" and not options["return_lse"]
+
+
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """Autograd over one backend's ``linear_cross_entropy_fwd`` and ``_bwd``; differentiable twice.
 
@@ -42,7 +46,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def forward(
         ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if options["reduction"] != "none" and not options["return_lse"]:
+        if _made_ahead(options):
             options = options | {"ahead": Ahead(ctx.needs_input_grad[2:])}
         outputs = _autograd.forward(ctx, "linear_cross_entropy", backend, options, tensors)
         if outputs[2] is not None:  # argmax
@@ -52,6 +56,116 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd.backward(ctx, "linear_cross_entropy", grads)
+
+
+class _OfTensors:
+    """A backend's module whose gradients made ahead are among the tensors that it saves.
+
+    A graph holds no `Ahead`. Its option says which gradients that would be, by input; none where it
+    is empty.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def linear_cross_entropy_fwd(
+        self, *tensors: Any, ahead: tuple[bool, ...] = (), **options: Any
+    ) -> tuple[Any, Any]:
+        holder = Ahead(ahead) if ahead else None
+        outputs, saved = self.module.linear_cross_entropy_fwd(*tensors, ahead=holder, **options)
+        made: Any = (None, None, None)
+        if holder is not None:
+            one = outputs[0].new_ones(())
+            made = holder.take() or self._gradients(saved, (one, None, None), ahead, options)
+            made = [None if t is None else t.to(_held(tensors[0])) for t in made]
+        return outputs, (*saved[:5], *made, *saved[5:])
+
+    def linear_cross_entropy_bwd(
+        self,
+        saved: tuple[Any, ...],
+        grads: tuple[Any, ...],
+        *,
+        needs: tuple[bool, ...],
+        ahead: tuple[bool, ...] = (),
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        inputs, made, rest = saved[:5], saved[5:8], saved[8:]
+        if ahead:
+            dx, dw, db = (t if t is None else (t * grads[0]).to(inputs[0].dtype) for t in made)
+        else:
+            dx, dw, db = self._gradients((*inputs, *rest), grads, needs, options)
+        return dx, dw, None, db, None
+
+    def linear_cross_entropy_extras(
+        self, *tensors: Any, ahead: tuple[bool, ...] = (), **options: Any
+    ) -> tuple[Any, ...]:
+        make = getattr(self.module, "linear_cross_entropy_extras", None)
+        made: Any = (None, None, None)
+        if ahead:
+            like = (tensors[0], tensors[1], tensors[3])
+            needs = (ahead[0], ahead[1], ahead[3])
+            made = (
+                t.new_empty(t.shape, dtype=_held(t)) if need else None
+                for t, need in zip(like, needs, strict=True)
+            )
+        return (*made, *(() if make is None else make(*tensors, **options)))
+
+    def _gradients(self, saved: Any, grads: Any, needs: Any, options: Any) -> tuple[Any, ...]:
+        found = self.module.linear_cross_entropy_bwd(saved, grads, needs=needs, **options)
+        return found[0], found[1], found[3]
+
+
+def _held(like: Tensor) -> torch.dtype:
+    """The dtype of gradients made ahead: float16 has not the range, before they are scaled."""
+    return torch.float32 if like.dtype == torch.float16 else like.dtype
+
+
+def _empty(
+    x: Tensor, *others: Any, reduction: str, return_lse: bool, return_argmax: bool, **options: Any
+) -> tuple[Any, ...]:
+    N, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    loss = x.new_empty((N,) if reduction == "none" else (), dtype=wide)
+    lse = x.new_empty(N, dtype=wide) if return_lse else None
+    return loss, lse, x.new_empty(N, dtype=torch.int64) if return_argmax else None
+
+
+def _formula(
+    *tensors: Any, return_lse: bool, return_argmax: bool, **options: Any
+) -> tuple[Tensor, ...]:
+    reference = _backends.module("reference", "linear_cross_entropy")
+    loss, lse, argmax = reference.linear_cross_entropy(*tensors, **options)
+    return loss.to(lse.dtype), lse, argmax
+
+
+def _axes(
+    *tensors: Any, reduction: str, return_lse: bool, return_argmax: bool, **options: Any
+) -> Any:
+    if reduction != "none":
+        return None  # one number of all rows
+    outputs = (0, 0 if return_lse else None, 0 if return_argmax else None)
+    return (0, None, 0, None, None), (*outputs, None, None, None, 1)
+
+
+def _check_values(
+    x: Tensor, weight: Tensor, target: Tensor, *others: Any, ignore_index: int, **options: Any
+) -> None:
+    _checks.classes("linear_cross_entropy", "target", target, weight.shape[0], ignore_index)
+
+
+_library.Operator(
+    "linear_cross_entropy",
+    tensors="Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight",
+    options="int ignore_index, str reduction, float label_smoothing, float z_loss, "
+    "bool return_lse, bool return_argmax, bool[] ahead=[]",
+    outputs="loss lse argmax",
+    extras="ahead_x ahead_weight ahead_bias softmax",
+    saves=0,
+    empty=_empty,
+    formula=_formula,
+    axes=_axes,
+    check=_check_values,
+    adapt=_OfTensors,
+)
 
 
 def linear_cross_entropy(
@@ -79,7 +193,9 @@ def linear_cross_entropy(
     smoothing s (C. Szegedy et al., "Rethinking the Inception architecture for computer vision",
     2016); `z_loss` adds a multiple of the squared log-sum-exp (A. Chowdhery et al., "PaLM", 2022).
     The logits exist for a few rows at a time. Under "mean" and "sum" their gradients are made
-    along with the loss, where a gradient is asked for, so that backward has only to scale them.
+    along with the loss, where a gradient is asked for, so that backward has only to scale them; not
+    so under `torch.func`. Under torch.compile the values of `target` are checked where the graph
+    runs, with the same error.
 
     Args:
         x: [..., H], any floating dtype.
@@ -149,7 +265,6 @@ def linear_cross_entropy(
     if not 0 <= z_loss < float("inf"):
         _checks.fail(op, "z_loss", "at least 0 and finite", z_loss)
     _checks.integer(op, "ignore_index", ignore_index)
-    _checks.classes(op, "target", target, V, ignore_index)
     chosen = _backends.select(op, backend, x.device, x.dtype)
     options = {
         "ignore_index": ignore_index,
@@ -161,7 +276,11 @@ def linear_cross_entropy(
     }
     lead = x.shape[:-1]
     tensors = (x.reshape(-1, H), weight, target.reshape(-1), bias, class_weight)
-    loss, lse, argmax = _autograd.apply(LinearCrossEntropyFunction, op, chosen, options, tensors)
+    if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
+        options["ahead"] = [t is not None and t.requires_grad for t in tensors]
+    loss, lse, argmax = _autograd.apply(
+        LinearCrossEntropyFunction, op, chosen, options, tensors, check=_check_values
+    )
     loss = loss.to(loss_dtype)
     outputs = (
         loss.reshape(lead) if reduction == "none" else loss,

@@ -6,6 +6,7 @@ dim, B sequences.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,36 +17,62 @@ DTYPES = one.DTYPES
 FEATURES = one.FEATURES - {"mask_grad"}
 
 
-def attention_varlen_fwd(q, k, v, sinks, alibi_slopes, seed, *places, keep=True, **options):
+def attention_varlen(*tensors, **options):
+    """``out [T_q, N, D_v]`` and ``lse [N, T_q]``; differentiable by autograd.
+
+    Rows behind the last sequence get out = 0 and lse = -inf.
+    """
+    q, _, v = tensors[:3]
+    outs, lses = [q.new_zeros(0, q.shape[1], v.shape[-1])], [q.new_zeros(q.shape[1], 0)]
+    for _, _, given, own in sequences(tensors, **options):
+        out, lse = one.attention(*given, return_lse=True, **own)
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    lse = torch.cat(lses, 1)
+    behind = q.shape[0] - lse.shape[1]
+    return padded(outs, q.shape[0]), F.pad(lse, (0, behind), value=-math.inf)
+
+
+def attention_varlen_fwd(*tensors, keep=True, **options):
     """See `pykernels._backends` for the contract."""
-    tensors = (q, k, v, sinks, alibi_slopes, seed, *places)
-    out, lse = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_zeros(q.shape[1], q.shape[0])
-    lse = lse.to(torch.promote_types(q.dtype, torch.float32))
-    for _, rows, given, own in sequences(tensors, **options):
-        (out_b, lse_b), _ = one.attention_fwd(*given, **own)
-        out[rows], lse[:, rows] = out_b[0].transpose(0, 1), lse_b[0]
+    with torch.no_grad():
+        out, lse = attention_varlen(*tensors, **options)
+        lse = lse.to(torch.promote_types(out.dtype, torch.float32))
     return (out, lse), (*tensors, out, lse)
+
+
+def attention_varlen_extras(q, *others, **options):
+    """See `pykernels._backends` for the contract."""
+    return (q.new_empty(q.shape[1::-1], dtype=torch.promote_types(q.dtype, torch.float32)),)
 
 
 def attention_varlen_bwd(saved, grads, *, needs, **options):
     """The gradients of each sequence, put together; those of the sinks are added up."""
     *tensors, out, _ = saved
-    sinks, places = tensors[3], tensors[6:]
+    q, k, v, sinks = tensors[:4]
+    places = tensors[6:]
     dout, dlse = grads
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = [], [], [], None if sinks is None else torch.zeros_like(sinks)
+    dq, dk, dv = [q[:0]], [k[:0]], [v[:0]]
+    dsinks = None if sinks is None else torch.zeros_like(sinks)
     for b, rows, given, own in sequences(tensors, **options):
         upstream = heads_first(dout[rows]), None if dlse is None else dlse[None, :, rows]
         kept = (*given, heads_first(out[rows]), None)
         needed = (True, True, True, False, sinks is not None, False, False)
         found = one.attention_bwd(kept, upstream, needs=needed, **own)
         dq.append(found[0][0].transpose(0, 1))
-        unused = slot(places, b).stop - slot(places, b).start - given[1].shape[2]
+        owned = slot(places, b).stop - slot(places, b).start
         for grad, parts in ((found[1], dk), (found[2], dv)):
-            parts.append(F.pad(grad[0].transpose(0, 1), (0, 0, 0, 0, 0, unused)))
+            parts.append(padded([grad[0].transpose(0, 1)], owned))
         dsinks = None if sinks is None else dsinks + found[4]
-    dq, dk, dv = (torch.cat(parts) if parts else None for parts in (dq, dk, dv))
+    dq, dk, dv = padded(dq, q.shape[0]), padded(dk, k.shape[0]), padded(dv, v.shape[0])
     return dq, dk, dv, dsinks, None, None, *(None for _ in places)
+
+
+def padded(parts, rows):
+    """The parts one behind the other, and zeros behind them."""
+    whole = torch.cat(parts)
+    return F.pad(whole, (0, 0, 0, 0, 0, rows - whole.shape[0]))
 
 
 def sequences(tensors, *, band, ends_meet, dropout_p=0.0, **options):
