@@ -75,6 +75,16 @@ class DeltaConfig:
     tuned_on: str | None = None
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """block_r rows by block_v words, or by as many tiles of words."""
+
+    block_r: int
+    block_v: int
+    num_warps: int
+    tuned_on: str | None = None
+
+
 #: Split-K of the weight gradients: programs wanted, rows of K a split has at least and at most (the
 #: sum inside a split is one chain of float32 additions), and splits (each is a partial [M, N]).
 #: Sizes alone decide, not the GPU, so that results repeat on every one.
@@ -216,6 +226,25 @@ ATTENTION_DKV = {
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)
 
+#: By table and dtype: products of which all matrices have tensor descriptors; None where pointers
+#: serve as well. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
+DESCRIBED = {"sm_90": {torch.float16: ProductConfig(128, 256, 64, 8, 3)}}
+DESCRIBED_LEAST = 65
+
+#: A linear layer under a cross-entropy, forward and backward, has the logits of this many rows at a
+#: time, or of as many as the hidden size if that is more: then they take no more memory than the
+#: weight. Each chunk of rows adds to the gradient of the weight, in memory, what a product over
+#: fewer rows would take longer to make up for.
+LOSS_ROWS = 2048
+
+
+#: What follows the logits: their sums by tiles become those of rows; they become gradients.
+LOSS_SUMS = LossConfig(16, 64, 4)
+LOSS_GRADIENT = LossConfig(8, 512, 8)
+
+#: Rows of logits that one program of LOSS_GRADIENT walks over.
+LOSS_SPLIT = 256
+
 
 def storage(dtype: torch.dtype) -> torch.dtype:
     """The dtype that stands for `dtype` in the tables: both 16-bit floats are tuned as one."""
@@ -231,6 +260,12 @@ def product(dtype: torch.dtype, M: int) -> ProductConfig:
     """Block sizes for a product with M rows."""
     configs = PRODUCT[storage(dtype)]
     return next((config for config in configs if config.block_m >= M), configs[-1])
+
+
+def described(capability: int, dtype: torch.dtype, M: int) -> ProductConfig | None:
+    """Block sizes for a product with M rows through tensor descriptors; None for pointers."""
+    entries = DESCRIBED.get(table(capability), {})
+    return entries.get(storage(dtype)) if M >= DESCRIBED_LEAST else None
 
 
 def recurrence(capability: int, dtype: torch.dtype, H: int) -> RecurrenceConfig:
