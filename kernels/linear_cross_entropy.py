@@ -37,7 +37,7 @@ def linear_cross_entropy_logits_kernel(
     bias_ptr,  # [V]
     class_weight_ptr,  # [V]
     target_ptr,  # [N]
-    z_ptr,  # [N, V], written where STORE
+    z,  # [N, V], a pointer or a descriptor; written where STORE
     hit_ptr,  # [N], the logit of the target
     highest_ptr,  # [tiles of V, N], and so the next three
     total_ptr,  # sums of exp(z - highest)
@@ -68,7 +68,7 @@ def linear_cross_entropy_logits_kernel(
     GROUP_M: tl.constexpr,
 ):
     n, v = tile_of(tl.program_id(0), N, V, BLOCK_M, BLOCK_N, GROUP_M)
-    z = tile_product(
+    tile = tile_product(
         tl.zeros([BLOCK_M, BLOCK_N], ACC),
         x,
         weight,
@@ -94,35 +94,38 @@ def linear_cross_entropy_logits_kernel(
     rows_ok = rows < N
     cols_ok = cols < V
     if HAS_BIAS:
-        z += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
+        tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
     # The sums are those of the logits that backward will see: else its probabilities would not add
     # up to one.
-    rounded = to_storage(z, STORAGE)
-    z = rounded.to(ACC)
+    rounded = to_storage(tile, STORAGE)
+    tile = rounded.to(ACC)
     if STORE:
-        z_ptrs = z_ptr + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
-        tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
+        if DESCRIBED:
+            z.store([n, v], rounded)
+        else:
+            z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
+            tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
     if SUMS:
         here = (v // BLOCK_N).to(tl.int64) * N + rows
         if SMOOTH:
-            weighted = tl.where(cols_ok[None, :], z, 0.0)
+            weighted = tl.where(cols_ok[None, :], tile, 0.0)
             if HAS_CLASS_WEIGHT:
                 w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
-                weighted = tl.where(cols_ok[None, :], z * w[None, :], 0.0)
+                weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
             tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=rows_ok)
         target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
-        hit = tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
+        hit = tl.sum(tl.where(cols[None, :] == target[:, None], tile, 0.0), 1)
         mine = rows_ok & (target >= v) & (target < tl.minimum(v + BLOCK_N, V))
         tl.store(hit_ptr + rows, hit, mask=mine)
-        z = tl.where(cols_ok[None, :], z, float("-inf"))
-        highest = tl.max(z, 1)
+        tile = tl.where(cols_ok[None, :], tile, float("-inf"))
+        highest = tl.max(tile, 1)
         if ARGMAX:
             # tl.argmax would carry a second tile, of numbers
-            first = tl.min(tl.where(z == highest[:, None], cols[None, :], V), 1)
+            first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
             tl.store(argmax_ptr + here, first, mask=rows_ok)
         # where all are -inf, -inf - -inf would be NaN
         anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp(z - anchor[:, None]), 1)
+        total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
         tl.store(highest_ptr + here, highest, mask=rows_ok)
         tl.store(total_ptr + here, total, mask=rows_ok)
 
@@ -520,7 +523,8 @@ class _Call:
         """
         x, weight = self.x[at], self.weight.t()
         rows, V = len(x), weight.shape[1]
-        (a, b), constants = operands(x, weight)
+        given, constants = operands(x, weight, *(() if z is None else (z,)))
+        a, b, *written = given
         tiles = triton.cdiv(V, constants["BLOCK_N"])
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
@@ -541,7 +545,7 @@ class _Call:
                 self.bias,
                 self.class_weight,
                 self.target[at],
-                z,
+                *(written or [None]),
                 *found,
                 rows,
                 V,
