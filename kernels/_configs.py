@@ -226,9 +226,14 @@ ATTENTION_DKV = {
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)
 
-#: By table and dtype: products of which all matrices have tensor descriptors; None where pointers
-#: serve as well. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
-DESCRIBED = {"sm_90": {torch.float16: ProductConfig(128, 256, 64, 8, 3)}}
+#: By table and dtype: products of which all matrices have tensor descriptors, and the same where
+#: what comes after the product takes many registers. Few rows leave such tiles empty: from
+#: DESCRIBED_LEAST rows on.
+DESCRIBED = {
+    "sm_90": {
+        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 128, 64, 8, 3)),
+    }
+}
 DESCRIBED_LEAST = 65
 
 #: A linear layer under a cross-entropy, forward and backward, has the logits of this many rows at a
@@ -262,10 +267,10 @@ def product(dtype: torch.dtype, M: int) -> ProductConfig:
     return next((config for config in configs if config.block_m >= M), configs[-1])
 
 
-def described(capability: int, dtype: torch.dtype, M: int) -> ProductConfig | None:
+def described(capability: int, dtype: torch.dtype, M: int, crowded: bool) -> ProductConfig | None:
     """Block sizes for a product with M rows through tensor descriptors; None for pointers."""
-    entries = DESCRIBED.get(table(capability), {})
-    return entries.get(storage(dtype)) if M >= DESCRIBED_LEAST else None
+    entries = DESCRIBED.get(table(capability), {}).get(storage(dtype))
+    return entries[crowded] if entries and M >= DESCRIBED_LEAST else None
 
 
 def recurrence(capability: int, dtype: torch.dtype, H: int) -> RecurrenceConfig:

@@ -120,8 +120,8 @@ def product_kernel(
     bias0_ptr,  # [N]
     bias1_ptr,  # [N]
     scale_ptr,  # one number
-    c,  # [splits, M, N], contiguous; each split sums its own rows of K
-    rest,  # [M, N], contiguous; what rounding took from c
+    c,  # [splits, M, N], contiguous; each split sums its own rows of K. With a rest a descriptor
+    rest,  # [M, N], a descriptor; what rounding took from c
     M,
     N,
     K,
@@ -148,15 +148,14 @@ def product_kernel(
     split = tl.program_id(1)
     first = split * split_k
     last = tl.minimum(K, first + split_k)
-    # With a rest there are pointers to three tiles, too many for the registers: descriptors.
-    C_DESCRIBED: tl.constexpr = DESCRIBED and HAS_REST
-    if not C_DESCRIBED:
+    # With a rest there would be pointers to three tiles, too many for the registers.
+    if not HAS_REST:
         c += split.to(tl.int64) * M * N
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if ADD:
-        acc += _load_c(c, m, n, M, N, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+        acc += _load_c(c, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
         if HAS_REST:
-            acc += _load_c(rest, m, n, M, N, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+            acc += _load_c(rest, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
     acc = tile_product(
         acc,
         a,
@@ -185,11 +184,11 @@ def product_kernel(
         acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
     if HAS_SCALE:
         acc *= tl.load(scale_ptr).to(ACC)
-    storage: tl.constexpr = c.dtype if C_DESCRIBED else c.dtype.element_ty
+    storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
     rounded = to_storage(acc, storage)
-    _store_c(c, rounded, m, n, M, N, C_DESCRIBED)
+    _store_c(c, rounded, m, n, M, N, HAS_REST)
     if HAS_REST:
-        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, C_DESCRIBED)
+        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, HAS_REST)
 
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
@@ -205,14 +204,19 @@ def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, 
     return TensorDescriptor(matrix, list(matrix.shape), [step, 1], list(block)), turned
 
 
-def operands(a: Tensor, b: Tensor, *outputs: Tensor) -> tuple[list[Any], dict[str, Any]]:
-    """How a kernel is to read a [M, K] and b [K, N].
+def operands(
+    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
+    """How a kernel is to read a [M, K] and b [K, N], and write `outputs` [M, N].
+
+    Args:
+        crowded: what comes after the product takes many registers.
 
     Returns:
         ``([a, b, *outputs], constants)``: as descriptors where all can be described, else as they
         are; and what a launch with `tile_product` is given besides.
     """
-    config = _configs.described(capability(a.device), a.dtype, a.shape[0])
+    config = _configs.described(capability(a.device), a.dtype, a.shape[0], crowded)
     found: list[Any] = []
     if config is not None:
         m, n, k = config.block_m, config.block_n, config.block_k
@@ -237,6 +241,11 @@ def operands(a: Tensor, b: Tensor, *outputs: Tensor) -> tuple[list[Any], dict[st
         **LAUNCH,
     }
     return list(found), constants
+
+
+def can_describe(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether `product` reads and writes these through descriptors, as it must to keep a rest."""
+    return operands(a, b, out)[1]["DESCRIBED"]
 
 
 def _launch(
@@ -300,8 +309,8 @@ def product(
         out: [M, N], contiguous.
         bias0, bias1: [N], contiguous, or None.
         scale: one number, or None for 1.
-        rest: [M, N] as `out`, or None. It gets what rounding takes from `out`: the two together are
-            a sum of many products to about the square of their dtype's precision.
+        rest: [M, N] as `out`, or None; served if `can_describe`. It gets what rounding takes from
+            `out`: the two together hold a sum of products twice as precisely as `out` alone.
         add: to what `out` holds, and `rest`.
     """
     _launch(a, b, out[None], a.shape[1], bias0, bias1, scale, rest, add)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _common, _configs
 from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
-from ._product import deep_product, operands, product, tile_of, tile_product
+from ._product import can_describe, deep_product, operands, product, tile_of, tile_product
 
 DTYPES = _common.DTYPES
 FEATURES: frozenset[str] = frozenset()
@@ -447,13 +447,17 @@ class _Call:
         dlse = None if dlse is None else dlse.contiguous()
         parts = _parts(N, H)
         fill = self.x.new_empty if N else self.x.new_zeros  # no row adds nothing to them
-        dx = fill(N, H, dtype=self.held) if needs[0] else None
-        dw = fill(V, H, dtype=self.held) if needs[1] else None
-        db = []
-        split = needs[1] and len(parts) > 1 and self.held != self.dtype
-        rest = torch.empty_like(dw) if split else None
         # rows start at multiples of 16 bytes, as descriptors want
         room = self.x.new_empty(max(map(len, parts), default=0), triton.cdiv(V, 16) * 16)
+        dx = fill(N, H, dtype=self.held) if needs[0] else None
+        dw = fill(V, H, dtype=self.held) if needs[1] else None
+        rest = None
+        if needs[1] and len(parts) > 1 and self.held != self.dtype:
+            if can_describe(room[:, :V].t(), self.x[: len(room)], dw):
+                rest = torch.empty_like(dw)
+            else:
+                dw = fill(V, H, dtype=self.dtype)
+        db = []
         for part in parts:
             at = slice(part.start, part.stop)
             z = room[: len(part), :V]
@@ -523,14 +527,15 @@ class _Call:
         """
         x, weight = self.x[at], self.weight.t()
         rows, V = len(x), weight.shape[1]
-        given, constants = operands(x, weight, *(() if z is None else (z,)))
+        smooth = sums and self.smoothing > 0
+        outputs = () if z is None else (z,)
+        given, constants = operands(x, weight, *outputs, crowded=smooth)
         a, b, *written = given
         tiles = triton.cdiv(V, constants["BLOCK_N"])
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
 
-        smooth = sums and self.smoothing > 0
         found = (
             room(sums, rows),
             room(sums, tiles, rows),
