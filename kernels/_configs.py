@@ -226,8 +226,11 @@ ATTENTION_DKV = {
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)
 
+#: By dtype: what takes the place of the large entry of PRODUCT where registers are scarce.
+CROWDED = {torch.float16: ProductConfig(64, 128, 32, 8, 3)}
+
 #: By table and dtype: products of which all matrices have tensor descriptors, and the same where
-#: what comes after the product takes many registers. Few rows leave such tiles empty: from
+#: registers are scarce. Few rows leave such tiles empty: from
 #: DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
@@ -261,14 +264,19 @@ def table(capability: int) -> str:
     return "sm_90" if 90 <= capability < 120 else "sm_80"
 
 
-def product(dtype: torch.dtype, M: int) -> ProductConfig:
-    """Block sizes for a product with M rows."""
+def product(dtype: torch.dtype, M: int, crowded: bool = False) -> ProductConfig:
+    """Block sizes for a product with M rows; `crowded` as in `described`."""
     configs = PRODUCT[storage(dtype)]
+    if crowded and configs[0].block_m < M and storage(dtype) in CROWDED:
+        return CROWDED[storage(dtype)]
     return next((config for config in configs if config.block_m >= M), configs[-1])
 
 
 def described(capability: int, dtype: torch.dtype, M: int, crowded: bool) -> ProductConfig | None:
-    """Block sizes for a product with M rows through tensor descriptors; None for pointers."""
+    """Block sizes for a product with M rows through tensor descriptors; None for pointers.
+
+    `crowded`: what comes before or after the product takes many registers.
+    """
     entries = DESCRIBED.get(table(capability), {}).get(storage(dtype))
     return entries[crowded] if entries and M >= DESCRIBED_LEAST else None
 

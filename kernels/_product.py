@@ -93,13 +93,21 @@ def tile_product(
 
 
 @triton.jit
+def _tile_ptrs(c, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to a tile of C, and which of them are inside."""
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    inside = (rows < M - m) & (cols < N - n)
+    return c + (m.to(tl.int64) * N + n) + (rows * N + cols), inside
+
+
+@triton.jit
 def _load_c(c, m, n, M, N, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     if DESCRIBED:
         tile = c.load([m, n])
     else:
-        rows = (m + tl.arange(0, BLOCK_M))[:, None]
-        cols = (n + tl.arange(0, BLOCK_N))[None, :]
-        tile = load_tile(c + rows.to(tl.int64) * N + cols, rows < M, cols < N, True, True)
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, BLOCK_M, BLOCK_N)
+        tile = tl.load(ptrs, mask=inside, other=0.0)
     return tile
 
 
@@ -108,9 +116,8 @@ def _store_c(c, tile, m, n, M, N, DESCRIBED: tl.constexpr):
     if DESCRIBED:
         c.store([m, n], tile)
     else:
-        rows = (m + tl.arange(0, tile.shape[0]))[:, None]
-        cols = (n + tl.arange(0, tile.shape[1]))[None, :]
-        tl.store(c + rows.to(tl.int64) * N + cols, tile, mask=(rows < M) & (cols < N))
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, tile.shape[0], tile.shape[1])
+        tl.store(ptrs, tile, mask=inside)
 
 
 @triton.jit
@@ -226,7 +233,7 @@ def operands(
     if described:
         found, turned = zip(*found, strict=True)
     else:
-        found, config = [a, b, *outputs], _configs.product(a.dtype, a.shape[0])
+        found, config = [a, b, *outputs], _configs.product(a.dtype, a.shape[0], crowded)
     constants = {
         "ACC": TRITON_DTYPES[compute_dtype(a.dtype)],
         "DESCRIBED": described,
@@ -263,7 +270,7 @@ def _launch(
     if c.numel() == 0:
         return
     if rest is None:
-        given, constants = operands(a, b)
+        given, constants = operands(a, b, crowded=add and c.dtype != a.dtype)
         given += [c, None]
     else:
         given, constants = operands(a, b, c[0], rest)
