@@ -77,7 +77,7 @@ class DeltaConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """block_r rows by block_v words, or by as many tiles of words."""
+    """block_r rows by block_v words or tiles of words."""
 
     block_r: int
     block_v: int
@@ -230,8 +230,7 @@ ATTENTION_DELTA = DeltaConfig(16, 8)
 CROWDED = {torch.float16: ProductConfig(64, 128, 32, 8, 3)}
 
 #: By table and dtype: products of which all matrices have tensor descriptors, and the same where
-#: registers are scarce. Few rows leave such tiles empty: from
-#: DESCRIBED_LEAST rows on.
+#: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
         torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 128, 64, 8, 3)),
@@ -241,16 +240,18 @@ DESCRIBED_LEAST = 65
 
 #: A linear layer under a cross-entropy, forward and backward, has the logits of this many rows at a
 #: time, or of as many as the hidden size if that is more: then they take no more memory than the
-#: weight. Each chunk of rows adds to the gradient of the weight, in memory, what a product over
-#: fewer rows would take longer to make up for.
+#: weight. With fewer rows, reading and writing the weight's gradient for each chunk would take as
+#: long as the product that is added to it.
 LOSS_ROWS = 2048
 
-
-#: What follows the logits: their sums by tiles become those of rows; they become gradients.
+#: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become
+#: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
-LOSS_GRADIENT = LossConfig(8, 512, 8)
-
-#: Rows of logits that one program of LOSS_GRADIENT walks over.
+LOSS_GRADIENT = {
+    torch.float16: LossConfig(8, 512, 8),
+    torch.float32: LossConfig(8, 512, 8),
+    torch.float64: LossConfig(8, 256, 8),
+}
 LOSS_SPLIT = 256
 
 

@@ -181,7 +181,8 @@ def linear_cross_entropy_rows_kernel(
         fresh = tl.sum(totals * tl.exp(tops - anchor[None, :]), 0)
         total = total * tl.exp(highest - anchor) + fresh
         highest = highest_now
-    log_total = tl.log(total)
+    highest = tl.where(rows_ok, highest, 0.0)
+    log_total = tl.log(tl.where(rows_ok, total, 1.0))
     tl.store(softmax_ptr + rows, highest, mask=rows_ok)
     tl.store(softmax_ptr + stride_softmax + rows, log_total, mask=rows_ok)
     if ARGMAX:
@@ -579,7 +580,8 @@ class _Call:
     ) -> Maybe:
         """The logits of the rows `at` become their gradients; with `sums` their [splits, V]."""
         (rows, V), softmax = z.shape, softmax[:, at]
-        config, split = _configs.LOSS_GRADIENT, _configs.LOSS_SPLIT
+        config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
+        split = _configs.LOSS_SPLIT
         splits = triton.cdiv(rows, split)
         dbias = self.x.new_empty(splits, V, dtype=self.dtype) if sums else None
         with on_device_of(z):
