@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykernels import functional, nn
+from pykernels import functional, nn, testing
 from pykernels.testing import LINEAR_CROSS_ENTROPY_SPECS, LinearCrossEntropySpec, evaluate
 from pykernels.testing.specs import find
 
@@ -165,6 +165,19 @@ def test_words_without_a_chance(smoothing, backend):
                 strict=True,
             ):
                 torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sure_of_every_target(backend):
+    """Logits that dwarf the losses, which are what is left of the difference of two of them."""
+    where = {"device": cases.device(backend)}
+    w = torch.eye(8, **where)
+    x, target = 14 * w, torch.arange(8, **where)
+    options = {"reduction": "none", "backend": backend}
+    found = functional.linear_cross_entropy(x, w, target, **options)
+    truth = torchs(x.double(), w.double(), target, reduction="none")
+    assert truth.max() < 1e-5
+    testing.assert_close(found, truth, torchs(x, w, target, reduction="none"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
