@@ -530,7 +530,7 @@ class _Call:
         rows, V = len(x), weight.shape[1]
         smooth = sums and self.smoothing > 0
         outputs = () if z is None else (z,)
-        given, constants = operands(x, weight, *outputs, crowded=smooth)
+        given, constants = operands(x, weight, *outputs, crowded=smooth or argmax)
         a, b, *written = given
         tiles = triton.cdiv(V, constants["BLOCK_N"])
 
