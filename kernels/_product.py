@@ -94,7 +94,7 @@ def tile_product(
 
 @triton.jit
 def _tile_ptrs(c, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pointers to a tile of C, and which of them are inside."""
+    """Pointers to a tile of C, whose own offsets fit 32 bits, and which of them are inside."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     inside = (rows < M - m) & (cols < N - n)
