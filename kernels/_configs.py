@@ -227,7 +227,10 @@ ATTENTION_DKV = {
 ATTENTION_DELTA = DeltaConfig(16, 8)
 
 #: By dtype: what takes the place of the large entry of PRODUCT where registers are scarce.
-CROWDED = {torch.float16: ProductConfig(64, 128, 32, 8, 3)}
+CROWDED = {
+    torch.float16: ProductConfig(64, 128, 32, 8, 3),
+    torch.float64: ProductConfig(64, 32, 16, 8, 3),
+}
 
 #: By table and dtype: products of which all matrices have tensor descriptors, and the same where
 #: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.

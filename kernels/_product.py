@@ -270,7 +270,7 @@ def _launch(
     if c.numel() == 0:
         return
     if rest is None:
-        given, constants = operands(a, b, crowded=add and c.dtype != a.dtype)
+        given, constants = operands(a, b, crowded=add)
         given += [c, None]
     else:
         given, constants = operands(a, b, c[0], rest)
