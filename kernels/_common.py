@@ -118,7 +118,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 #: assembler spills to make room for a second program on a multiprocessor.
 LAUNCH = {"enable_fp_fusion": True, "maxnreg": 255}
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -75,6 +75,16 @@ class DeltaConfig:
     tuned_on: str | None = None
 
 
+@dataclass(frozen=True)
+class LossConfig:
+    """block_r rows by block_v words or tiles of words."""
+
+    block_r: int
+    block_v: int
+    num_warps: int
+    tuned_on: str | None = None
+
+
 #: Split-K of the weight gradients: programs wanted, rows of K a split has at least and at most (the
 #: sum inside a split is one chain of float32 additions), and splits (each is a partial [M, N]).
 #: Sizes alone decide, not the GPU, so that results repeat on every one.
@@ -216,6 +226,37 @@ ATTENTION_DKV = {
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)
 
+#: By dtype: what takes the place of the large entry of PRODUCT where registers are scarce.
+CROWDED = {
+    torch.float16: ProductConfig(64, 128, 32, 8, 3),
+    torch.float64: ProductConfig(64, 32, 16, 8, 3),
+}
+
+#: By table and dtype: products of which all matrices have tensor descriptors, and the same where
+#: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
+DESCRIBED = {
+    "sm_90": {
+        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 128, 64, 8, 3)),
+    }
+}
+DESCRIBED_LEAST = 65
+
+#: A linear layer under a cross-entropy, forward and backward, has the logits of this many rows at a
+#: time, or of as many as the hidden size if that is more: then they take no more memory than the
+#: weight. With fewer rows, reading and writing the weight's gradient for each chunk would take as
+#: long as the product that is added to it.
+LOSS_ROWS = 2048
+
+#: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become
+#: gradients, LOSS_SPLIT rows in one program.
+LOSS_SUMS = LossConfig(16, 64, 4)
+LOSS_GRADIENT = {
+    torch.float16: LossConfig(8, 512, 8),
+    torch.float32: LossConfig(8, 512, 8),
+    torch.float64: LossConfig(8, 256, 8),
+}
+LOSS_SPLIT = 256
+
 
 def storage(dtype: torch.dtype) -> torch.dtype:
     """The dtype that stands for `dtype` in the tables: both 16-bit floats are tuned as one."""
@@ -227,10 +268,21 @@ def table(capability: int) -> str:
     return "sm_90" if 90 <= capability < 120 else "sm_80"
 
 
-def product(dtype: torch.dtype, M: int) -> ProductConfig:
-    """Block sizes for a product with M rows."""
+def product(dtype: torch.dtype, M: int, crowded: bool = False) -> ProductConfig:
+    """Block sizes for a product with M rows; `crowded` as in `described`."""
     configs = PRODUCT[storage(dtype)]
+    if crowded and configs[0].block_m < M and storage(dtype) in CROWDED:
+        return CROWDED[storage(dtype)]
     return next((config for config in configs if config.block_m >= M), configs[-1])
+
+
+def described(capability: int, dtype: torch.dtype, M: int, crowded: bool) -> ProductConfig | None:
+    """Block sizes for a product with M rows through tensor descriptors; None for pointers.
+
+    `crowded`: what comes before or after the product takes many registers.
+    """
+    entries = DESCRIBED.get(table(capability), {}).get(storage(dtype))
+    return entries[crowded] if entries and M >= DESCRIBED_LEAST else None
 
 
 def recurrence(capability: int, dtype: torch.dtype, H: int) -> RecurrenceConfig:

@@ -1,19 +1,27 @@
-"""The large matrix products around a recurrence: C = A B + bias, all time steps at once.
+"""Large matrix products, C = A B + bias: those around a recurrence, all time steps at once, and
+those of a loss over a large vocabulary.
 
 Written here rather than left to torch.matmul for three reasons: float32 stays float32 whatever
 torch.backends.cuda.matmul.allow_tf32 says; 16-bit operands leave their float32 sums unrounded for
-the time loop to add to; and Triton's interpreter proves the value without a GPU.
+what comes after; and Triton's interpreter proves the value without a GPU.
+
+Tiles are read through pointers, which know any stride, or through tensor descriptors on chips whose
+tensor memory accelerator takes them, from matrices that it can address.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _configs
 from ._common import (
     LAUNCH,
     TRITON_DTYPES,
+    capability,
     compute_dtype,
     dot,
     load_tile,
@@ -23,12 +31,104 @@ from ._common import (
 
 
 @triton.jit
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first row and column of the tile of C [M, N] that is the program's.
+
+    Programs next to each other share columns of B for GROUP_M rows of tiles: both stay in L2.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    band = pid // (GROUP_M * tiles_n)
+    band_rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return (band * GROUP_M + within % band_rows) * BLOCK_M, within // band_rows * BLOCK_N
+
+
+@triton.jit
+def tile_product(
+    acc,  # [BLOCK_M, BLOCK_N]
+    a,  # [M, K]: a pointer, or a descriptor of it or its transpose
+    b,  # [K, N]: likewise
+    m,
+    n,
+    first,
+    last,
+    M,
+    N,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bn,
+    DESCRIBED: tl.constexpr,
+    A_TURNED: tl.constexpr,  # what is described is the transpose
+    B_TURNED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`acc` plus rows m ... of A times columns n ... of B, over k in [first, last)."""
+    if DESCRIBED:
+        for k in range(first, last, BLOCK_K):
+            a_tile = a.load([k, m]).T if A_TURNED else a.load([m, k])
+            b_tile = b.load([n, k]).T if B_TURNED else b.load([k, n])
+            acc = dot(a_tile, b_tile, acc)
+    else:
+        rows = m + tl.arange(0, BLOCK_M)
+        cols = n + tl.arange(0, BLOCK_N)
+        rows_ok = (rows < M)[:, None]
+        cols_ok = (cols < N)[None, :]
+        ks = tl.arange(0, BLOCK_K)
+        stride_ak = tl.cast(stride_ak, tl.int64)  # one step along K may pass 2^31
+        stride_bk = tl.cast(stride_bk, tl.int64)
+        a_ptrs = a + rows[:, None].to(tl.int64) * stride_am + (first + ks)[None, :] * stride_ak
+        b_ptrs = b + (first + ks)[:, None] * stride_bk + cols[None, :].to(tl.int64) * stride_bn
+        for k in range(first, last, BLOCK_K):
+            k_ok = k + ks < last
+            a_tile = load_tile(a_ptrs, rows_ok, k_ok[None, :], True, True)
+            b_tile = load_tile(b_ptrs, k_ok[:, None], cols_ok, True, True)
+            acc = dot(a_tile, b_tile, acc)
+            a_ptrs += BLOCK_K * stride_ak
+            b_ptrs += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def _tile_ptrs(c, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Pointers to a tile of C, whose own offsets fit 32 bits, and which of them are inside."""
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    cols = tl.arange(0, BLOCK_N)[None, :]
+    inside = (rows < M - m) & (cols < N - n)
+    return c + (m.to(tl.int64) * N + n) + (rows * N + cols), inside
+
+
+@triton.jit
+def _load_c(c, m, n, M, N, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    if DESCRIBED:
+        tile = c.load([m, n])
+    else:
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, BLOCK_M, BLOCK_N)
+        tile = tl.load(ptrs, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store_c(c, tile, m, n, M, N, DESCRIBED: tl.constexpr):
+    if DESCRIBED:
+        c.store([m, n], tile)
+    else:
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, tile.shape[0], tile.shape[1])
+        tl.store(ptrs, tile, mask=inside)
+
+
+@triton.jit
 def product_kernel(
-    a_ptr,  # [M, K]
-    b_ptr,  # [K, N]
+    a,  # [M, K], see tile_product
+    b,  # [K, N]
     bias0_ptr,  # [N]
     bias1_ptr,  # [N]
-    c_ptr,  # [splits, M, N], contiguous; each split sums its own rows of K
+    scale_ptr,  # one number
+    c,  # [splits, M, N], contiguous; each split sums its own rows of K. With a rest a descriptor
+    rest,  # [M, N], a descriptor; what rounding took from c
     M,
     N,
     K,
@@ -38,52 +138,121 @@ def product_kernel(
     stride_bk,
     stride_bn,
     ACC: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    A_TURNED: tl.constexpr,
+    B_TURNED: tl.constexpr,
     HAS_BIAS0: tl.constexpr,
     HAS_BIAS1: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_REST: tl.constexpr,
+    ADD: tl.constexpr,  # to what c, and rest, hold
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Programs next to each other share columns of B for GROUP_M rows of tiles: both stay in L2.
-    pid = tl.program_id(0)
+    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    band = pid // (GROUP_M * tiles_n)
-    band_rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    tile_m = band * GROUP_M + within % band_rows
-    tile_n = within // band_rows
-
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_ok = (rows < M)[:, None]
-    cols_ok = (cols < N)[None, :]
-    ks = tl.arange(0, BLOCK_K)
     first = split * split_k
     last = tl.minimum(K, first + split_k)
-    stride_ak = tl.cast(stride_ak, tl.int64)  # one step along K may pass 2^31
-    stride_bk = tl.cast(stride_bk, tl.int64)
-    a_ptrs = a_ptr + rows[:, None].to(tl.int64) * stride_am + (first + ks)[None, :] * stride_ak
-    b_ptrs = b_ptr + (first + ks)[:, None] * stride_bk + cols[None, :].to(tl.int64) * stride_bn
-
+    # With a rest there would be pointers to three tiles, too many for the registers.
+    if not HAS_REST:
+        c += split.to(tl.int64) * M * N
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for k in range(first, last, BLOCK_K):
-        k_ok = k + ks < last
-        a = load_tile(a_ptrs, rows_ok, k_ok[None, :], True, True)
-        b = load_tile(b_ptrs, k_ok[:, None], cols_ok, True, True)
-        acc = dot(a, b, acc)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
-
+    if ADD:
+        acc += _load_c(c, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
+        if HAS_REST:
+            acc += _load_c(rest, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
+    acc = tile_product(
+        acc,
+        a,
+        b,
+        m,
+        n,
+        first,
+        last,
+        M,
+        N,
+        stride_am,
+        stride_ak,
+        stride_bk,
+        stride_bn,
+        DESCRIBED,
+        A_TURNED,
+        B_TURNED,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    cols = n + tl.arange(0, BLOCK_N)
     if HAS_BIAS0:
         acc += tl.load(bias0_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
     if HAS_BIAS1:
         acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    row_of_c = split.to(tl.int64) * M + rows
-    c_ptrs = c_ptr + row_of_c[:, None] * N + cols[None, :]
-    tl.store(c_ptrs, to_storage(acc, c_ptr.dtype.element_ty), mask=rows_ok & cols_ok)
+    if HAS_SCALE:
+        acc *= tl.load(scale_ptr).to(ACC)
+    storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
+    rounded = to_storage(acc, storage)
+    _store_c(c, rounded, m, n, M, N, HAS_REST)
+    if HAS_REST:
+        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, HAS_REST)
+
+
+def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
+    """A descriptor of the matrix in tiles of `block`, or of its transpose and True; None where the
+    tensor memory accelerator cannot address it."""
+    turned = matrix.stride(1) != 1
+    if turned:
+        matrix, block = matrix.t(), block[::-1]
+    step, one = matrix.stride()
+    size = matrix.element_size()
+    if one != 1 or step < matrix.shape[1] or step * size % 16 or matrix.data_ptr() % 16:
+        return None
+    return TensorDescriptor(matrix, list(matrix.shape), [step, 1], list(block)), turned
+
+
+def operands(
+    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
+    """How a kernel is to read a [M, K] and b [K, N], and write `outputs` [M, N].
+
+    Args:
+        crowded: what comes after the product takes many registers.
+
+    Returns:
+        ``([a, b, *outputs], constants)``: as descriptors where all can be described, else as they
+        are; and what a launch with `tile_product` is given besides.
+    """
+    config = _configs.described(capability(a.device), a.dtype, a.shape[0], crowded)
+    found: list[Any] = []
+    if config is not None:
+        m, n, k = config.block_m, config.block_n, config.block_k
+        found = [describe(a, (m, k)), describe(b, (k, n)), *(describe(c, (m, n)) for c in outputs)]
+    described = bool(found) and None not in found
+    turned = [False, False]
+    if described:
+        found, turned = zip(*found, strict=True)
+    else:
+        found, config = [a, b, *outputs], _configs.product(a.dtype, a.shape[0], crowded)
+    constants = {
+        "ACC": TRITON_DTYPES[compute_dtype(a.dtype)],
+        "DESCRIBED": described,
+        "A_TURNED": turned[0],
+        "B_TURNED": turned[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        **LAUNCH,
+    }
+    return list(found), constants
+
+
+def can_describe(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether `product` reads and writes these through descriptors, as it must to keep a rest."""
+    return operands(a, b, out)[1]["DESCRIBED"]
 
 
 def _launch(
@@ -93,36 +262,38 @@ def _launch(
     split_k: int,
     bias0: Tensor | None = None,
     bias1: Tensor | None = None,
+    scale: Tensor | None = None,
+    rest: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     splits, M, N = c.shape
-    K = a.shape[1]
     if c.numel() == 0:
         return
-    config = _configs.product(a.dtype, M)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    if rest is None:
+        given, constants = operands(a, b, crowded=add)
+        given += [c, None]
+    else:
+        given, constants = operands(a, b, c[0], rest)
+    tiles = triton.cdiv(M, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
     with on_device_of(a):
         product_kernel[(tiles, splits)](
-            a,
-            b,
+            *given[:2],
             bias0,
             bias1,
-            c,
+            scale,
+            *given[2:],
             M,
             N,
-            K,
+            a.shape[1],
             split_k,
             *a.stride(),
             *b.stride(),
-            ACC=TRITON_DTYPES[compute_dtype(a.dtype)],
             HAS_BIAS0=bias0 is not None,
             HAS_BIAS1=bias1 is not None,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **LAUNCH,
+            HAS_SCALE=scale is not None,
+            HAS_REST=rest is not None,
+            ADD=add,
+            **constants,
         )
 
 
@@ -132,17 +303,41 @@ def product(
     out: Tensor,
     bias0: Tensor | None = None,
     bias1: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    rest: Tensor | None = None,
+    add: bool = False,
 ) -> Tensor:
-    """``out = a @ b + bias0 + bias1``, summed in the compute dtype and rounded once.
+    """``out = (a @ b + bias0 + bias1) * scale``, summed in the compute dtype and rounded once.
 
     Args:
         a: [M, K], any strides.
         b: [K, N], any strides.
         out: [M, N], contiguous.
         bias0, bias1: [N], contiguous, or None.
+        scale: one number, or None for 1.
+        rest: [M, N] as `out`, or None; served if `can_describe`. It gets what rounding takes from
+            `out`: the two together hold a sum of products twice as precisely as `out` alone.
+        add: to what `out` holds, and `rest`.
     """
-    _launch(a, b, out[None], a.shape[1], bias0, bias1)
+    _launch(a, b, out[None], a.shape[1], bias0, bias1, scale, rest, add)
     return out
+
+
+def deep_product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`product` over so many rows of K that programs share them where tiles of C are few."""
+    M, N = out.shape
+    K = a.shape[1]
+    tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
+    splits = min(_configs.SPLIT_PROGRAMS // max(tiles, 1), triton.cdiv(K, _configs.SPLIT_LEAST))
+    if splits < 2:
+        return product(a, b, out, scale=scale)
+    split_k = triton.cdiv(K, 64 * splits) * 64  # 64 is a multiple of every block_k
+    shape = (triton.cdiv(K, split_k), M, N)
+    partial = torch.empty(shape, dtype=compute_dtype(a.dtype), device=a.device)
+    _launch(a, b, partial, split_k)
+    total = partial.sum(0)
+    return out.copy_(total if scale is None else total * scale)
 
 
 def long_product(pairs: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def test_triton_runs_here():
 def test_every_backend_serves_its_dtypes(backend, op):
     if reason := _backends.available(backend):
         pytest.skip(reason)
-    without = ("gru", "lstm", "attention_varlen", "linear_cross_entropy")
+    without = ("gru", "lstm", "attention_varlen")
     if backend == "triton" and op in without:
         assert not _backends.has(backend, op)
         return

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pykernels import functional, nn
+from pykernels import functional, nn, testing
 from pykernels.testing import LINEAR_CROSS_ENTROPY_SPECS, LinearCrossEntropySpec, evaluate
 from pykernels.testing.specs import find
 
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "triton")
 
 
 def spec_of(name):
@@ -40,12 +40,15 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES))
+SMALL = [f"linear_cross_entropy-{name}" for name in ("plain", "all-none", "strided", "n0-sum")]
+
+
+@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES, SMALL))
 def test_each_gradient_alone(spec, backend):
     cases.gradient_alone(spec, backend)
 
 
-@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES))
+@pytest.mark.parametrize(("spec", "backend"), cases.some(NAMES, SMALL))
 def test_leaves_inputs_alone(spec, backend):
     """And a second backward pass, which has nothing made ahead, gives the same bits."""
     cases.leaves_inputs_alone(spec, backend)
@@ -60,6 +63,12 @@ def test_threads(name, count, threads):
     for dtype in (torch.float32, torch.bfloat16):
         cases.check(spec_of(name), "cpp", dtype)
         cases.repeats_bitwise(spec_of(name), "cpp", dtype)
+
+
+@pytest.mark.parametrize("name", ["plain", "all-none"])
+def test_repeats_bitwise_triton(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        cases.repeats_bitwise(spec_of(name), "triton", dtype)
 
 
 def test_concurrent_calls(threads):
@@ -99,8 +108,12 @@ def torchs(x, weight, target, bias=None, class_weight=None, **options):
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_row_counts(n, reduction, smoothing, backend):
     """As torch: the mean over nothing is NaN, and gradients are zero."""
-    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((n, 4), (7, 4), 7))
-    target = torch.full((n,), -100)
+    where = {"device": cases.device(backend)}
+    x, w, b = (
+        torch.randn(s, dtype=torch.float64, requires_grad=True, **where)
+        for s in ((n, 4), (7, 4), 7)
+    )
+    target = torch.full((n,), -100, **where)
     options = {"reduction": reduction, "label_smoothing": smoothing}
     expected = torchs(x, w, target, b, **options)
     found = functional.linear_cross_entropy(x, w, target, b, **options, backend=backend)
@@ -113,10 +126,11 @@ def test_no_row_counts(n, reduction, smoothing, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_argmax_is_the_first_of_the_largest(backend, threads):
     threads(2)
-    x, w = torch.randn(50, 9), torch.randn(1000, 9)
+    where = {"device": cases.device(backend)}
+    x, w = torch.randn(50, 9, **where), torch.randn(1000, 9, **where)
     w[900], w[400] = w[7], w[7]
     x[3] = 40 * w[7]
-    target = torch.zeros(50, dtype=torch.int64)
+    target = torch.zeros(50, dtype=torch.int64, **where)
     loss, lse, argmax = functional.linear_cross_entropy(
         x, w, target, return_lse=True, return_argmax=True, backend=backend
     )
@@ -132,10 +146,11 @@ def test_argmax_is_the_first_of_the_largest(backend, threads):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_words_without_a_chance(smoothing, backend):
     """A bias of -inf takes words out: blocks of them, and in the end the target's own."""
-    x, w = torch.randn(6, 4, requires_grad=True), torch.randn(700, 4, requires_grad=True)
-    bias = torch.zeros(700)
+    where = {"device": cases.device(backend)}
+    x, w = (torch.randn(n, 4, requires_grad=True, **where) for n in (6, 700))
+    bias = torch.zeros(700, **where)
     bias[:500] = -torch.inf
-    target = torch.arange(600, 606)
+    target = torch.arange(600, 606, **where)
     options = {"label_smoothing": smoothing, "reduction": "none"}
     for classes in (target, target - 200):
         expected = torchs(x, w, classes, bias, **options)
@@ -153,10 +168,24 @@ def test_words_without_a_chance(smoothing, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_sure_of_every_target(backend):
+    """Logits that dwarf the losses, which are what is left of the difference of two of them."""
+    where = {"device": cases.device(backend)}
+    w = torch.eye(8, **where)
+    x, target = 14 * w, torch.arange(8, **where)
+    options = {"reduction": "none", "backend": backend}
+    found = functional.linear_cross_entropy(x, w, target, **options)
+    truth = torchs(x.double(), w.double(), target, reduction="none")
+    assert truth.max() < 1e-5
+    testing.assert_close(found, truth, torchs(x, w, target, reduction="none"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_shows(backend):
-    x, w = torch.randn(4, 3), torch.randn(60, 3)
+    where = {"device": cases.device(backend)}
+    x, w = torch.randn(4, 3, **where), torch.randn(60, 3, **where)
     x[1, 2] = torch.nan
-    target = torch.arange(4)
+    target = torch.arange(4, **where)
     loss, lse = functional.linear_cross_entropy(
         x, w, target, reduction="none", return_lse=True, backend=backend
     )
@@ -166,13 +195,14 @@ def test_nan_shows(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_gradients_in_half_precision(backend):
     """An upstream gradient that lifts them into float16's range comes before any rounding."""
-    x, w = torch.randn(64, 8).half(), torch.randn(50, 8).half()
-    target = torch.arange(64) % 50
+    where = {"device": cases.device(backend)}
+    x, w = torch.randn(64, 8, **where).half(), torch.randn(50, 8, **where).half()
+    target = torch.arange(64, **where) % 50
     grads = []
     for dtype in (torch.float16, torch.float64):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
         loss = functional.linear_cross_entropy(*leaves, target, backend=backend, reduction="sum")
-        up = torch.tensor(2.0**-14, dtype=dtype)
+        up = torch.tensor(2.0**-14, dtype=dtype, **where)
         grads.append(torch.autograd.grad(loss / 64 * 64, leaves, up))
     for half, double in zip(*grads, strict=True):
         assert (half.double() - double).abs().max() < 2e-3 * double.abs().max()

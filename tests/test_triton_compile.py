@@ -38,7 +38,14 @@ KERNELS = {
     "attention_bwd_delta_kernel": "attention",
     "attention_bwd_dq_kernel": "attention",
     "attention_bwd_dkv_kernel": "attention",
+    "linear_cross_entropy_logits_kernel": "linear_cross_entropy",
+    "linear_cross_entropy_rows_kernel": "linear_cross_entropy",
+    "linear_cross_entropy_gradient_kernel": "linear_cross_entropy",
+    "linear_cross_entropy_scale_kernel": "linear_cross_entropy",
 }
+
+#: What other ops launch too.
+SHARED = {"product_kernel"}
 
 #: The chips that each table of block sizes serves, as far as they are compiled for here.
 CHIPS = {"sm_80": (80,), "sm_90": (90, 100)}
@@ -54,19 +61,22 @@ class Case:
     op: str
     chip: int
     dtype: str
-    size: int  # rnn: H and, times 2 or 1, B; attention: D
+    size: int  # rnn: H and, times 2 or 1, B; attention: D; linear_cross_entropy: H
     batch: int = 1
     mask: str = "none"
     is_causal: bool = False
     heads: int = 4  # of queries, on two of keys and values
     queries: int = 64
     nonlinearity: str = "tanh"
+    everything: bool = False  # what linear_cross_entropy can be asked for
 
     @property
     def id(self):
         words = [self.op, f"sm{self.chip}", self.dtype, f"{self.size}"]
         if self.op == "rnn":
             words += [f"b{self.batch}", self.nonlinearity]
+        elif self.op == "linear_cross_entropy":
+            words += [f"n{self.batch}"] + ["everything"] * self.everything
         else:
             words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
@@ -108,7 +118,17 @@ def attention_cases():
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
 
 
-CASES = [*rnn_cases(), *attention_cases()]
+def loss_cases():
+    for chip in (80, 90, 100):
+        for dtype in (HALF, SINGLE, DOUBLE):
+            yield Case("linear_cross_entropy", chip, dtype, 64, batch=9)  # tiles for few rows
+            yield Case("linear_cross_entropy", chip, dtype, 64, batch=160, everything=True)
+        # rows that descriptors can address, with the registers of the largest tiles, and that not
+        yield Case("linear_cross_entropy", chip, BRAIN, 64, batch=160)
+        yield Case("linear_cross_entropy", chip, BRAIN, 67, batch=160, everything=True)
+
+
+CASES = [*rnn_cases(), *attention_cases(), *loss_cases()]
 
 
 def test_every_kernel_is_listed():
@@ -154,9 +174,8 @@ def test_compiles(case, compiler):
     answer = compiler(case)
     assert "error" not in answer, answer["error"]
     kernels = answer["kernels"]
-    assert {kernel["name"] for kernel in kernels} == {
-        k for k, op in KERNELS.items() if op == case.op
-    }
+    launched = {kernel["name"] for kernel in kernels}
+    assert launched | SHARED == {k for k, op in KERNELS.items() if op == case.op} | SHARED
     limit = _configs.SHARED_MEMORY[_configs.table(case.chip)]
     for kernel in kernels:
         assert kernel["stack"] == 0, f"spills: {kernel}"
@@ -164,7 +183,7 @@ def test_compiles(case, compiler):
             f"needs more than {limit} bytes of shared memory: {kernel}"
         )
         products = "".join(kernel["products"])
-        if "delta" in kernel["name"]:
+        if kernel["rows"] == 0:
             assert not products
         elif case.dtype == SINGLE:
             assert not products, f"float32 must not be rounded to TF32: {kernel}"
@@ -226,6 +245,29 @@ def launch_attention(case, dtype):
     attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
 
 
+def launch_linear_cross_entropy(case, dtype):
+    from pykernels.kernels import _configs, linear_cross_entropy
+    from pykernels.ops.linear_cross_entropy import Ahead
+
+    N, H, V = case.batch, case.size, 300
+    x, weight = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
+    bias = torch.zeros(V, dtype=dtype)
+    target = torch.zeros(N, dtype=torch.int64)
+    options = {"ignore_index": -100, "reduction": "mean"}
+    options |= {"label_smoothing": 0.1 * case.everything, "z_loss": 0.1 * case.everything}
+    asked = {"return_lse": case.everything, "return_argmax": case.everything}
+    needs = (True, True, False, True, False)
+    ahead = Ahead(needs)
+    run = linear_cross_entropy.linear_cross_entropy_fwd
+    inputs = (x, weight, target, bias, bias if case.everything else None)
+    run(*inputs, **options, **asked)  # without a gradient, so without logits in memory
+    (loss, lse, _), saved = run(*inputs, **options, **asked, ahead=ahead)
+    run = linear_cross_entropy.linear_cross_entropy_bwd
+    run(saved, (loss, None, None), needs=needs, ahead=ahead, **options)
+    _configs.LOSS_ROWS = 128  # chunks, whose gradients add up
+    run(saved, (loss, lse, None), needs=needs, **options)
+
+
 def resources(name, compiled, constants):
     """What cuobjdump reads from the machine code, and what Triton says itself."""
     import triton
@@ -237,6 +279,7 @@ def resources(name, compiled, constants):
         command = [cuobjdump, "--dump-resource-usage", file.name]
         usage = subprocess.check_output(command, text=True)
     tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "BLOCK_B" in constants else "BLOCK_M"
+    multiplies = "delta" not in name and tile in constants
     return {
         "name": name,
         "warps": compiled.metadata.num_warps,
@@ -244,7 +287,8 @@ def resources(name, compiled, constants):
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": compiled.metadata.shared,
         # the rows of a tile of scores, states or products; the newest instructions want 64 or more
-        "rows": constants[tile],
+        # and 0 where there is no product
+        "rows": constants[tile] if multiplies else 0,
         "products": sorted(set(re.findall(PRODUCTS, compiled.asm["ptx"]))),
     }
 
@@ -277,9 +321,7 @@ def serve():
                 module.capability = lambda device, chip=case.chip: chip
         used.clear()
         try:
-            {"rnn": launch_rnn, "attention": launch_attention}[case.op](
-                case, getattr(torch, case.dtype)
-            )
+            globals()[f"launch_{case.op}"](case, getattr(torch, case.dtype))
             answer = {"kernels": list(used.values())}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -1,5 +1,5 @@
 """What only the Triton backend has: blocks and their edges, two forms of the time loop, split sums,
-and the guards of its package. Values by the specs are in test_rnn.py and test_attention.py.
+and the guards of its package. Values by the specs are in the tests of each op.
 """
 
 import math
@@ -83,6 +83,76 @@ def test_split_sums(dtype, K):
     truth = torch.from_numpy((wide[0] @ wide[1] + wide[2] @ wide[3]).astype("float64"))
     testing.assert_close(got, truth, a @ b + more[0] @ more[1])
     assert torch.equal(got, _product.long_product([(a, b), more], like))
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Products through tensor descriptors, as on a chip that has them; counts those."""
+    monkeypatch.setattr(_product, "capability", lambda device: 90)
+    describe, found = _product.describe, []
+
+    def spy(*args):
+        found.append(describe(*args))
+        return found[-1]
+
+    monkeypatch.setattr(_product, "describe", spy)
+    return found
+
+
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_described_products(dtype, turned, described):
+    """Tiles that stick out of the matrices on all sides, and operands that lie transposed."""
+    M, N, K = 136, 264, 72
+    shapes = ((K, M) if turned[0] else (M, K)), ((N, K) if turned[1] else (K, N))
+    a, b = (torch.randn(shape, device=DEVICE, dtype=dtype) for shape in shapes)
+    a, b = (t.t() if turn else t for t, turn in zip((a, b), turned, strict=True))
+    out = torch.empty(M, N, device=DEVICE, dtype=dtype)
+    scale = torch.tensor(0.37, device=DEVICE)
+    _product.product(a, b, out, scale=scale)
+    assert len(described) == 2
+    assert None not in described
+    testing.assert_close(out, a.double() @ b.double() * scale.double(), (a @ b) * scale.to(dtype))
+
+
+def test_what_no_descriptor_takes(described):
+    """Rows that start at no multiple of 16 bytes, or overlap, or have gaps between numbers."""
+    dense = torch.zeros(80, 72, device=DEVICE, dtype=torch.bfloat16)
+    for matrix in (dense[:, 1:], dense[:, ::2], dense[:1].expand(80, 72), dense[:, :7].clone()):
+        assert _product.describe(matrix, (64, 64)) is None
+    assert _product.describe(dense[:, 8:], (64, 64)) is not None
+    assert _product.describe(dense.t(), (64, 64))[1]
+
+
+def test_sum_with_a_rest(described):
+    """Many products that all but cancel, in bfloat16: their sum is good to twice its digits."""
+    M, N, K, steps = 72, 64, 64, 5
+    out = torch.empty(M, N, device=DEVICE, dtype=torch.bfloat16)
+    rest, truth = torch.empty_like(out), 0
+    for step in range(steps):
+        a, b = (torch.randn(s, device=DEVICE, dtype=torch.bfloat16) for s in ((M, K), (K, N)))
+        a = a * 64 if step < steps - 1 else a
+        for sign in (1, -1) if step < steps - 1 else (1,):
+            first = step == 0 and sign == 1
+            _product.product(a * sign, b, out, rest=rest, add=not first)
+    truth = a.double() @ b.double()
+    assert (out.double() - truth).abs().max() < 2**-7 * truth.abs().max()
+    assert ((out.double() + rest.double()) - truth).abs().max() < 2**-8 * truth.abs().max()
+
+
+@pytest.mark.parametrize("N", [128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("H", [16, 13])
+def test_chunks_of_a_loss(H, dtype, N, described, monkeypatch):
+    """One chunk of rows, one row more, several: gradients of the weight add up over chunks."""
+    monkeypatch.setattr(_configs, "LOSS_ROWS", 128)
+    for options in ({}, {"reduction": "none", "return_lse": True, "label_smoothing": 0.1}):
+        spec = specs.LinearCrossEntropySpec(
+            "loss-chunks", "see above", (N,), H, 275, ignored=0.2, **options
+        )
+        evaluate.check(spec, dtype, "triton", DEVICE)
+    if dtype != torch.float32 and H == 16:
+        assert any(found is not None for found in described)
 
 
 @triton.jit
