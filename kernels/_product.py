@@ -28,7 +28,7 @@ def product_kernel(
     b_ptr,  # [K, N]
     bias0_ptr,  # [N]
     bias1_ptr,  # [N]
-    c_ptr,  # [splits, M, N], contiguous; each split sums its own rows of K
+    c_ptr,  # [splits, M, N], each split M rows on; each sums its own rows of K
     M,
     N,
     K,
@@ -37,6 +37,7 @@ def product_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_cm,
     ACC: tl.constexpr,
     HAS_BIAS0: tl.constexpr,
     HAS_BIAS1: tl.constexpr,
@@ -82,7 +83,7 @@ def product_kernel(
     if HAS_BIAS1:
         acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
     row_of_c = split.to(tl.int64) * M + rows
-    c_ptrs = c_ptr + row_of_c[:, None] * N + cols[None, :]
+    c_ptrs = c_ptr + row_of_c[:, None] * stride_cm + cols[None, :]
     tl.store(c_ptrs, to_storage(acc, c_ptr.dtype.element_ty), mask=rows_ok & cols_ok)
 
 
@@ -113,6 +114,7 @@ def _launch(
             split_k,
             *a.stride(),
             *b.stride(),
+            c.stride(1),
             ACC=TRITON_DTYPES[compute_dtype(a.dtype)],
             HAS_BIAS0=bias0 is not None,
             HAS_BIAS1=bias1 is not None,
@@ -138,7 +140,7 @@ def product(
     Args:
         a: [M, K], any strides.
         b: [K, N], any strides.
-        out: [M, N], contiguous.
+        out: [M, N], each row contiguous.
         bias0, bias1: [N], contiguous, or None.
     """
     _launch(a, b, out[None], a.shape[1], bias0, bias1)
