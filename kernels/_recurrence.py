@@ -353,12 +353,13 @@ def walk(
     if T == 1 and form == "together":
         form = "steps"
     tiles_n = triton.cdiv(H, config.block_n)
-    tiles_b = triton.cdiv(B, config.block_b)
+    block_b = min(config.block_b, triton.next_power_of_2(B))
+    tiles_b = triton.cdiv(B, block_b)
     rows, steps = B, T
     if form == "together":
         # As many rows as fit on the chip at once. All bits set means that a number is not there.
-        rows = multiprocessors(device) // tiles_n * config.block_b
-        tiles_b = min(tiles_b, rows // config.block_b)
+        rows = multiprocessors(device) // tiles_n * block_b
+        tiles_b = min(tiles_b, rows // block_b)
         state.view(torch.uint8).fill_(255)
     if form == "steps":
         steps = 1
@@ -372,11 +373,11 @@ def walk(
         while padded % (2 * block_k) == 0 and block_k < config.most_k:
             block_k *= 2
         chunks = padded // block_k
-        most = max(config.group // (config.block_b * block_k * state.element_size()), 1)
+        most = max(config.group // (block_b * block_k * state.element_size()), 1)
         group = max(count for count in range(1, chunks + 1) if count <= most and chunks % count == 0)
     with on_device_of(state):
         for row0 in range(0, B, rows):
-            grid = (tiles_n * min(tiles_b, triton.cdiv(B - row0, config.block_b)),)
+            grid = (tiles_n * min(tiles_b, triton.cdiv(B - row0, block_b)),)
             for first in range(0, T, steps):
                 recurrence_kernel[grid](
                     io,
@@ -401,7 +402,7 @@ def walk(
                     FORM=form,
                     CHUNKS=chunks,
                     GROUP=group,
-                    BLOCK_B=config.block_b,
+                    BLOCK_B=block_b,
                     BLOCK_N=config.block_n,
                     BLOCK_K=block_k,
                     SPLITS=config.splits,
