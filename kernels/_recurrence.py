@@ -19,6 +19,7 @@ batch rows and units for all steps, and the forms differ in how the state of the
   which runs one program after the other.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import _configs
 from ._common import (
@@ -96,9 +98,7 @@ def _matrix_tiles(
     ptr,
     k,
     n,
-    D,
-    H,
-    pitch,
+    stride_ma,
     stride_mk,
     stride_mn,
     SUMS: tl.constexpr,
@@ -106,17 +106,12 @@ def _matrix_tiles(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, parted as `_deep`.
-
-    The tiles begin `pitch` rows apart, and have zeros after as many.
-    """
+    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, parted as `_deep`."""
     tiles = ()
     for a in tl.static_range(SUMS):
         for c in tl.static_range(COUNT):
-            within = tl.arange(0, BLOCK_K)[:, None]
-            ks = k + c * pitch + within
-            at = ks.to(tl.int64) * stride_mk + n.to(tl.int64) * stride_mn
-            m = load_tile(ptr + tl.cast(a, tl.int64) * H * H + at, (ks < D) & (within < pitch), n < H, True, True)
+            ks = (k + c * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+            m = tl.load(ptr + a * stride_ma + ks * stride_mk + n * stride_mn)
             if SPLITS > 1:
                 m = tl.reshape(m, [SPLITS, BLOCK_K // SPLITS, m.shape[1]])
             tiles = tiles + (m,)
@@ -223,7 +218,7 @@ def recurrence_kernel(
     state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
     start_ptr,  # [B, SLOTS, H], the state before the first step
     carry_ptr,  # [B, H], the carry before the first step, then after the last; or None
-    m_ptr,  # [SUMS, D, H]
+    m_ptr,  # [SUMS, D, H], both axes padded to whole tiles; alone, the part of each slot of D
     T,
     B,
     H,
@@ -231,6 +226,7 @@ def recurrence_kernel(
     row0,  # the first batch row of this launch
     first,  # the first step of this launch
     count,  # and its number of steps
+    stride_ma,
     stride_mk,
     stride_mn,
     LOAD: tl.constexpr,  # LOAD(io, here, after, batch, n, ok, H, is_first, is_last) -> inputs
@@ -246,20 +242,22 @@ def recurrence_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides H
 ):
     tiles_n = tl.cdiv(H, BLOCK_N)
     pid = tl.program_id(0)
     n = (pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     batch = (row0 + pid // tiles_n * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    H = H // ALIGN * ALIGN  # as the compiler does not know it, and loads whole vectors then
+    D = D // ALIGN * ALIGN
     ok = (batch < B) & (n < H)
     rows = (batch, batch < B)
     storage: tl.constexpr = state_ptr.dtype.element_ty
     together: tl.constexpr = FORM == "together"
 
     if CHUNKS > 0:
-        pitch = H if FORM == "alone" else BLOCK_K
         m = _matrix_tiles(
-            m_ptr, 0, n, D, H, pitch, stride_mk, stride_mn, SUMS, CHUNKS, BLOCK_K, SPLITS
+            m_ptr, 0, n, stride_ma, stride_mk, stride_mn, SUMS, CHUNKS, BLOCK_K, SPLITS
         )
     carry = tl.zeros([BLOCK_B, BLOCK_N], ACC)
     if carry_ptr is not None:
@@ -288,7 +286,7 @@ def recurrence_kernel(
             else:
                 for k in range(0, D, BLOCK_K):
                     m = _matrix_tiles(
-                        m_ptr, k, n, D, H, BLOCK_K, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
+                        m_ptr, k, n, stride_ma, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
                     )
                     last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, together)
                     if together:
@@ -363,8 +361,8 @@ def walk(
         state.view(torch.uint8).fill_(255)
     if form == "steps":
         steps = 1
-    depth = gates * H if backward else H
-    block_k, chunks, group = config.block_k, 0, 1
+    depth, sums = (gates * H, 1) if backward else (H, gates)
+    block_k, group = config.block_k, 1
     if form == "alone":
         chunks = depth // H
     elif config.held:
@@ -375,6 +373,16 @@ def walk(
         chunks = padded // block_k
         most = max(config.group // (block_b * block_k * state.element_size()), 1)
         group = max(count for count in range(1, chunks + 1) if count <= most and chunks % count == 0)
+    else:
+        chunks = 0
+    # [matrices, output units, state units] of the weights, transposed in memory for backward
+    m = w_hh.view(gates, H, H) if form == "alone" else w_hh.view(sums, -1, H)
+    n_axis = 2 if backward else 1
+    k_axis = 3 - n_axis
+    more_n, more_k = -H % config.block_n, -m.shape[k_axis] % block_k
+    if more_n or more_k:
+        m = pad(m, (0, more_n, 0, more_k) if backward else (0, more_k, 0, more_n))
+    strides = (m.stride(0), m.stride(k_axis), m.stride(n_axis))
     with on_device_of(state):
         for row0 in range(0, B, rows):
             grid = (tiles_n * min(tiles_b, triton.cdiv(B - row0, block_b)),)
@@ -384,7 +392,7 @@ def walk(
                     state,
                     start,
                     carry,
-                    w_hh,
+                    m,
                     T,
                     B,
                     H,
@@ -392,11 +400,11 @@ def walk(
                     row0,
                     first,
                     steps,
-                    *((H, 1) if backward else (1, H)),
+                    *strides,
                     LOAD=load,
                     CELL=cell,
                     ACC=TRITON_DTYPES[compute_dtype(state.dtype)],
-                    SUMS=1 if backward else gates,
+                    SUMS=sums,
                     SLOTS=width // H,
                     FROM_END=from_end,
                     FORM=form,
@@ -406,6 +414,7 @@ def walk(
                     BLOCK_N=config.block_n,
                     BLOCK_K=block_k,
                     SPLITS=config.splits,
+                    ALIGN=math.gcd(H, 16),
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                     launch_cooperative_grid=form == "together",
