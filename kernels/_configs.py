@@ -98,12 +98,12 @@ PRODUCT = {
 #: covers H serves if the matrices of all gates take no more than its `held` bytes.
 ALONE = {
     "sm_80": (
-        RecurrenceConfig(16, 32, 32, 1, 2, held=8 << 10),
-        RecurrenceConfig(16, 64, 64, 1, 4, held=32 << 10),
-        RecurrenceConfig(16, 128, 128, 1, 8, held=128 << 10),
+        RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
+        RecurrenceConfig(8, 64, 64, 1, 4, held=32 << 10),
+        RecurrenceConfig(4, 128, 128, 1, 8, held=128 << 10),
     ),
 }
-ALONE["sm_90"] = (*ALONE["sm_80"], RecurrenceConfig(16, 256, 256, 1, 8, held=128 << 10))
+ALONE["sm_90"] = (*ALONE["sm_80"], RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10))
 
 #: By dtype: those that share the units. Of the entries whose slice of W_hh fits, the first that needs
 #: the fewest rounds over the batch; the last fits always.

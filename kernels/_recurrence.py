@@ -351,7 +351,9 @@ def walk(
     if T == 1 and form == "together":
         form = "steps"
     tiles_n = triton.cdiv(H, config.block_n)
-    block_b = min(config.block_b, triton.next_power_of_2(B))
+    # alone, as few rows as keep all programs on the chip: rows cost time, and multiprocessors idle
+    rows = triton.cdiv(B, multiprocessors(device)) if form == "alone" else B
+    block_b = min(config.block_b, triton.next_power_of_2(rows))
     tiles_b = triton.cdiv(B, block_b)
     rows, steps = B, T
     if form == "together":
