@@ -105,17 +105,31 @@ ALONE = {
 }
 ALONE["sm_90"] = (*ALONE["sm_80"], RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10))
 
-#: By dtype: those that share the units. Of the entries whose slice of W_hh fits, the first that needs
-#: the fewest rounds over the batch; the last fits always.
+#: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the first
+#: that needs the fewest rounds over the batch; the last holds none of it and fits always.
+_STREAMED = {
+    torch.float16: RecurrenceConfig(16, 16, 128, 8, 8, 3),
+    torch.float32: RecurrenceConfig(16, 16, 128, 8, 8, 2),
+    torch.float64: RecurrenceConfig(16, 16, 128, 8, 8),
+}
 TOGETHER = {
+    "sm_80": {
+        torch.float16: (
+            RecurrenceConfig(16, 16, 128, 8, 8, held=48 << 10),
+            RecurrenceConfig(16, 32, 128, 8, 8, held=48 << 10),
+            _STREAMED[torch.float16],
+        ),
+        torch.float32: (_STREAMED[torch.float32],),
+        torch.float64: (_STREAMED[torch.float64],),
+    },
+}
+TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
-        RecurrenceConfig(16, 16, 128, 8, 8),
+        _STREAMED[torch.float16],
     ),
-    torch.float32: (RecurrenceConfig(16, 16, 128, 8, 8),),
-    torch.float64: (RecurrenceConfig(16, 16, 128, 8, 8),),
 }
 
 #: By table, dtype and block of head dims: the entry for whole heads without a mask, and the one for
@@ -255,7 +269,7 @@ def recurrence(
             if config.block_n >= H and size * config.block_k * config.block_n <= config.held:
                 return "alone", config
     best, fewest = None, 0
-    for config in TOGETHER[dtype]:
+    for config in TOGETHER[table(capability)][dtype]:
         deep = -(-H // config.block_k) * config.block_k
         if config.held and size * deep * config.block_n > config.held:
             continue

@@ -84,12 +84,20 @@ def _missing(tiles, COUNT: tl.constexpr):
 def _state_tiles(
     ptr, rows, k, D, H, SLOTS: tl.constexpr, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, FRESH
 ):
-    """COUNT tiles [BLOCK_B, BLOCK_K] of the state from its number k on; if FRESH, past any cache."""
+    """COUNT tiles [BLOCK_B, BLOCK_K] of the state from its number k on.
+
+    Read past the first cache, which may have a line's neighbours from before they were written; if
+    FRESH, also anew each time.
+    """
     tiles = ()
     for c in tl.static_range(COUNT):
         ks = k + c * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
         at = ptr + rows[0] * SLOTS * H + ks
-        tiles = tiles + (tl.load(at, mask=rows[1] & (ks < D), other=0.0, volatile=FRESH),)
+        ok = rows[1] & (ks < D)
+        if FRESH:
+            tiles = tiles + (tl.load(at, mask=ok, other=0.0, volatile=True),)
+        else:
+            tiles = tiles + (tl.load(at, mask=ok, other=0.0, cache_modifier=".cg"),)
     return tiles
 
 
@@ -284,14 +292,17 @@ def recurrence_kernel(
                             )
                     sums = _multiply(last, m, sums, c, GROUP, CHUNKS, SUMS, SPLITS)
             else:
+                if together:
+                    for k in range(0, D, BLOCK_K):
+                        waits = s > 0
+                        while waits:
+                            last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, True)
+                            waits = _missing(last, 1)
                 for k in range(0, D, BLOCK_K):
+                    last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, False)
                     m = _matrix_tiles(
                         m_ptr, k, n, stride_ma, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
                     )
-                    last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, together)
-                    if together:
-                        while (s > 0) & _missing(last, 1):
-                            last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, True)
                     sums = _multiply(last, m, sums, 0, 1, 1, SUMS, SPLITS)
         # The next step's loads are under way while this one ends. The last step has no next one,
         # loads its own again and drops it. They come after the product, whose layout of registers
@@ -374,7 +385,9 @@ def walk(
             block_k *= 2
         chunks = padded // block_k
         most = max(config.group // (block_b * block_k * state.element_size()), 1)
-        group = max(count for count in range(1, chunks + 1) if count <= most and chunks % count == 0)
+        group = max(
+            count for count in range(1, chunks + 1) if count <= most and chunks % count == 0
+        )
     else:
         chunks = 0
     # [matrices, output units, state units] of the weights, transposed in memory for backward

@@ -31,9 +31,8 @@ RELEASE = tuple(int(part) for part in importlib.metadata.version("triton").split
 
 #: Which case launches each kernel; a new kernel must be named here, and its case launch it.
 KERNELS = {
-    "product_kernel": "rnn",
-    "rnn_fwd_kernel": "rnn",
-    "rnn_bwd_kernel": "rnn",
+    "product_kernel": "recurrent",
+    "recurrence_kernel": "recurrent",
     "attention_fwd_kernel": "attention",
     "attention_bwd_delta_kernel": "attention",
     "attention_bwd_dq_kernel": "attention",
@@ -54,38 +53,47 @@ class Case:
     op: str
     chip: int
     dtype: str
-    size: int  # rnn: H and, times 2 or 1, B; attention: D
+    size: int  # recurrent: H; attention: D
     batch: int = 1
+    cell: str = "lstm"
     mask: str = "none"
     is_causal: bool = False
     heads: int = 4  # of queries, on two of keys and values
     queries: int = 64
-    nonlinearity: str = "tanh"
 
     @property
     def id(self):
         words = [self.op, f"sm{self.chip}", self.dtype, f"{self.size}"]
-        if self.op == "rnn":
-            words += [f"b{self.batch}", self.nonlinearity]
+        if self.op == "recurrent":
+            words[0] = self.cell
+            words += [f"b{self.batch}"]
         else:
             words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
         return "-".join(words)
 
 
-def rnn_cases():
+def recurrent_cases():
     for table, chips in CHIPS.items():
-        for dtype, entries in _configs.RECURRENCE[table].items():
-            for entry in entries:
-                # as many units as a resident matrix has rows, or more than any resident one
-                size = entry.block_n if entry.resident else 320
-                for chip in chips:
-                    yield Case("rnn", chip, str(dtype)[6:], size)
+        for chip in chips:
+            for entry in _configs.ALONE[table]:
+                gates = 4 if 4 * 2 * entry.block_n**2 <= entry.held else 1
+                cell = "lstm" if gates == 4 else "rnn"
+                for batch in (1, 132 * entry.block_b):  # one row a program, and as many as may be
+                    yield Case("recurrent", chip, HALF, entry.block_n, batch, cell)
+                    yield Case("recurrent", chip, HALF, entry.block_n - 1, batch, cell)
+            for dtype, entries in _configs.TOGETHER[table].items():
+                for entry in entries:
+                    # the largest that fits, and one that no vector load is aligned for
+                    largest = entry.held // (4 * dtype.itemsize * entry.block_n) or 600
+                    for size in (largest, largest - 127):
+                        yield Case("recurrent", chip, str(dtype)[6:], size, entry.block_b)
     for chip in (80, 90, 100):
-        for dtype in (HALF, SINGLE, DOUBLE):
-            # enough rows for the large tiles of the products; the small ones ran above
-            yield Case("rnn", chip, dtype, 320, batch=160, nonlinearity="relu")
-        yield Case("rnn", chip, BRAIN, 128)
+        for cell in ("rnn", "gru", "lstm"):
+            for dtype in (BRAIN, SINGLE, DOUBLE):
+                # enough rows for the large tiles of the products, and one row alone
+                yield Case("recurrent", chip, dtype, 320, 160, cell)
+                yield Case("recurrent", chip, dtype, 320, 1, cell)
 
 
 def attention_cases():
@@ -108,7 +116,7 @@ def attention_cases():
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
 
 
-CASES = [*rnn_cases(), *attention_cases()]
+CASES = [*recurrent_cases(), *attention_cases()]
 
 
 def test_every_kernel_is_listed():
@@ -172,7 +180,7 @@ def test_compiles(case, compiler):
             # older releases do not use the tensor cores of sm_100 for float64
             old = case.chip == 100 and RELEASE < (3, 9)
             assert products == ("" if old else "mma.sync"), kernel
-        elif case.op == "rnn" or case.chip == 80 or kernel["rows"] < 64:
+        elif case.op == "recurrent" or case.chip == 80 or kernel["rows"] < 64:
             assert products, kernel
         else:
             assert products == {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.chip], kernel
@@ -199,15 +207,18 @@ class Driver:
         return GPUTarget("cuda", self.chip, 32)
 
 
-def launch_rnn(case, dtype):
-    from pykernels.kernels import rnn
-
+def launch_recurrent(case, dtype):
+    """Two steps, as a single one needs no other program."""
+    op, gates = case.cell, {"rnn": 1, "gru": 3, "lstm": 4}[case.cell]
+    module = importlib.import_module(f"pykernels.kernels.{op}")
     T, B, I, H = 2, case.batch, 48, case.size
     x, h0 = torch.zeros(T, B, I, dtype=dtype), torch.zeros(B, H, dtype=dtype)
-    w_ih, w_hh, b = (torch.zeros(shape, dtype=dtype) for shape in ((H, I), (H, H), H))
-    options = {"nonlinearity": case.nonlinearity, "reverse": False}
-    outputs, saved = rnn.rnn_fwd(x, w_ih, w_hh, b, b, h0, **options)
-    rnn.rnn_bwd(saved, outputs, needs=(True,) * 6, **options)
+    w_ih, w_hh, b = (torch.zeros(gates * H, *more, dtype=dtype) for more in ((I,), (H,), ()))
+    own = {"rnn": {"nonlinearity": "tanh"}, "lstm": {"return_cell_states": True}}.get(op, {})
+    states = (h0, h0, None) if op == "lstm" else (h0,)
+    forward, backward = getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd")
+    outputs, saved = forward(x, w_ih, w_hh, b, b, *states, reverse=False, **own)
+    backward(saved, outputs, needs=(True,) * (5 + len(states)), reverse=False, **own)
 
 
 def launch_attention(case, dtype):
@@ -254,7 +265,7 @@ def serve():
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    for op in set(KERNELS.values()):
+    for op in ("rnn", "gru", "lstm", "attention"):
         importlib.import_module(f"pykernels.kernels.{op}")
     modules = [m for name, m in sys.modules.items() if name.startswith("pykernels.kernels.")]
     known, used = {}, {}
@@ -275,9 +286,11 @@ def serve():
                 module.on_device_of = lambda tensor: contextlib.nullcontext()
             if hasattr(module, "capability"):
                 module.capability = lambda device, chip=case.chip: chip
+            if hasattr(module, "multiprocessors"):
+                module.multiprocessors = lambda device: 132
         used.clear()
         try:
-            {"rnn": launch_rnn, "attention": launch_attention}[case.op](
+            {"recurrent": launch_recurrent, "attention": launch_attention}[case.op](
                 case, getattr(torch, case.dtype)
             )
             answer = {"kernels": list(used.values())}
