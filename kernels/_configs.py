@@ -94,8 +94,8 @@ PRODUCT = {
     torch.float64: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
 }
 
-#: By table: for 16-bit floats, programs that own all units of their batch rows; the first entry that
-#: covers H serves if the matrices of all gates take no more than its `held` bytes.
+#: By table: for 16-bit floats, programs that own all units of their batch rows; the first entry
+#: that covers H serves if the matrices of all gates take no more than its `held` bytes.
 ALONE = {
     "sm_80": (
         RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
@@ -105,8 +105,8 @@ ALONE = {
 }
 ALONE["sm_90"] = (*ALONE["sm_80"], RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10))
 
-#: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the first
-#: that needs the fewest rounds over the batch; the last holds none of it and fits always.
+#: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the
+#: first that needs the fewest rounds over the batch; the last holds none of it and fits always.
 _STREAMED = {
     torch.float16: RecurrenceConfig(16, 16, 128, 8, 8, 3),
     torch.float32: RecurrenceConfig(16, 16, 128, 8, 8, 2),

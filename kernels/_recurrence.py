@@ -9,7 +9,7 @@ Either way a program that owns some units needs the same slice of W_hh, [GATES, 
 state of all units. `carry` stays with its units: c, or what the backward pass sends on elementwise.
 
 Batch rows do not depend on each other; units do, through the state. So a program owns a tile of
-batch rows and units for all steps, and the forms differ in how the state of the others reaches it:
+batch rows and units for all steps, and the forms differ in how the others' state reaches it:
 
 * alone: there are no others. The state stays in registers, W_hh too.
 * together: all programs are on the chip at once (a cooperative launch). A program that needs the
@@ -36,7 +36,6 @@ from ._common import (
     capability,
     compute_dtype,
     dot,
-    load_tile,
     multiprocessors,
     on_device_of,
     to_storage,
@@ -114,7 +113,7 @@ def _matrix_tiles(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, parted as `_deep`."""
+    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, in SPLITS parts."""
     tiles = ()
     for a in tl.static_range(SUMS):
         for c in tl.static_range(COUNT):

@@ -15,7 +15,7 @@ def dense(tensor: Maybe) -> Maybe:
 
 
 def wide(tensor: Maybe, B: int, H: int, like: Tensor) -> Tensor:
-    """A copy [B, H] in the compute dtype of `like`, which a time loop may write to; None is zero."""
+    """A copy [B, H] in the compute dtype of `like` for a time loop to write to; None is zero."""
     dtype = compute_dtype(like.dtype)
     if tensor is None:
         return like.new_zeros(B, H, dtype=dtype)
@@ -69,7 +69,7 @@ def gradients(
         reverse: as in forward.
     """
     T, B, I = x.shape
-    width, H = w_hh.shape
+    H = w_hh.shape[1]
     first = T - 1 if reverse else 0
     a, q = da.flatten(0, 1), dq.flatten(0, 1)
     found: list[Maybe] = [None] * 6

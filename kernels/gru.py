@@ -1,9 +1,9 @@
 """The gated recurrent unit on a GPU: h_t = (1 - z) n + z h_{t-1}.
 
 r and z are the logistic sigmoid of W_i. x_t + b_i. + W_h. h_{t-1} + b_h., and n is
-tanh(W_in x_t + b_in + r q), q = W_hn h_{t-1} + b_hn; the gates lie in the weights in the order r, z,
-n. Only the product with W_hh lives in the time loop (`_recurrence`). W_ih goes over all T * B rows at
-once before it; all gradients but those of the sums are large products after it.
+tanh(W_in x_t + b_in + r q), q = W_hn h_{t-1} + b_hn; the gates lie in the weights in the order r,
+z, n. Only the product with W_hh lives in the time loop (`_recurrence`). W_ih goes over all T * B
+rows at once before it; all gradients but those of the sums are large products after it.
 """
 
 from typing import Any

@@ -117,7 +117,7 @@ def lstm_fwd(
         batch_sizes: None, as no ragged batch is served.
 
     Returns:
-        ``((y [T, B, H], h_n [B, H], c_n [B, H]), saved)``, the outputs with c [T, B, H] if asked for.
+        ``((y [T, B, H], h_n [B, H], c_n [B, H]), saved)``; c [T, B, H] behind c_n if asked for.
     """
     T, B, _ = x.shape
     H = w_hh.shape[1]
@@ -154,8 +154,8 @@ def lstm_bwd(
 
     Args:
         saved: what `lstm_fwd` returned: its eight tensors, y, the gates, the cell states, None.
-        grads: (dy [T, B, H], dh_n [B, H], dc_n [B, H]), and dc [T, B, H] if c was returned; None for
-            zeros.
+        grads: (dy [T, B, H], dh_n [B, H], dc_n [B, H]), then dc [T, B, H] if c was returned; None
+            for zeros.
         reverse, return_cell_states, batch_sizes: as in `lstm_fwd`.
         needs: which of the eight gradients are wanted.
 

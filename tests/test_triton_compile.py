@@ -77,23 +77,20 @@ def recurrent_cases():
     for table, chips in CHIPS.items():
         for chip in chips:
             for entry in _configs.ALONE[table]:
-                gates = 4 if 4 * 2 * entry.block_n**2 <= entry.held else 1
-                cell = "lstm" if gates == 4 else "rnn"
-                for batch in (1, 132 * entry.block_b):  # one row a program, and as many as may be
-                    yield Case("recurrent", chip, HALF, entry.block_n, batch, cell)
-                    yield Case("recurrent", chip, HALF, entry.block_n - 1, batch, cell)
+                cell = "lstm" if 4 * 2 * entry.block_n**2 <= entry.held else "rnn"
+                # one row a program; as many as may be, of a size that fits no vector load
+                yield Case("recurrent", chip, HALF, entry.block_n, 1, cell)
+                yield Case("recurrent", chip, HALF, entry.block_n - 1, 132 * entry.block_b, cell)
             for dtype, entries in _configs.TOGETHER[table].items():
                 for entry in entries:
-                    # the largest that fits, and one that no vector load is aligned for
-                    largest = entry.held // (4 * dtype.itemsize * entry.block_n) or 600
-                    for size in (largest, largest - 127):
-                        yield Case("recurrent", chip, str(dtype)[6:], size, entry.block_b)
+                    # the largest whose slice fits, or more than fits any
+                    size = entry.held // (4 * dtype.itemsize * entry.block_n) or 1200
+                    yield Case("recurrent", chip, str(dtype)[6:], size, entry.block_b)
     for chip in (80, 90, 100):
-        for cell in ("rnn", "gru", "lstm"):
-            for dtype in (BRAIN, SINGLE, DOUBLE):
-                # enough rows for the large tiles of the products, and one row alone
-                yield Case("recurrent", chip, dtype, 320, 160, cell)
-                yield Case("recurrent", chip, dtype, 320, 1, cell)
+        for cell, dtype in (("rnn", BRAIN), ("gru", HALF), ("gru", SINGLE), ("gru", DOUBLE)):
+            # enough rows for the large tiles of the products
+            yield Case("recurrent", chip, dtype, 301, 160, cell)
+        yield Case("recurrent", chip, SINGLE, 64, 1, "rnn")
 
 
 def attention_cases():
