@@ -34,9 +34,10 @@ class ProductConfig:
 class RecurrenceConfig:
     """A program owns block_b batch rows and block_n units.
 
-    The state product is deep tiles of block_k units of the state, each split in `splits` parts that
-    are multiplied by different warps. Where `held`, the program's slice of W_hh stays in registers
-    for the whole sequence, up to `held` bytes.
+    The state product goes over tiles of block_k numbers of the state, each split in `splits` parts
+    that different warps multiply. Where `held`, the program's slice of W_hh stays on the chip for
+    the whole sequence, up to `held` bytes; then tiles are up to most_k deep where that wastes no
+    more, and up to `group` bytes of the state are read at once.
     """
 
     block_b: int
@@ -96,21 +97,25 @@ PRODUCT = {
 
 #: By table: for 16-bit floats, programs that own all units of their batch rows; the first entry
 #: that covers H serves if the matrices of all gates take no more than its `held` bytes.
+_SMALL = (
+    RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
+    RecurrenceConfig(8, 64, 64, 1, 4, held=32 << 10),
+)
 ALONE = {
-    "sm_80": (
-        RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
-        RecurrenceConfig(8, 64, 64, 1, 4, held=32 << 10),
+    "sm_80": (*_SMALL, RecurrenceConfig(4, 128, 128, 1, 8, held=32 << 10)),
+    "sm_90": (
+        *_SMALL,
         RecurrenceConfig(4, 128, 128, 1, 8, held=128 << 10),
+        RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10),
     ),
 }
-ALONE["sm_90"] = (*ALONE["sm_80"], RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10))
 
 #: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the
 #: first that needs the fewest rounds over the batch; the last holds none of it and fits always.
 _STREAMED = {
     torch.float16: RecurrenceConfig(16, 16, 128, 8, 8, 3),
     torch.float32: RecurrenceConfig(16, 16, 128, 8, 8, 2),
-    torch.float64: RecurrenceConfig(16, 16, 128, 8, 8),
+    torch.float64: RecurrenceConfig(16, 16, 64, 4, 4),
 }
 TOGETHER = {
     "sm_80": {
@@ -126,7 +131,7 @@ TOGETHER = {
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
-        RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10),
+        RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
         _STREAMED[torch.float16],
     ),
