@@ -13,8 +13,9 @@ batch rows and units for all steps, and the forms differ in how the others' stat
 
 * alone: there are no others. The state stays in registers, W_hh too.
 * together: all programs are on the chip at once (a cooperative launch). A program that needs the
-  state of step s - 1 reads it until it is there. Its memory was filled with a bit pattern that
-  no program writes, so each number is its own flag: no barrier, and no order among writes is needed.
+  state of step s - 1 reads it until it is there. Its memory was filled with a bit pattern that no
+  program writes, so each number is its own flag: neither a barrier nor an order of the writes is
+  needed.
 * by steps: a launch for each step, where not all programs fit on the chip, and in the interpreter,
   which runs one program after the other.
 """
