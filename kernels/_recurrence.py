@@ -220,7 +220,7 @@ def _inputs(LOAD: tl.constexpr, io, s, T, B, batch, n, ok, H, FROM_END: tl.const
     return LOAD(io, here, after, batch, n, ok, H, s == 0, s == T - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "first"])
 def recurrence_kernel(
     io,  # pointers that LOAD and CELL know
     state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
