@@ -99,7 +99,7 @@ PRODUCT = {
 #: that covers H serves if the matrices of all gates take no more than its `held` bytes.
 _SMALL = (
     RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
-    RecurrenceConfig(8, 64, 64, 1, 4, held=32 << 10),
+    RecurrenceConfig(4, 64, 64, 1, 4, held=32 << 10),
 )
 ALONE = {
     "sm_80": (*_SMALL, RecurrenceConfig(4, 128, 128, 1, 8, held=32 << 10)),
@@ -112,20 +112,19 @@ ALONE = {
 
 #: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the
 #: first that needs the fewest rounds over the batch; the last holds none of it and fits always.
-_STREAMED = {
-    torch.float16: RecurrenceConfig(16, 16, 128, 8, 8, 3),
-    torch.float32: RecurrenceConfig(16, 16, 128, 8, 8, 2),
-    torch.float64: RecurrenceConfig(16, 16, 64, 4, 4),
-}
+_STREAMED = RecurrenceConfig(16, 16, 128, 8, 8, 3)
 TOGETHER = {
     "sm_80": {
         torch.float16: (
             RecurrenceConfig(16, 16, 128, 8, 8, held=48 << 10),
             RecurrenceConfig(16, 32, 128, 8, 8, held=48 << 10),
-            _STREAMED[torch.float16],
+            _STREAMED,
         ),
-        torch.float32: (_STREAMED[torch.float32],),
-        torch.float64: (_STREAMED[torch.float64],),
+        torch.float32: (
+            RecurrenceConfig(8, 16, 128, 8, 8, 2),
+            RecurrenceConfig(16, 16, 128, 8, 8),
+        ),
+        torch.float64: (RecurrenceConfig(16, 16, 64, 4, 4),),
     },
 }
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
@@ -133,7 +132,7 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
-        _STREAMED[torch.float16],
+        _STREAMED,
     ),
 }
 
