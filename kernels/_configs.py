@@ -121,7 +121,7 @@ TOGETHER = {
             _STREAMED,
         ),
         torch.float32: (
-            RecurrenceConfig(8, 16, 128, 8, 8, 2),
+            RecurrenceConfig(8, 16, 128, 8, 8),
             RecurrenceConfig(16, 16, 128, 8, 8),
         ),
         torch.float64: (RecurrenceConfig(16, 16, 64, 4, 4),),

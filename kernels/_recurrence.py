@@ -114,12 +114,16 @@ def _matrix_tiles(
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, in SPLITS parts."""
+    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, in SPLITS parts.
+
+    `n` counts from where `ptr` points to.
+    """
     tiles = ()
     for a in tl.static_range(SUMS):
         for c in tl.static_range(COUNT):
             ks = (k + c * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
-            m = tl.load(ptr + a * stride_ma + ks * stride_mk + n * stride_mn)
+            base = ptr + a * tl.cast(stride_ma, tl.int64)
+            m = tl.load(base + ks * stride_mk + n * stride_mn)
             if SPLITS > 1:
                 m = tl.reshape(m, [SPLITS, BLOCK_K // SPLITS, m.shape[1]])
             tiles = tiles + (m,)
@@ -137,6 +141,7 @@ def _deep(tile, SPLITS: tl.constexpr):
 
 @triton.jit
 def _zeros(COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, ACC):
+    """COUNT sums [M, N], each of SPLITS parts."""
     sums = ()
     for _ in tl.static_range(COUNT):
         if SPLITS > 1:
@@ -220,7 +225,7 @@ def _inputs(LOAD: tl.constexpr, io, s, T, B, batch, n, ok, H, FROM_END: tl.const
     return LOAD(io, here, after, batch, n, ok, H, s == 0, s == T - 1)
 
 
-@triton.jit(do_not_specialize=["row0", "first"])
+@triton.jit(do_not_specialize=["first"])
 def recurrence_kernel(
     io,  # pointers that LOAD and CELL know
     state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
@@ -254,7 +259,10 @@ def recurrence_kernel(
 ):
     tiles_n = tl.cdiv(H, BLOCK_N)
     pid = tl.program_id(0)
-    n = (pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    n0 = pid % tiles_n * BLOCK_N
+    own = tl.arange(0, BLOCK_N)[None, :]
+    n = n0 + own
+    m_ptr += tl.cast(n0, tl.int64) * stride_mn
     batch = (row0 + pid // tiles_n * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
     H = H // ALIGN * ALIGN  # as the compiler does not know it, and loads whole vectors then
     D = D // ALIGN * ALIGN
@@ -265,7 +273,7 @@ def recurrence_kernel(
 
     if CHUNKS > 0:
         m = _matrix_tiles(
-            m_ptr, 0, n, stride_ma, stride_mk, stride_mn, SUMS, CHUNKS, BLOCK_K, SPLITS
+            m_ptr, 0, own, stride_ma, stride_mk, stride_mn, SUMS, CHUNKS, BLOCK_K, SPLITS
         )
     carry = tl.zeros([BLOCK_B, BLOCK_N], ACC)
     if carry_ptr is not None:
@@ -301,7 +309,7 @@ def recurrence_kernel(
                 for k in range(0, D, BLOCK_K):
                     last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, False)
                     m = _matrix_tiles(
-                        m_ptr, k, n, stride_ma, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
+                        m_ptr, k, own, stride_ma, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
                     )
                     sums = _multiply(last, m, sums, 0, 1, 1, SUMS, SPLITS)
         # The next step's loads are under way while this one ends. The last step has no next one,
