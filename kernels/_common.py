@@ -35,13 +35,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def dot(a, b, acc):
-    """``acc + a @ b`` [M, N] with every product exact to the operands' precision.
+    """``acc + a @ b``, [M, N] or [S, M, N], with every product exact to the operands' precision.
 
     "ieee" forbids TF32: float32 operands are multiplied as float32.
     """
     if INTERPRETED and a.dtype == acc.dtype:
         # A GPU adds up each entry in the order of k, whatever the tiles: backward then recomputes
         # the very scores of forward. The interpreter's numpy asks a BLAS, whose order varies.
+        if len(a.shape) == 3:
+            return acc + tl.sum(a[:, :, :, None] * b[:, None, :, :], 2)
         return acc + tl.sum(a[:, :, None] * b[None, :, :], 1)
     if INTERPRETED:
         # numpy has no bfloat16
@@ -90,6 +92,12 @@ def tanh(x):
         p = p * z + 1.33333128668617992e-01
         p = p * z - 3.33333332312079250e-01
     return tl.where(size < 0.55, x + x * z * p, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), to a few ulp; 0 and 1 far out, NaN stays NaN."""
+    return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -148,6 +156,13 @@ def capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of any size run at the same time; where interpreted one."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_size(size: int, least: int) -> int:

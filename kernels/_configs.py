@@ -32,18 +32,23 @@ class ProductConfig:
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
-    """block_b batch rows a program, the state product in tiles [block_k, block_n] of the matrix.
+    """A program owns block_b batch rows and block_n units.
 
-    Where `resident`, one tile is the whole matrix, so that H <= block_n = block_k, and stays on the
-    chip, in registers or shared memory, for the whole sequence.
+    The state product goes over tiles of block_k numbers of the state, each split in `splits` parts
+    that different warps multiply. Where `held`, the program's slice of W_hh stays on the chip for
+    the whole sequence, up to `held` bytes; then tiles are up to most_k deep where that wastes no
+    more, and up to `group` bytes of the state are read at once.
     """
 
     block_b: int
     block_n: int
     block_k: int
+    splits: int
     num_warps: int
-    num_stages: int
-    resident: bool = False
+    num_stages: int = 1
+    held: int = 0
+    most_k: int = 1024
+    group: int = 96 << 10
     tuned_on: str | None = None
 
 
@@ -100,23 +105,45 @@ PRODUCT = {
     torch.float64: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
 }
 
-#: By table and dtype: the first resident entry that covers H, else the last, which streams the
-#: matrix. A matrix of float32 or float64, whose products take their operands from registers, is too
-#: large to stay there: they stream, from L1 where it is small.
-_RESIDENT = (
-    RecurrenceConfig(16, 32, 32, 2, 1, resident=True),
-    RecurrenceConfig(16, 64, 64, 4, 1, resident=True),
-    RecurrenceConfig(16, 128, 128, 4, 1, resident=True),
+#: By table: for 16-bit floats, programs that own all units of their batch rows; the first entry
+#: that covers H serves if the matrices of all gates take no more than its `held` bytes.
+_SMALL = (
+    RecurrenceConfig(8, 32, 32, 1, 2, held=8 << 10),
+    RecurrenceConfig(4, 64, 64, 1, 4, held=32 << 10),
 )
-_RESIDENT_256 = RecurrenceConfig(16, 256, 256, 8, 1, resident=True)
-_STREAMED = {
-    torch.float16: (RecurrenceConfig(16, 128, 64, 4, 3),),
-    torch.float32: (RecurrenceConfig(16, 64, 32, 8, 2),),
-    torch.float64: (RecurrenceConfig(16, 64, 16, 8, 2),),
+ALONE = {
+    "sm_80": (*_SMALL, RecurrenceConfig(4, 128, 128, 1, 8, held=32 << 10)),
+    "sm_90": (
+        *_SMALL,
+        RecurrenceConfig(4, 128, 128, 1, 8, held=128 << 10),
+        RecurrenceConfig(8, 256, 256, 1, 8, held=128 << 10),
+    ),
 }
-RECURRENCE = {
-    "sm_80": _STREAMED | {torch.float16: (*_RESIDENT, *_STREAMED[torch.float16])},
-    "sm_90": _STREAMED | {torch.float16: (*_RESIDENT, _RESIDENT_256, *_STREAMED[torch.float16])},
+
+#: By table and dtype: those that share the units. Of the entries whose slice of W_hh fits, the
+#: first that needs the fewest rounds over the batch; the last holds none of it and fits always.
+_STREAMED = RecurrenceConfig(16, 16, 128, 8, 8, 3)
+TOGETHER = {
+    "sm_80": {
+        torch.float16: (
+            RecurrenceConfig(16, 16, 128, 8, 8, held=48 << 10),
+            RecurrenceConfig(16, 32, 128, 8, 8, held=48 << 10),
+            _STREAMED,
+        ),
+        torch.float32: (
+            RecurrenceConfig(8, 16, 128, 8, 8),
+            RecurrenceConfig(16, 16, 128, 8, 8),
+        ),
+        torch.float64: (RecurrenceConfig(16, 16, 64, 4, 4),),
+    },
+}
+TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
+    torch.float16: (
+        RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
+        RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
+        RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
+        _STREAMED,
+    ),
 }
 
 #: By table, dtype and block of head dims: the entry for whole heads without a mask, and the one for
@@ -285,11 +312,29 @@ def described(capability: int, dtype: torch.dtype, M: int, crowded: bool) -> Pro
     return entries[crowded] if entries and M >= DESCRIBED_LEAST else None
 
 
-def recurrence(capability: int, dtype: torch.dtype, H: int) -> RecurrenceConfig:
-    """Block sizes for a time loop of H units."""
-    configs = RECURRENCE[table(capability)][storage(dtype)]
-    covering = (config for config in configs if config.resident and config.block_n >= H)
-    return next(covering, configs[-1])
+def recurrence(
+    capability: int, dtype: torch.dtype, gates: int, B: int, H: int, programs: int
+) -> tuple[str, RecurrenceConfig]:
+    """The form of a time loop, "alone", "together" or "steps", and its block sizes.
+
+    `programs` is how many run at the same time.
+    """
+    dtype, size = storage(dtype), gates * dtype.itemsize
+    if dtype == torch.float16:
+        for config in ALONE[table(capability)]:
+            if config.block_n >= H and size * config.block_k * config.block_n <= config.held:
+                return "alone", config
+    best, fewest = None, 0
+    for config in TOGETHER[table(capability)][dtype]:
+        deep = -(-H // config.block_k) * config.block_k
+        if config.held and size * deep * config.block_n > config.held:
+            continue
+        groups = programs // -(-H // config.block_n)  # of programs, each with a tile of the batch
+        rounds = -(-B // (groups * config.block_b)) if groups else B
+        if best is None or rounds < fewest:
+            best, fewest = config, rounds
+    form = "together" if programs >= -(-H // best.block_n) else "steps"
+    return form, best
 
 
 def attention(

@@ -93,30 +93,40 @@ def tile_product(
 
 
 @triton.jit
-def _tile_ptrs(c, m, n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tile_ptrs(c, m, n, M, N, stride_cm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers to a tile of C, whose own offsets fit 32 bits, and which of them are inside."""
     rows = tl.arange(0, BLOCK_M)[:, None]
     cols = tl.arange(0, BLOCK_N)[None, :]
     inside = (rows < M - m) & (cols < N - n)
-    return c + (m.to(tl.int64) * N + n) + (rows * N + cols), inside
+    return c + (m.to(tl.int64) * stride_cm + n) + (rows * stride_cm + cols), inside
 
 
 @triton.jit
-def _load_c(c, m, n, M, N, DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _load_c(
+    c,
+    m,
+    n,
+    M,
+    N,
+    stride_cm,
+    DESCRIBED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     if DESCRIBED:
         tile = c.load([m, n])
     else:
-        ptrs, inside = _tile_ptrs(c, m, n, M, N, BLOCK_M, BLOCK_N)
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, stride_cm, BLOCK_M, BLOCK_N)
         tile = tl.load(ptrs, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
-def _store_c(c, tile, m, n, M, N, DESCRIBED: tl.constexpr):
+def _store_c(c, tile, m, n, M, N, stride_cm, DESCRIBED: tl.constexpr):
     if DESCRIBED:
         c.store([m, n], tile)
     else:
-        ptrs, inside = _tile_ptrs(c, m, n, M, N, tile.shape[0], tile.shape[1])
+        ptrs, inside = _tile_ptrs(c, m, n, M, N, stride_cm, tile.shape[0], tile.shape[1])
         tl.store(ptrs, tile, mask=inside)
 
 
@@ -127,7 +137,7 @@ def product_kernel(
     bias0_ptr,  # [N]
     bias1_ptr,  # [N]
     scale_ptr,  # one number
-    c,  # [splits, M, N], contiguous; each split sums its own rows of K. With a rest a descriptor
+    c,  # [splits, M, N], each split M rows on, for its own rows of K; with a rest a descriptor
     rest,  # [M, N], a descriptor; what rounding took from c
     M,
     N,
@@ -137,6 +147,7 @@ def product_kernel(
     stride_ak,
     stride_bk,
     stride_bn,
+    stride_cm,
     ACC: tl.constexpr,
     DESCRIBED: tl.constexpr,
     A_TURNED: tl.constexpr,
@@ -157,12 +168,12 @@ def product_kernel(
     last = tl.minimum(K, first + split_k)
     # With a rest there would be pointers to three tiles, too many for the registers.
     if not HAS_REST:
-        c += split.to(tl.int64) * M * N
+        c += split.to(tl.int64) * M * stride_cm
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if ADD:
-        acc += _load_c(c, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
+        acc += _load_c(c, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
         if HAS_REST:
-            acc += _load_c(rest, m, n, M, N, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
+            acc += _load_c(rest, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
     acc = tile_product(
         acc,
         a,
@@ -193,9 +204,9 @@ def product_kernel(
         acc *= tl.load(scale_ptr).to(ACC)
     storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
     rounded = to_storage(acc, storage)
-    _store_c(c, rounded, m, n, M, N, HAS_REST)
+    _store_c(c, rounded, m, n, M, N, stride_cm, HAS_REST)
     if HAS_REST:
-        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, HAS_REST)
+        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, HAS_REST)
 
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
@@ -288,6 +299,7 @@ def _launch(
             split_k,
             *a.stride(),
             *b.stride(),
+            c.stride(1),
             HAS_BIAS0=bias0 is not None,
             HAS_BIAS1=bias1 is not None,
             HAS_SCALE=scale is not None,
@@ -313,7 +325,7 @@ def product(
     Args:
         a: [M, K], any strides.
         b: [K, N], any strides.
-        out: [M, N], contiguous.
+        out: [M, N], each row contiguous.
         bias0, bias1: [N], contiguous, or None.
         scale: one number, or None for 1.
         rest: [M, N] as `out`, or None; served if `can_describe`. It gets what rounding takes from

@@ -1,131 +1,445 @@
-"""The time loop: one launch walks a whole sequence, forwards or backwards.
+"""The time loop: one kernel walks a whole sequence, forwards or backwards.
 
-    state_s = CELL(input_s + state_{s-1} M)          s = 0 ... T - 1
+    sum_s[a]         = product over the state of step s - 1             (see `_product`)
+    state_s, carry_s = CELL(sum_s, inputs_s, carry_{s-1})               s = 0 ... T - 1
 
-Forward, M = W_hh^T and the input is W_ih x_t + b; backward through time, M = W_hh, the state is the
-gradient of the sum inside f, and the input is dy_t. Batch rows do not depend on each other: a
-program owns BLOCK_B of them for all steps and no two programs ever meet.
+Forward, the state is h, and there is a sum for each gate: h W_g^T. Backward through time, the state
+is the gradient of each gate's sum, the operands of one sum: what they send to h_{t-1} through W_g.
+Either way a program that owns some units needs the same slice of W_hh, [GATES, H, units], and the
+state of all units. `carry` stays with its units: c, or what the backward pass sends on elementwise.
+
+Batch rows do not depend on each other; units do, through the state. So a program owns a tile of
+batch rows and units for all steps, and the forms differ in how the others' state reaches it:
+
+* alone: there are no others. The state stays in registers, W_hh too.
+* together: all programs are on the chip at once (a cooperative launch). A program that needs the
+  state of step s - 1 reads it until it is there. Its memory was filled with a bit pattern that no
+  program writes, so each number is its own flag: neither a barrier nor an order of the writes is
+  needed.
+* by steps: a launch for each step, where not all programs fit on the chip, and in the interpreter,
+  which runs one program after the other.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
 
-from ._common import dot, load_tile, to_storage
+from . import _configs
+from ._common import (
+    LAUNCH,
+    TRITON_DTYPES,
+    capability,
+    compute_dtype,
+    dot,
+    multiprocessors,
+    on_device_of,
+    to_storage,
+)
 
 
 @triton.jit
-def _load_step(
-    input_ptr,
-    aux_ptr,
-    here,  # [BLOCK_B, BLOCK_N], offsets
-    rows_ok,
-    n_ok,
-    ACC: tl.constexpr,
-    HAS_INPUT: tl.constexpr,
-    HAS_AUX: tl.constexpr,
+def read(ptr, row, n, ok, H, slot: tl.constexpr, SLOTS: tl.constexpr):
+    """The tile [BLOCK_B, BLOCK_N] of one slot of [rows, SLOTS, H], as stored; 0 without `ptr`."""
+    if ptr is None:
+        return tl.zeros(ok.shape, tl.float32)
+    else:
+        return tl.load(ptr + (row * SLOTS + slot) * H + n, mask=ok, other=0.0)
+
+
+@triton.jit
+def write(ptr, row, n, ok, H, slot: tl.constexpr, SLOTS: tl.constexpr, value):
+    """`read`, the other way; nothing without `ptr`."""
+    if ptr is not None:
+        value = to_storage(value, ptr.dtype.element_ty)
+        tl.store(ptr + (row * SLOTS + slot) * H + n, value, mask=ok)
+
+
+@triton.jit
+def _bits(x):
+    """The bits of `x` as a signed integer: -1 where all are set."""
+    if x.dtype.primitive_bitwidth == 16:
+        return x.to(tl.int16, bitcast=True)
+    elif x.dtype.primitive_bitwidth == 32:
+        return x.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _missing(tiles, COUNT: tl.constexpr):
+    """Whether any number in `tiles` was not written yet."""
+    found = _bits(tiles[0]) == -1
+    for i in tl.static_range(1, COUNT):
+        found |= _bits(tiles[i]) == -1
+    return tl.max(found.to(tl.int32)) > 0
+
+
+@triton.jit
+def _state_tiles(
+    ptr, rows, k, D, H, SLOTS: tl.constexpr, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, FRESH
 ):
-    """What one step reads besides the last state, in storage dtypes: a conversion would wait."""
-    z = tl.zeros(here.shape, ACC)
-    if HAS_INPUT:
-        z = load_tile(input_ptr + here, rows_ok, n_ok, True, True)
-    aux = z
-    if HAS_AUX:
-        aux = load_tile(aux_ptr + here, rows_ok, n_ok, True, True)
-    return z, aux
+    """COUNT tiles [BLOCK_B, BLOCK_K] of the state from its number k on.
+
+    Read past the first cache, which may have a line's neighbours from before they were written; if
+    FRESH, also anew each time.
+    """
+    tiles = ()
+    for c in tl.static_range(COUNT):
+        ks = k + c * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        at = ptr + rows[0] * SLOTS * H + ks
+        ok = rows[1] & (ks < D)
+        if FRESH:
+            tiles = tiles + (tl.load(at, mask=ok, other=0.0, volatile=True),)
+        else:
+            tiles = tiles + (tl.load(at, mask=ok, other=0.0, cache_modifier=".cg"),)
+    return tiles
 
 
 @triton.jit
-def recurrence(
-    input_ptr,  # [T, B, H], or unused
-    add_ptr,  # [B, H], added to the input of the first step, or unused
-    start_ptr,  # [B, H], the state before the first step, or unused (zeros)
-    aux_ptr,  # [T, B, H], the second argument of CELL, or unused
-    m_ptr,  # [H, H]
-    state_ptr,  # [T, B, H], written; where streamed, each step reads the last one from it
+def _matrix_tiles(
+    ptr,
+    k,
+    n,
+    stride_ma,
+    stride_mk,
+    stride_mn,
+    SUMS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """For each sum COUNT tiles [BLOCK_K, BLOCK_N] of its matrix from row k on, in SPLITS parts.
+
+    `n` counts from where `ptr` points to.
+    """
+    tiles = ()
+    for a in tl.static_range(SUMS):
+        for c in tl.static_range(COUNT):
+            ks = (k + c * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]).to(tl.int64)
+            base = ptr + a * tl.cast(stride_ma, tl.int64)
+            m = tl.load(base + ks * stride_mk + n * stride_mn)
+            if SPLITS > 1:
+                m = tl.reshape(m, [SPLITS, BLOCK_K // SPLITS, m.shape[1]])
+            tiles = tiles + (m,)
+    return tiles
+
+
+@triton.jit
+def _deep(tile, SPLITS: tl.constexpr):
+    """[M, K] as SPLITS parts of K, [SPLITS, M, K / SPLITS]: a warp multiplies one of them."""
+    if SPLITS > 1:
+        tile = tl.reshape(tile, [tile.shape[0], SPLITS, tile.shape[1] // SPLITS])
+        tile = tl.permute(tile, (1, 0, 2))
+    return tile
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr, ACC):
+    """COUNT sums [M, N], each of SPLITS parts."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        if SPLITS > 1:
+            sums = sums + (tl.zeros([SPLITS, M, N], ACC),)
+        else:
+            sums = sums + (tl.zeros([M, N], ACC),)
+    return sums
+
+
+@triton.jit
+def _multiply(
+    state,
+    m,
+    sums,
+    first: tl.constexpr,
+    COUNT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SUMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Adds the products of COUNT tiles of the state and those of the matrices to the sums."""
+    found = ()
+    for a in tl.static_range(SUMS):
+        total = sums[a]
+        for c in tl.static_range(COUNT):
+            total = dot(_deep(state[c], SPLITS), m[a * CHUNKS + first + c], total)
+        found = found + (total,)
+    return found
+
+
+@triton.jit
+def _over_splits(x, SPLITS: tl.constexpr):
+    """The sum over the first axis, in pairs.
+
+    Written so that the parts of a number come into the registers of one thread, which then has a
+    share of the tile: `tl.sum` would shuffle them, and leave each warp with the whole tile.
+    """
+    half: tl.constexpr = SPLITS // 2
+    M: tl.constexpr = x.shape[1]
+    N: tl.constexpr = x.shape[2]
+    if len(x.shape) == 3:
+        a, b = tl.split(tl.permute(tl.reshape(x, [2, half, M, N]), (1, 2, 3, 0)))
+        if half == 1:
+            return tl.reshape(a + b, [M, N])
+        else:
+            return _over_splits(a + b, half)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, [2, half, M, N, 2, 2]), (1, 2, 3, 4, 5, 0)))
+        if half == 1:
+            return tl.reshape(a + b, [M, N, 2, 2])
+        else:
+            return _over_splits(a + b, half)
+
+
+@triton.jit
+def _joined(sums, SUMS: tl.constexpr, SPLITS: tl.constexpr):
+    """The sums of the SPLITS parts: of 3 or 4 tensors at once, as warps must meet for each."""
+    if SPLITS == 1:
+        return sums
+    elif SUMS == 1:
+        return (_over_splits(sums[0], SPLITS),)
+    else:
+        both = tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[SUMS - 1]))
+        left, right = tl.split(_over_splits(both, SPLITS))
+        a, b = tl.split(left)
+        c, d = tl.split(right)
+        return (a, b, c, d)
+
+
+@triton.jit
+def _row(s, T, B, batch, FROM_END: tl.constexpr):
+    """The rows of [T * B] that step s of the walk is at."""
+    return tl.cast(T - 1 - s if FROM_END else s, tl.int64) * B + batch
+
+
+@triton.jit
+def _inputs(LOAD: tl.constexpr, io, s, T, B, batch, n, ok, H, FROM_END: tl.constexpr):
+    """What step s reads besides the state, in storage dtypes: a conversion would wait."""
+    here = _row(s, T, B, batch, FROM_END)
+    after = _row(tl.minimum(s + 1, T - 1), T, B, batch, FROM_END)
+    return LOAD(io, here, after, batch, n, ok, H, s == 0, s == T - 1)
+
+
+@triton.jit(do_not_specialize=["first"])
+def recurrence_kernel(
+    io,  # pointers that LOAD and CELL know
+    state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
+    start_ptr,  # [B, SLOTS, H], the state before the first step
+    carry_ptr,  # [B, H], the carry before the first step, then after the last; or None
+    m_ptr,  # [SUMS, D, H], both axes padded to whole tiles; alone, the part of each slot of D
     T,
     B,
     H,
+    D,
+    row0,  # the first batch row of this launch
+    first,  # the first step of this launch
+    count,  # and its number of steps
+    stride_ma,
     stride_mk,
     stride_mn,
-    CELL: tl.constexpr,  # CELL(z, aux, KIND): the state from the sum z, in z's dtype
-    KIND: tl.constexpr,
+    LOAD: tl.constexpr,  # LOAD(io, here, after, batch, n, ok, H, is_first, is_last) -> inputs
+    CELL: tl.constexpr,  # CELL(io, here, n, ok, H, sums, inputs, carry, storage) -> slots, carry
     ACC: tl.constexpr,
-    HAS_INPUT: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    HAS_START: tl.constexpr,
-    HAS_AUX: tl.constexpr,
+    SUMS: tl.constexpr,
+    SLOTS: tl.constexpr,
     FROM_END: tl.constexpr,  # step 0 is t = T - 1
-    RESIDENT: tl.constexpr,  # M stays on the chip for all steps; then BLOCK_N = BLOCK_K >= H
+    FORM: tl.constexpr,  # "alone", "together" or "steps"
+    CHUNKS: tl.constexpr,  # tiles that the held slice of W_hh is deep; 0: it is read at each step
+    GROUP: tl.constexpr,  # tiles of the state that are read at once
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides H
 ):
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    rows_ok = (rows < B)[:, None]
-    ks = tl.arange(0, BLOCK_K)
-    ns = tl.arange(0, BLOCK_N)
-    tile_rows = rows[:, None].to(tl.int64) * H  # offset of a row in [B, H]
-    step_size = tl.cast(B, tl.int64) * H
-    m_ptrs = m_ptr + ks[:, None].to(tl.int64) * stride_mk + ns[None, :].to(tl.int64) * stride_mn
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    pid = tl.program_id(0)
+    n0 = pid % tiles_n * BLOCK_N
+    own = tl.arange(0, BLOCK_N)[None, :]
+    n = n0 + own
+    m_ptr += tl.cast(n0, tl.int64) * stride_mn
+    batch = (row0 + pid // tiles_n * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+    H = H // ALIGN * ALIGN  # as the compiler does not know it, and loads whole vectors then
+    D = D // ALIGN * ALIGN
+    ok = (batch < B) & (n < H)
+    rows = (batch, batch < B)
     storage: tl.constexpr = state_ptr.dtype.element_ty
+    together: tl.constexpr = FORM == "together"
 
-    if RESIDENT:
-        n_ok = (ns < H)[None, :]
-        inside = rows_ok & n_ok
-        tile = tile_rows + ns[None, :]
-        m = load_tile(m_ptrs, (ks < H)[:, None], n_ok, True, True)
-        state = tl.zeros([BLOCK_B, BLOCK_N], storage)
-        if HAS_START:
-            state = load_tile(start_ptr + tile, rows_ok, n_ok, True, True)
-        here = (T - 1 if FROM_END else 0) * step_size + tile
-        z, aux = _load_step(input_ptr, aux_ptr, here, rows_ok, n_ok, ACC, HAS_INPUT, HAS_AUX)
-        for s in range(T):
-            # The next step's loads are under way while this step computes. The last step has no
-            # next one, loads its own again and drops it.
-            ahead = tl.minimum(s + 1, T - 1)
-            there = (T - 1 - ahead if FROM_END else ahead) * step_size + tile
-            z_ahead, aux_ahead = _load_step(
-                input_ptr, aux_ptr, there, rows_ok, n_ok, ACC, HAS_INPUT, HAS_AUX
-            )
-            total = z.to(ACC)
-            if HAS_ADD:
-                total += tl.load(add_ptr + tile, mask=inside & (s == 0), other=0.0).to(ACC)
-            total = dot(state, m, total)
-            state = to_storage(CELL(total, aux.to(ACC), KIND), storage)
-            tl.store(state_ptr + here, state, mask=inside)
-            here = there
-            z = z_ahead
-            aux = aux_ahead
-    else:
-        for s in range(T):
-            now = (T - 1 - s if FROM_END else s) * step_size
-            last_ptr = state_ptr + (now + step_size if FROM_END else now - step_size)
-            depth = H
-            if HAS_START:
-                if s == 0:
-                    last_ptr = start_ptr
+    if CHUNKS > 0:
+        m = _matrix_tiles(
+            m_ptr, 0, own, stride_ma, stride_mk, stride_mn, SUMS, CHUNKS, BLOCK_K, SPLITS
+        )
+    carry = tl.zeros([BLOCK_B, BLOCK_N], ACC)
+    if carry_ptr is not None:
+        carry = read(carry_ptr, batch, n, ok, H, 0, 1)
+    if FORM == "alone":
+        state = _state_tiles(start_ptr, rows, 0, D, H, SLOTS, CHUNKS, BLOCK_K, False)
+    inputs = _inputs(LOAD, io, first, T, B, batch, n, ok, H, FROM_END)
+    for s in range(first, first + count):
+        sums = _zeros(SUMS, BLOCK_B, BLOCK_N, SPLITS, ACC)
+        if FORM == "alone":
+            sums = _multiply(state, m, sums, 0, CHUNKS, CHUNKS, SUMS, SPLITS)
+        else:
+            last_ptr = start_ptr
+            if s > 0:
+                last_ptr = state_ptr + _row(s - 1, T, B, 0, FROM_END) * SLOTS * H
+            if CHUNKS > 0:
+                for c in tl.static_range(0, CHUNKS, GROUP):
+                    k = c * BLOCK_K
+                    last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, GROUP, BLOCK_K, together)
+                    if together:
+                        while (s > 0) & _missing(last, GROUP):
+                            last = _state_tiles(
+                                last_ptr, rows, k, D, H, SLOTS, GROUP, BLOCK_K, True
+                            )
+                    sums = _multiply(last, m, sums, c, GROUP, CHUNKS, SUMS, SPLITS)
             else:
-                depth = tl.where(s == 0, 0, H)
-            for n in range(0, H, BLOCK_N):
-                n_ok = (n + ns < H)[None, :]
-                inside = rows_ok & n_ok
-                tile = tile_rows + n + ns[None, :]
-                here = now + tile
-                z, aux = _load_step(
-                    input_ptr, aux_ptr, here, rows_ok, n_ok, ACC, HAS_INPUT, HAS_AUX
+                if together:
+                    for k in range(0, D, BLOCK_K):
+                        waits = s > 0
+                        while waits:
+                            last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, True)
+                            waits = _missing(last, 1)
+                for k in range(0, D, BLOCK_K):
+                    last = _state_tiles(last_ptr, rows, k, D, H, SLOTS, 1, BLOCK_K, False)
+                    m = _matrix_tiles(
+                        m_ptr, k, own, stride_ma, stride_mk, stride_mn, SUMS, 1, BLOCK_K, SPLITS
+                    )
+                    sums = _multiply(last, m, sums, 0, 1, 1, SUMS, SPLITS)
+        # The next step's loads are under way while this one ends. The last step has no next one,
+        # loads its own again and drops it. They come after the product, whose layout of registers
+        # the compiler would else choose for what follows: each warp would have the whole tile.
+        ahead = tl.minimum(s + 1, first + count - 1)
+        inputs_ahead = _inputs(LOAD, io, ahead, T, B, batch, n, ok, H, FROM_END)
+        sums = _joined(sums, SUMS, SPLITS)
+        here = _row(s, T, B, batch, FROM_END)
+        found, carry = CELL(io, here, n, ok, H, sums, inputs, carry, storage)
+        state = ()
+        for i in tl.static_range(SLOTS):
+            value = to_storage(found[i], storage)
+            if together:
+                # a NaN of any bits is as good as another, but for those that mean "not yet"
+                value = tl.where(_bits(value) == -1, float("nan"), value)
+            tl.store(state_ptr + (here * SLOTS + i) * H + n, value, mask=ok)
+            if i < CHUNKS:
+                state = state + (value,)
+        inputs = inputs_ahead
+    if carry_ptr is not None:
+        write(carry_ptr, batch, n, ok, H, 0, 1, carry)
+
+
+def walk(
+    load: Callable[..., Any],
+    cell: Callable[..., Any],
+    io: tuple[Tensor | None, ...],
+    state: Tensor,
+    start: Tensor | None,
+    carry: Tensor | None,
+    w_hh: Tensor,
+    *,
+    backward: bool,
+    from_end: bool,
+) -> None:
+    """Runs the time loop.
+
+    Args:
+        load, cell: the jitted functions LOAD and CELL of the kernel.
+        io: contiguous tensors that these know.
+        state: [T, B, SLOTS * H], contiguous and not empty, written.
+        start: [B, SLOTS * H], contiguous, or None for zeros.
+        carry: [B, H] in the compute dtype, contiguous, or None where the cell has none; holds the
+            carry after the last step in the end.
+        w_hh: [GATES * H, H], contiguous.
+        backward: one sum over the state of all gates, instead of a sum for each.
+        from_end: walk from t = T - 1 to 0.
+    """
+    T, B, width = state.shape
+    H = w_hh.shape[1]
+    gates, device = w_hh.shape[0] // H, state.device
+    if start is None:
+        start = state.new_zeros(B, width)
+    form, config = _configs.recurrence(
+        capability(device), state.dtype, gates, B, H, multiprocessors(device)
+    )
+    if T == 1 and form == "together":
+        form = "steps"
+    tiles_n = triton.cdiv(H, config.block_n)
+    # alone, as few rows as keep all programs on the chip: rows cost time, and multiprocessors idle
+    rows = triton.cdiv(B, multiprocessors(device)) if form == "alone" else B
+    block_b = min(config.block_b, triton.next_power_of_2(rows))
+    tiles_b = triton.cdiv(B, block_b)
+    rows, steps = B, T
+    if form == "together":
+        # As many rows as fit on the chip at once. All bits set means that a number is not there.
+        rows = multiprocessors(device) // tiles_n * block_b
+        tiles_b = min(tiles_b, rows // block_b)
+        state.view(torch.uint8).fill_(255)
+    if form == "steps":
+        steps = 1
+    depth, sums = (gates * H, 1) if backward else (H, gates)
+    block_k, group = config.block_k, 1
+    if form == "alone":
+        chunks = depth // H
+    elif config.held:
+        # tiles as large as cover the depth with no more waste than the smallest
+        padded = triton.cdiv(depth, block_k) * block_k
+        while padded % (2 * block_k) == 0 and block_k < config.most_k:
+            block_k *= 2
+        chunks = padded // block_k
+        most = max(config.group // (block_b * block_k * state.element_size()), 1)
+        group = max(
+            count for count in range(1, chunks + 1) if count <= most and chunks % count == 0
+        )
+    else:
+        chunks = 0
+    # [matrices, output units, state units] of the weights, transposed in memory for backward
+    m = w_hh.view(gates, H, H) if form == "alone" else w_hh.view(sums, -1, H)
+    n_axis = 2 if backward else 1
+    k_axis = 3 - n_axis
+    more_n, more_k = -H % config.block_n, -m.shape[k_axis] % block_k
+    if more_n or more_k:
+        m = pad(m, (0, more_n, 0, more_k) if backward else (0, more_k, 0, more_n))
+    strides = (m.stride(0), m.stride(k_axis), m.stride(n_axis))
+    with on_device_of(state):
+        for row0 in range(0, B, rows):
+            grid = (tiles_n * min(tiles_b, triton.cdiv(B - row0, block_b)),)
+            for first in range(0, T, steps):
+                recurrence_kernel[grid](
+                    io,
+                    state,
+                    start,
+                    carry,
+                    m,
+                    T,
+                    B,
+                    H,
+                    depth,
+                    row0,
+                    first,
+                    steps,
+                    *strides,
+                    LOAD=load,
+                    CELL=cell,
+                    ACC=TRITON_DTYPES[compute_dtype(state.dtype)],
+                    SUMS=sums,
+                    SLOTS=width // H,
+                    FROM_END=from_end,
+                    FORM=form,
+                    CHUNKS=chunks,
+                    GROUP=group,
+                    BLOCK_B=block_b,
+                    BLOCK_N=config.block_n,
+                    BLOCK_K=block_k,
+                    SPLITS=config.splits,
+                    ALIGN=math.gcd(H, 16),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    launch_cooperative_grid=form == "together",
+                    **LAUNCH | {"maxnreg": min(255, 2048 // config.num_warps)},
                 )
-                total = tl.zeros([BLOCK_B, BLOCK_N], ACC)
-                for k in range(0, depth, BLOCK_K):
-                    k_ok = k + ks < H
-                    last_ptrs = last_ptr + tile_rows + k + ks[None, :]
-                    last = load_tile(last_ptrs, rows_ok, k_ok[None, :], True, True)
-                    corner = tl.cast(k, tl.int64) * stride_mk + tl.cast(n, tl.int64) * stride_mn
-                    m = load_tile(m_ptrs + corner, k_ok[:, None], n_ok, True, True)
-                    total = dot(last, m, total)
-                total += z.to(ACC)
-                if HAS_ADD:
-                    total += tl.load(add_ptr + tile, mask=inside & (s == 0), other=0.0).to(ACC)
-                state = to_storage(CELL(total, aux.to(ACC), KIND), storage)
-                tl.store(state_ptr + here, state, mask=inside)
-            # The next step reads rows of `state_ptr` that other threads of this program wrote.
-            tl.debug_barrier()

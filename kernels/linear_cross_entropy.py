@@ -333,6 +333,11 @@ def linear_cross_entropy_fwd(
     return (loss, lse if return_lse else None, argmax), (*inputs, softmax)
 
 
+def linear_cross_entropy_extras(x: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
+    """Room for what `linear_cross_entropy_fwd` saves behind its tensors: softmax [2, N]."""
+    return (x.new_empty(2, x.shape[0], dtype=compute_dtype(x.dtype)),)
+
+
 def linear_cross_entropy_bwd(
     saved: tuple[Maybe, ...],
     grads: tuple[Maybe, ...],

@@ -50,7 +50,7 @@ def test_triton_runs_here():
 def test_every_backend_serves_its_dtypes(backend, op):
     if reason := _backends.available(backend):
         pytest.skip(reason)
-    without = ("gru", "lstm", "attention_varlen")
+    without = ("attention_varlen",)
     if backend == "triton" and op in without:
         assert not _backends.has(backend, op)
         return
@@ -193,9 +193,11 @@ def test_words(call, words):
 @pytest.mark.skipif(_backends.available("triton") is not None, reason="triton cannot run here")
 def test_a_backend_without_the_op_refuses():
     with pytest.raises(
-        ValueError, match="gru: backend 'triton' cannot serve this call: it has no gru; these can: "
+        ValueError,
+        match="attention_varlen: backend 'triton' cannot serve this call: it has no "
+        "attention_varlen; these can: ",
     ):
-        chosen("triton", op="gru")
+        chosen("triton", op="attention_varlen")
 
 
 def test_cpp_refuses_other_devices():

@@ -92,6 +92,29 @@ def test_threads_of_other_dtypes(name, dtype, threads):
     cases.repeats_bitwise(find(name), "cpp", dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("gru-t2", cases.gradient_alone),
+        ("gru-t0", cases.gradient_alone),
+        ("gru-plain", cases.leaves_inputs_alone),
+        ("gru-transposed", cases.without_gradients),
+        ("gru-plain", cases.last_states_are_copies),
+        ("gru-plain", cases.nan_stays_in_its_row_and_shows),
+        ("gru-t1", cases.cell_is_one_step),
+        ("gru-t1", cases.cell_gradients),
+    ],
+)
+def test_triton(name, check):
+    """What the other backends pass below and above, on fewer inputs: the interpreter is slow."""
+    check(find(name), "triton")
+
+
+@pytest.mark.parametrize("name", ["gru-plain", "gru-b17"])
+def test_repeats_bitwise_triton(name):
+    cases.repeats_bitwise(find(name), "triton", torch.float32)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ["gru-h257", "gru-ragged-wide"])
 def test_concurrent_calls(name, count, threads):

@@ -104,6 +104,29 @@ def test_threads_of_other_dtypes(name, dtype, threads):
     cases.repeats_bitwise(find(name), "cpp", dtype)
 
 
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("lstm-t2", cases.gradient_alone),
+        ("lstm-t0", cases.gradient_alone),
+        ("lstm-plain", cases.leaves_inputs_alone),
+        ("lstm-transposed", cases.without_gradients),
+        ("lstm-plain", cases.last_states_are_copies),
+        ("lstm-plain", cases.nan_stays_in_its_row_and_shows),
+        ("lstm-t1", cases.cell_is_one_step),
+        ("lstm-t1", cases.cell_gradients),
+    ],
+)
+def test_triton(name, check):
+    """What the other backends pass below and above, on fewer inputs: the interpreter is slow."""
+    check(find(name), "triton")
+
+
+@pytest.mark.parametrize("name", ["lstm-plain", "lstm-b17"])
+def test_repeats_bitwise_triton(name):
+    cases.repeats_bitwise(find(name), "triton", torch.float32)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ["lstm-h257", "lstm-ragged-wide", "lstm-proj-wide"])
 def test_concurrent_calls(name, count, threads):

@@ -31,9 +31,8 @@ RELEASE = tuple(int(part) for part in importlib.metadata.version("triton").split
 
 #: Which case launches each kernel; a new kernel must be named here, and its case launch it.
 KERNELS = {
-    "product_kernel": "rnn",
-    "rnn_fwd_kernel": "rnn",
-    "rnn_bwd_kernel": "rnn",
+    "product_kernel": "recurrent",
+    "recurrence_kernel": "recurrent",
     "attention_fwd_kernel": "attention",
     "attention_bwd_delta_kernel": "attention",
     "attention_bwd_dq_kernel": "attention",
@@ -61,20 +60,21 @@ class Case:
     op: str
     chip: int
     dtype: str
-    size: int  # rnn: H and, times 2 or 1, B; attention: D; linear_cross_entropy: H
+    size: int  # recurrent: H; attention: D; linear_cross_entropy: H
     batch: int = 1
+    cell: str = "lstm"
     mask: str = "none"
     is_causal: bool = False
     heads: int = 4  # of queries, on two of keys and values
     queries: int = 64
-    nonlinearity: str = "tanh"
     everything: bool = False  # what linear_cross_entropy can be asked for
 
     @property
     def id(self):
         words = [self.op, f"sm{self.chip}", self.dtype, f"{self.size}"]
-        if self.op == "rnn":
-            words += [f"b{self.batch}", self.nonlinearity]
+        if self.op == "recurrent":
+            words[0] = self.cell
+            words += [f"b{self.batch}"]
         elif self.op == "linear_cross_entropy":
             words += [f"n{self.batch}"] + ["everything"] * self.everything
         else:
@@ -83,19 +83,24 @@ class Case:
         return "-".join(words)
 
 
-def rnn_cases():
+def recurrent_cases():
     for table, chips in CHIPS.items():
-        for dtype, entries in _configs.RECURRENCE[table].items():
-            for entry in entries:
-                # as many units as a resident matrix has rows, or more than any resident one
-                size = entry.block_n if entry.resident else 320
-                for chip in chips:
-                    yield Case("rnn", chip, str(dtype)[6:], size)
+        for chip in chips:
+            for entry in _configs.ALONE[table]:
+                cell = "lstm" if 4 * 2 * entry.block_n**2 <= entry.held else "rnn"
+                # one row a program; as many as may be, of a size that fits no vector load
+                yield Case("recurrent", chip, HALF, entry.block_n, 1, cell)
+                yield Case("recurrent", chip, HALF, entry.block_n - 1, 132 * entry.block_b, cell)
+            for dtype, entries in _configs.TOGETHER[table].items():
+                for entry in entries:
+                    # the largest whose slice fits, or more than fits any
+                    size = entry.held // (4 * dtype.itemsize * entry.block_n) or 1200
+                    yield Case("recurrent", chip, str(dtype)[6:], size, entry.block_b)
     for chip in (80, 90, 100):
-        for dtype in (HALF, SINGLE, DOUBLE):
-            # enough rows for the large tiles of the products; the small ones ran above
-            yield Case("rnn", chip, dtype, 320, batch=160, nonlinearity="relu")
-        yield Case("rnn", chip, BRAIN, 128)
+        for cell, dtype in (("rnn", BRAIN), ("gru", HALF), ("gru", SINGLE), ("gru", DOUBLE)):
+            # enough rows for the large tiles of the products
+            yield Case("recurrent", chip, dtype, 301, 160, cell)
+        yield Case("recurrent", chip, SINGLE, 64, 1, "rnn")
 
 
 def attention_cases():
@@ -128,7 +133,7 @@ def loss_cases():
         yield Case("linear_cross_entropy", chip, BRAIN, 67, batch=160, everything=True)
 
 
-CASES = [*rnn_cases(), *attention_cases(), *loss_cases()]
+CASES = [*recurrent_cases(), *attention_cases(), *loss_cases()]
 
 
 def test_every_kernel_is_listed():
@@ -191,7 +196,7 @@ def test_compiles(case, compiler):
             # older releases do not use the tensor cores of sm_100 for float64
             old = case.chip == 100 and RELEASE < (3, 9)
             assert products == ("" if old else "mma.sync"), kernel
-        elif case.op == "rnn" or case.chip == 80 or kernel["rows"] < 64:
+        elif case.op == "recurrent" or case.chip == 80 or kernel["rows"] < 64:
             assert products, kernel
         else:
             assert products == {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.chip], kernel
@@ -218,15 +223,18 @@ class Driver:
         return GPUTarget("cuda", self.chip, 32)
 
 
-def launch_rnn(case, dtype):
-    from pykernels.kernels import rnn
-
+def launch_recurrent(case, dtype):
+    """Two steps, as a single one needs no other program."""
+    op, gates = case.cell, {"rnn": 1, "gru": 3, "lstm": 4}[case.cell]
+    module = importlib.import_module(f"pykernels.kernels.{op}")
     T, B, I, H = 2, case.batch, 48, case.size
     x, h0 = torch.zeros(T, B, I, dtype=dtype), torch.zeros(B, H, dtype=dtype)
-    w_ih, w_hh, b = (torch.zeros(shape, dtype=dtype) for shape in ((H, I), (H, H), H))
-    options = {"nonlinearity": case.nonlinearity, "reverse": False}
-    outputs, saved = rnn.rnn_fwd(x, w_ih, w_hh, b, b, h0, **options)
-    rnn.rnn_bwd(saved, outputs, needs=(True,) * 6, **options)
+    w_ih, w_hh, b = (torch.zeros(gates * H, *more, dtype=dtype) for more in ((I,), (H,), ()))
+    own = {"rnn": {"nonlinearity": "tanh"}, "lstm": {"return_cell_states": True}}.get(op, {})
+    states = (h0, h0, None) if op == "lstm" else (h0,)
+    forward, backward = getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd")
+    outputs, saved = forward(x, w_ih, w_hh, b, b, *states, reverse=False, **own)
+    backward(saved, outputs, needs=(True,) * (5 + len(states)), reverse=False, **own)
 
 
 def launch_attention(case, dtype):
@@ -298,7 +306,7 @@ def serve():
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    for op in set(KERNELS.values()):
+    for op in ("rnn", "gru", "lstm", "attention", "linear_cross_entropy"):
         importlib.import_module(f"pykernels.kernels.{op}")
     modules = [m for name, m in sys.modules.items() if name.startswith("pykernels.kernels.")]
     known, used = {}, {}
@@ -319,6 +327,8 @@ def serve():
                 module.on_device_of = lambda tensor: contextlib.nullcontext()
             if hasattr(module, "capability"):
                 module.capability = lambda device, chip=case.chip: chip
+            if hasattr(module, "multiprocessors"):
+                module.multiprocessors = lambda device: 132
         used.clear()
         try:
             globals()[f"launch_{case.op}"](case, getattr(torch, case.dtype))

@@ -1,5 +1,5 @@
-"""What only the Triton backend has: blocks and their edges, two forms of the time loop, split sums,
-and the guards of its package. Values by the specs are in the tests of each op.
+"""What only the Triton backend has: blocks and their edges, the forms of the time loop, split sums,
+and the guards of its package. Values by the specs are in the tests of the ops.
 """
 
 import math
@@ -23,24 +23,89 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-def rnn_sizes():
-    """Units and batch rows around every edge between one form of the time loop and another."""
-    for dtype, entries in _configs.RECURRENCE["sm_80"].items():
-        for entry in entries:
-            rows = entry.block_b
-            if entry.resident:
-                yield dtype, entry.block_n, rows
-                yield dtype, entry.block_n + 1, 1
-            else:
-                yield dtype, 2 * entry.block_n - 1, rows + 1
-                yield dtype, 2 * entry.block_n + 1, rows - 1
+RECURRENT = {"rnn": specs.RNNSpec, "gru": specs.GRUSpec, "lstm": specs.LSTMSpec}
+TABLE = _configs.table(_common.capability(torch.device(DEVICE)))
 
 
-@pytest.mark.parametrize(("dtype", "H", "B"), list(rnn_sizes()))
-def test_forms_of_the_time_loop(dtype, H, B):
+def alone():
+    """The last size of an entry, and more rows than a tile has."""
+    for entry in _configs.ALONE[TABLE]:
+        for op, gates in (("rnn", 1), ("gru", 3), ("lstm", 4)):
+            if 2 * gates * entry.block_n**2 <= entry.held and (op == "rnn") == (gates == 1):
+                yield op, entry.block_n, entry.block_b + 1
+
+
+@pytest.mark.parametrize(("op", "H", "B"), list(alone()))
+def test_units_of_one_program(op, H, B):
     for reverse in (False, True):
-        spec = specs.RNNSpec("rnn-form", "see above", t=2, b=B, i=5, h=H, reverse=reverse)
-        evaluate.check(spec, dtype, "triton", DEVICE)
+        spec = RECURRENT[op](f"{op}-alone", "see above", 3, B, 5, H, reverse=reverse)
+        evaluate.check(spec, torch.float16, "triton", DEVICE)
+
+
+def together():
+    """Every entry, around the edges of its tiles of units, of the state and of the batch."""
+    for dtype, entries in _configs.TOGETHER[TABLE].items():
+        for index, entry in enumerate(entries):
+            for op, H, B in (
+                ("rnn", 3 * entry.block_n - 1, entry.block_b + 1),
+                ("gru", entry.block_k + 1, 3),
+                ("lstm", 2 * entry.block_n + 1, entry.block_b - 1),
+            ):
+                yield pytest.param(dtype, index, op, H, B, id=f"{dtype}-{index}-{op}-{H}-{B}")
+
+
+@pytest.mark.parametrize(("dtype", "index", "op", "H", "B"), list(together()))
+def test_units_of_many_programs(dtype, index, op, H, B, monkeypatch):
+    entry = _configs.TOGETHER[TABLE][dtype][index]
+    monkeypatch.setitem(_configs.ALONE, TABLE, ())
+    monkeypatch.setitem(_configs.TOGETHER, TABLE, {dtype: (entry,)})
+    spec = RECURRENT[op](f"{op}-together", "see above", 3, B, 5, H, reverse=op == "gru")
+    evaluate.check(spec, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("op", list(RECURRENT))
+def test_forms_agree(op, monkeypatch):
+    """The same numbers bit for bit, whether programs meet on the chip or between launches."""
+    H = 16 if DEVICE == "cpu" else 80  # the interpreter has but one program at a time
+    spec = RECURRENT[op](f"{op}-forms", "see above", 8, 3, 5, H)
+    chosen, seen = _configs.recurrence, []
+
+    def by_steps(*sizes):
+        form, config = chosen(*sizes)
+        seen.append(form)
+        return "steps", config
+
+    first = evaluate.ours(spec, torch.float32, "triton", DEVICE)
+    monkeypatch.setattr(_configs, "recurrence", by_steps)
+    second = evaluate.ours(spec, torch.float32, "triton", DEVICE)
+    assert seen == ["together"] * 2
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_any_nan_is_a_number_that_is_there():
+    """No program waits for a state whose bits are those of memory that was not written yet."""
+    h0 = torch.full((1, 16), -1, dtype=torch.int32, device=DEVICE).view(torch.float32)
+    x, w = torch.zeros(3, 1, 16, device=DEVICE), torch.eye(16, device=DEVICE)
+    y, _ = functional.rnn(x, w, w, h0=h0, nonlinearity="relu", backend="triton")
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "gates", "B", "H", "programs", "form", "held"),
+    [
+        (90, torch.float16, 4, 1, 64, 132, "alone", True),
+        (90, torch.bfloat16, 4, 16, 768, 132, "together", True),
+        (90, torch.float16, 4, 16, 2048, 132, "together", False),
+        (90, torch.float16, 1, 16, 8192, 132, "steps", False),
+        (80, torch.float16, 4, 16, 768, 108, "together", False),
+        (90, torch.float32, 3, 16, 512, 132, "together", False),
+        (90, torch.float64, 3, 16, 512, 16, "steps", False),
+    ],
+)
+def test_form_by_size(capability, dtype, gates, B, H, programs, form, held):
+    found, config = _configs.recurrence(capability, dtype, gates, B, H, programs)
+    assert (found, config.held > 0) == (form, held)
 
 
 def attention_sizes():
