@@ -14,6 +14,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 #: Rows of a tile of queries that one warpgroup takes, those of the tensor core's instruction.
 ROWS = gl.constexpr(64)
 
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def _narrow(x, dtype: gl.constexpr):
+    """`x` in float32 as `dtype`, two by one instruction; the compiler would take one each."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
+
 
 @gluon.jit
 def _place(turn, tiles, heads, chunk, N, CAUSAL: gl.constexpr):
@@ -183,7 +198,7 @@ def _attend(
         done += 1
         blind = total == 0
         safe = gl.where(blind, 1.0, total)
-        lse = (highest + gl.log2(safe)) * 0.6931471805599453
+        lse = (highest + gl.log2(safe)) * LN_2
         lse = gl.where(blind, float("-inf"), lse)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         mbarrier.arrive(v_free.index(at), count=1)
