@@ -1,264 +1,306 @@
-"""Attention on Hopper, after FlashAttention-3 (J. Shah et al., 2024), in Gluon."""
+"""Attention on Hopper in Gluon, after FlashAttention-3 (J. Shah et al., 2024).
 
+The formulas and tiles are those of `attention.py`; what is new is who does what and when. A loader
+warp copies tiles through TMA. Each of two warpgroups issues the products of one tile of scores,
+S = Q K^T, and of the tile before, out += P V with P in registers, and computes exponentials under
+the second. Scores are in the units of log2. Programs are persistent: while one tile of queries
+ends, the loader fetches for the next.
+"""
+
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
-#: Rows of a tile of queries that one warpgroup takes, those of the tensor core's instruction.
-ROWS = gl.constexpr(64)
-
-LN_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _narrow(x, dtype: gl.constexpr):
-    """`x` in float32 as `dtype`, two by one instruction; the compiler would take one each."""
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
-        )
-
-
-@gluon.jit
-def _place(turn, tiles, heads, chunk, N, CAUSAL: gl.constexpr):
-    """Which piece of work this program does in its turn-th turn: its number, tile of queries, batch
-    and head. The direction changes from turn to turn, so that all programs get alike."""
-    P = gl.num_programs(0)
-    pid = gl.program_id(0)
-    piece = turn * P + gl.where(turn % 2 == 0, pid, P - 1 - pid)
-    first = piece // (chunk * tiles) * chunk
-    size = gl.minimum(chunk, heads - first)
-    rest = piece - first * tiles
-    m = rest // size
-    head = first + rest % size
-    if CAUSAL:
-        m = tiles - 1 - m
-    return piece, m, head // N, head % N
+from . import _configs
+from ._common import LN_2, LOG2_E
+from ._hopper import (
+    BLOCK,
+    LAUNCH_SM90,
+    LOADER_REGISTERS,
+    READER_REGISTERS,
+    ROWS,
+    accumulator,
+    arrived,
+    descriptor,
+    expect,
+    heads_together,
+    matrix,
+    multiprocessors,
+    narrow,
+    operand,
+    pieces,
+    place,
+    release,
+    ring,
+    room,
+    tma_load,
+    tma_store,
+)
 
 
 @gluon.jit
-def _keys(m, S_k, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """How many tiles of keys queries m * BLOCK_M ... see."""
+def key_tiles(m, S_k, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
+    """How many tiles of keys the m-th tile of queries sees."""
     end = S_k
     if CAUSAL:
-        end = gl.minimum(S_k, (m + 1) * BLOCK_M)
+        end = gl.minimum(S_k, (m + 1) * BLOCK)
     return gl.cdiv(end, BLOCK_N)
 
 
 @gluon.jit
-def _loader(
-    descs, buffers, barriers, sizes, CAUSAL: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-):
-    q_desc, k_desc, v_desc, o_desc = descs
-    qs, ks, vs, outs = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free, turn = barriers
-    S_q, S_k, N, group, heads, chunk = sizes
-    tiles = gl.cdiv(S_q, BLOCK_M)
-    step = gl.to_tensor(0)
-    done = gl.to_tensor(0)
-    piece, m, b, n = _place(done, tiles, heads, chunk, N, CAUSAL)
-    while piece < tiles * heads:
-        for g in gl.static_range(GROUPS):
-            mbarrier.wait(q_free.index(g), (done & 1) ^ 1)
-            mbarrier.expect(q_full.index(g), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                q_desc, [b, n, m * BLOCK_M + g * ROWS, 0], q_full.index(g), qs.index(g)
-            )
-        count = _keys(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
-        for i in range(count):
-            key = (count - 1 - i) * BLOCK_N
-            at = step % STAGES
-            phase = (step // STAGES & 1) ^ 1
-            mbarrier.wait(k_free.index(at), phase)
-            mbarrier.expect(k_full.index(at), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                k_desc, [b, n // group, key, 0], k_full.index(at), ks.index(at)
-            )
-            mbarrier.wait(v_free.index(at), phase)
-            mbarrier.expect(v_full.index(at), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                v_desc, [b, n // group, key, 0], v_full.index(at), vs.index(at)
-            )
-            step += 1
-        done += 1
-        piece, m, b, n = _place(done, tiles, heads, chunk, N, CAUSAL)
+def hide(s, row, key, S_k, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
+    """-inf where query row + i does not see key key + j."""
+    keys = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    seen = (keys < S_k)[None, :]
+    if CAUSAL:
+        rows = row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+        seen = seen & (keys[None, :] <= rows[:, None])
+    return gl.where(seen, s, float("-inf"))
 
 
 @gluon.jit
-def _softmax(s, highest, total, factor, first_row, key, S_k, CAUSAL: gl.constexpr, EDGE: gl.constexpr, LAYOUT: gl.constexpr):
-    if EDGE:
-        keys = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-        seen = (keys < S_k)[None, :]
-        if CAUSAL:
-            rows = first_row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-            seen = seen & (keys[None, :] <= rows[:, None])
-        s = gl.where(seen, s, float("-inf"))
+def _load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr):
+    q_desc, k_desc, v_desc, _ = descs
+    qs, ks, vs, _ = slots
+    q_bars, k_bars, v_bars = bars
+    S_q, S_k, N, group, heads, chunk = sizes
+    STAGES: gl.constexpr = ks.shape[0]
+    tiles = gl.cdiv(S_q, BLOCK)
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    while piece < tiles * heads:
+        for g in gl.static_range(2):
+            expect(q_bars, g, turn, q_desc.block_type.nbytes)
+            tma_load(q_desc, [b, n, m * BLOCK + g * ROWS, 0], q_bars[0].index(g), qs.index(g))
+        count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
+        for i in range(count):
+            at = [b, n // group, (count - 1 - i) * BLOCK_N, 0]
+            slot = step % STAGES
+            expect(k_bars, slot, step // STAGES, k_desc.block_type.nbytes)
+            tma_load(k_desc, at, k_bars[0].index(slot), ks.index(slot))
+            expect(v_bars, slot, step // STAGES, v_desc.block_type.nbytes)
+            tma_load(v_desc, at, v_bars[0].index(slot), vs.index(slot))
+            step += 1
+        turn += 1
+        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+
+
+@gluon.jit
+def _softmax(s, highest, total, factor, EDGE: gl.constexpr):
+    """One tile of the online softmax: P relative to exp2(highest), and how far that moved."""
     now = gl.maximum(highest, gl.max(s, 1) * factor)
     anchor = now
-    if EDGE:
+    if EDGE:  # a row that has seen no key yet
         anchor = gl.where(now == float("-inf"), 0.0, now)
     p = gl.exp2(gl.fma(s, factor, -anchor[:, None]))
     fade = gl.exp2(highest - anchor)
-    total = total * fade + gl.sum(p, 1)
-    return p, now, total, fade
+    return p, now, total * fade + gl.sum(p, 1), fade
 
 
 @gluon.jit
 def _attend(
-    descs, buffers, barriers, sizes, lse_ptr, factor, G: gl.constexpr,
-    CAUSAL: gl.constexpr, WHOLE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, GROUPS: gl.constexpr, PINGPONG: gl.constexpr, SHARE: gl.constexpr,
+    acc,  # [ROWS, D_v], sum of P V up to the tile before the last
+    p,  # [ROWS, BLOCK_N], P of the last tile
+    highest,  # [ROWS]
+    total,  # [ROWS]
+    step,
+    start,  # tiles of keys from here, counted from the last one
+    stop,
+    q,
+    slots,
+    bars,
+    factor,
+    row,
+    count,
+    S_k,
+    CAUSAL: gl.constexpr,
+    EDGE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):
-    q_desc, k_desc, v_desc, o_desc = descs
-    qs, ks, vs, outs = buffers
-    q_full, q_free, k_full, k_free, v_full, v_free, turn = barriers
-    S_q, S_k, N, group, heads, chunk = sizes
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    DV: gl.constexpr = v_desc.block_type.shape[3]
-    dtype: gl.constexpr = q_desc.dtype
-    EDGES: gl.constexpr = BLOCK_M // BLOCK_N if CAUSAL and BLOCK_M > BLOCK_N else 1
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
-    )
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16]
-    )
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    nothing = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, s_layout)
-    q = qs.index(G).reshape([ROWS, D])
-    tiles = gl.cdiv(S_q, BLOCK_M)
-    step = gl.to_tensor(0)
-    done = gl.to_tensor(0)
-    piece, m, b, n = _place(done, tiles, heads, chunk, N, CAUSAL)
-    while piece < tiles * heads:
-        row = m * BLOCK_M + G * ROWS
-        count = _keys(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
-        highest = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        total = gl.full([ROWS], 0.0, gl.float32, row_layout)
-        mbarrier.wait(q_full.index(G), done & 1)
-
-        # the last keys, the only ones at an edge
-        at = step % STAGES
-        phase = step // STAGES & 1
-        mbarrier.wait(k_full.index(at), phase)
-        k = ks.index(at).reshape([BLOCK_N, D]).permute((1, 0))
-        s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_free.index(at), count=1)
-        x, highest, total, fade = _softmax(
-            s, highest, total, factor, row, (count - 1) * BLOCK_N, S_k, CAUSAL, not WHOLE, s_layout
-        )
-        p = gl.convert_layout(x.to(dtype), p_layout)
-        acc = gl.full([ROWS, DV], 0.0, gl.float32, o_layout)
-        mbarrier.wait(v_full.index(at), phase)
-        for PART in gl.static_range(2):
-            if PART == 1 or EDGES > 1:
-                for i in range(1 if PART == 0 else EDGES, gl.minimum(EDGES, count) if PART == 0 else count):
-                    v_at = at
-                    step += 1
-                    at = step % STAGES
-                    phase = step // STAGES & 1
-                    mbarrier.wait(k_full.index(at), phase)
-                    if PINGPONG:
-                        mbarrier.wait(turn.index(G), (step - done - 1) & 1)
-                    k = ks.index(at).reshape([BLOCK_N, D]).permute((1, 0))
-                    s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-                    v = vs.index(v_at).reshape([BLOCK_N, DV])
-                    acc = warpgroup_mma(p, v, acc, is_async=True)
-                    if PINGPONG:
-                        mbarrier.arrive(turn.index(1 - G), count=1)
-                    s = warpgroup_mma_wait(1, deps=(s,))
-                    mbarrier.arrive(k_free.index(at), count=1)
-                    x, highest, total, fade = _softmax(
-                        s, highest, total, factor, row, (count - 1 - i) * BLOCK_N, S_k, CAUSAL, PART == 0, s_layout
-                    )
-                    mbarrier.wait(v_full.index(at), phase)
-                    acc, p, x = warpgroup_mma_wait(0, deps=(acc, p, x))
-                    mbarrier.arrive(v_free.index(v_at), count=1)
-                    p = gl.convert_layout(x.to(dtype), p_layout)
-                    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
-        if not SHARE:
-            mbarrier.arrive(q_free.index(G), count=1)
-        v = vs.index(at).reshape([BLOCK_N, DV])
-        acc = warpgroup_mma(p, v, acc, is_async=True)
+    _, ks, vs, _ = slots
+    _, k_bars, v_bars = bars
+    STAGES: gl.constexpr = ks.shape[0]
+    S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
+    O_LAYOUT: gl.constexpr = acc.type.layout
+    nothing = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
+    for i in range(start, stop):
+        before = step % STAGES
         step += 1
-        done += 1
-        blind = total == 0
-        safe = gl.where(blind, 1.0, total)
-        lse = (highest + gl.log2(safe)) * LN_2
-        lse = gl.where(blind, float("-inf"), lse)
-        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-        mbarrier.arrive(v_free.index(at), count=1)
-        acc = acc / gl.convert_layout(safe, gl.SliceLayout(1, o_layout))[:, None]
-        out = outs.index(G)
-        tma.store_wait(0)
-        out.reshape([ROWS, DV]).store(acc.to(dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(o_desc, [b, n, row, 0], out)
-        if SHARE:
-            tma.store_wait(0)
-            mbarrier.arrive(q_free.index(G), count=1)
-        rows = row + gl.arange(0, ROWS, layout=row_layout)
+        slot = step % STAGES
+        arrived(k_bars, slot, step // STAGES)
+        k = matrix(ks.index(slot)).permute((1, 0))
+        s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+        acc = warpgroup_mma(p, matrix(vs.index(before)), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        release(k_bars, slot)
+        if EDGE:
+            s = hide(s, row, (count - 1 - i) * BLOCK_N, S_k, CAUSAL, S_LAYOUT)
+        e, highest, total, fade = _softmax(s, highest, total, factor, EDGE)
+        # Also a fence: the assembler would move the exponentials past the wait for P V, which
+        # they are to overlap, but not past a loop. P is in use until then, so `e` waits as well.
+        arrived(v_bars, slot, step // STAGES)
+        acc, p, e = warpgroup_mma_wait(0, deps=(acc, p, e))
+        release(v_bars, before)
+        p = gl.convert_layout(narrow(e, q.dtype), operand(acc.shape[1]))
+        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    return acc, p, highest, total, step
+
+
+@gluon.jit
+def _compute(
+    descs,
+    slots,
+    bars,
+    sizes,
+    lse_ptr,
+    factor,
+    GROUP: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WHOLE: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    o_desc = descs[3]
+    qs, ks, vs, outs = slots
+    q_bars, k_bars, v_bars = bars
+    S_q, S_k, N, _group, heads, chunk = sizes
+    STAGES: gl.constexpr = ks.shape[0]
+    S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
+    O_LAYOUT: gl.constexpr = accumulator(vs.shape[-1])
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    EDGES: gl.constexpr = BLOCK // BLOCK_N if CAUSAL else 1  # tiles of keys at the diagonal
+    nothing = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
+    q = matrix(qs.index(GROUP))
+    tiles = gl.cdiv(S_q, BLOCK)
+    step = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    while piece < tiles * heads:
+        row = m * BLOCK + GROUP * ROWS
+        count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
+        highest = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
+        total = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
+        acc = gl.full([ROWS, vs.shape[-1]], 0.0, gl.float32, O_LAYOUT)
+
+        # The last keys come first: theirs are the tiles that take a comparison.
+        arrived(q_bars, GROUP, turn)
+        slot = step % STAGES
+        arrived(k_bars, slot, step // STAGES)
+        s = warpgroup_mma(
+            q, matrix(ks.index(slot)).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        s = warpgroup_mma_wait(0, deps=(s,))
+        release(k_bars, slot)
+        if not WHOLE:
+            s = hide(s, row, (count - 1) * BLOCK_N, S_k, CAUSAL, S_LAYOUT)
+        e, highest, total, _fade = _softmax(s, highest, total, factor, not WHOLE)
+        p = gl.convert_layout(narrow(e, q.dtype), operand(vs.shape[-1]))
+        arrived(v_bars, slot, step // STAGES)
+        if EDGES > 1:
+            acc, p, highest, total, step = _attend(
+                acc, p, highest, total, step, 1, gl.minimum(EDGES, count), q, slots, bars, factor,
+                row, count, S_k, CAUSAL, True, BLOCK_N,
+            )  # fmt: skip
+        acc, p, highest, total, step = _attend(
+            acc, p, highest, total, step, EDGES, count, q, slots, bars, factor,
+            row, count, S_k, CAUSAL, False, BLOCK_N,
+        )  # fmt: skip
+        slot = step % STAGES
+        acc = warpgroup_mma(p, matrix(vs.index(slot)), acc, is_async=True)
+        step += 1
+        turn += 1
+
+        blind = total == 0  # saw no key
+        total = gl.where(blind, 1.0, total)
+        lse = gl.where(blind, float("-inf"), (highest + gl.log2(total)) * LN_2)
+        rows = row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
         gl.store(lse_ptr + (b * N + n).to(gl.int64) * S_q + rows, lse, mask=rows < S_q)
-        piece, m, b, n = _place(done, tiles, heads, chunk, N, CAUSAL)
-    tma.store_wait(0)
+        acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+        release(v_bars, slot)
+        acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        matrix(outs.index(GROUP)).store(narrow(acc, q.dtype))
+        fence_async_shared()
+        tma_store(o_desc, [b, n, row, 0], outs.index(GROUP))
+        tma.store_wait(0)
+        release(q_bars, GROUP)
+        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
 
 
 @gluon.jit
 def attention_fwd_sm90_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, S_q, S_k, N, group, heads, chunk, factor,
-    CAUSAL: gl.constexpr, WHOLE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, PINGPONG: gl.constexpr, SHARE: gl.constexpr, CONSUMER_REGS: gl.constexpr = 240,
+    q_desc,  # [B, N, S_q, D] in blocks of ROWS
+    k_desc,  # [B, N_kv, S_k, D] in blocks of BLOCK_N
+    v_desc,  # [B, N_kv, S_k, D_v] in blocks of BLOCK_N
+    o_desc,  # [B, N, S_q, D_v] in blocks of ROWS
+    lse_ptr,  # [B, N, S_q], contiguous
+    S_q,
+    S_k,
+    N,
+    group,  # N // N_kv
+    heads,  # B * N
+    chunk,  # heads that L2 holds
+    factor,  # the scale in the units of log2, above zero
+    CAUSAL: gl.constexpr,
+    WHOLE: gl.constexpr,  # no tile of keys takes a comparison
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    GROUPS: gl.constexpr = BLOCK_M // ROWS
-    qs = gl.allocate_shared_memory(q_desc.dtype, [GROUPS] + q_desc.block_type.shape, q_desc.layout)
-    ks = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    vs = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    if SHARE:
-        outs = qs
-    else:
-        outs = gl.allocate_shared_memory(o_desc.dtype, [GROUPS] + o_desc.block_type.shape, o_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=1)
-        mbarrier.init(turn.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=GROUPS)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=GROUPS)
-    mbarrier.arrive(turn.index(0), count=1)
-    fence_async_shared()
+    qs = room(q_desc, 2)
+    ks = room(k_desc, STAGES)
+    vs = room(v_desc, STAGES)
+    # A tile of queries makes room for its result where that is as large.
+    outs = qs
+    if o_desc.block_type.shape[3] != q_desc.block_type.shape[3]:
+        outs = room(o_desc, 2)
     descs = (q_desc, k_desc, v_desc, o_desc)
-    buffers = (qs, ks, vs, outs)
-    barriers = (q_full, q_free, k_full, k_free, v_full, v_free, turn)
-    sizes = (gl.to_tensor(S_q), gl.to_tensor(S_k), gl.to_tensor(N), gl.to_tensor(group), gl.to_tensor(heads), gl.to_tensor(chunk))
-    factor = gl.to_tensor(factor)
+    slots = (qs, ks, vs, outs)
+    bars = (ring(2, 1), ring(STAGES, 2), ring(STAGES, 2))
+    fence_async_shared()
+    # An argument that is 1 comes as a constant: all are made numbers here.
+    sizes = (
+        gl.to_tensor(S_q), gl.to_tensor(S_k), gl.to_tensor(N),
+        gl.to_tensor(group), gl.to_tensor(heads), gl.to_tensor(chunk),
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend, (descs, buffers, barriers, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, BLOCK_M, BLOCK_N, STAGES, GROUPS, PINGPONG, SHARE)),
-            (_attend, (descs, buffers, barriers, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, BLOCK_M, BLOCK_N, STAGES, GROUPS, PINGPONG, SHARE)),
-            (_loader, (descs, buffers, barriers, sizes, CAUSAL, BLOCK_M, BLOCK_N, STAGES, GROUPS)),
+            (_compute, (descs, slots, bars, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, BLOCK_N)),
+            (_compute, (descs, slots, bars, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, BLOCK_N)),
+            (_load, (descs, slots, bars, sizes, CAUSAL, BLOCK_N)),
         ],
-        [4, 1], [CONSUMER_REGS, 24],
+        [4, 1],
+        [READER_REGISTERS, LOADER_REGISTERS],
+    )
+
+
+def attention_fwd_sm90(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> None:
+    """`attention_fwd` of `attention.py` into `out` and `lse`, where all is as `serves` says."""
+    B, N, S_q, D = q.shape
+    S_k, D_v = v.shape[2:]
+    config = _configs.ATTENTION_FWD_SM90[D, D_v]
+    attention_fwd_sm90_kernel[(min(pieces(q), multiprocessors(q.device)),)](
+        descriptor(q, ROWS.value, D),
+        descriptor(k, config.block, D),
+        descriptor(v, config.block, D_v),
+        descriptor(out, ROWS.value, D_v),
+        lse,
+        S_q,
+        S_k,
+        N,
+        N // k.shape[1],
+        B * N,
+        heads_together(k, v, N),
+        scale * LOG2_E.value,
+        CAUSAL=causal,
+        WHOLE=not causal and S_k % config.block == 0,
+        BLOCK_N=config.block,
+        STAGES=config.num_stages,
+        **LAUNCH_SM90,
     )
