@@ -59,8 +59,9 @@ def hide(s, row, key, S_k, CAUSAL: gl.constexpr, LAYOUT: gl.constexpr):
     keys = key + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     seen = (keys < S_k)[None, :]
     if CAUSAL:
+        # min(i + row, S_k - 1) is the last key that query row + i sees: one comparison for both
         rows = row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, LAYOUT))
-        seen = seen & (keys[None, :] <= rows[:, None])
+        seen = keys[None, :] <= gl.minimum(rows, S_k - 1)[:, None]
     return gl.where(seen, s, float("-inf"))
 
 
@@ -74,8 +75,10 @@ def _load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
     while piece < tiles * heads:
+        b = head // N
+        n = head % N
         for g in gl.static_range(2):
             expect(q_bars, g, turn, q_desc.block_type.nbytes)
             tma_load(q_desc, [b, n, m * BLOCK + g * ROWS, 0], q_bars[0].index(g), qs.index(g))
@@ -89,68 +92,20 @@ def _load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr
             tma_load(v_desc, at, v_bars[0].index(slot), vs.index(slot))
             step += 1
         turn += 1
-        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
+
+
+#: The highest score before any, finite so that it may be subtracted from itself.
+_LOWEST = gl.constexpr(-3.0e38)
 
 
 @gluon.jit
-def _softmax(s, highest, total, factor, EDGE: gl.constexpr):
+def _softmax(s, highest, total, factor):
     """One tile of the online softmax: P relative to exp2(highest), and how far that moved."""
     now = gl.maximum(highest, gl.max(s, 1) * factor)
-    anchor = now
-    if EDGE:  # a row that has seen no key yet
-        anchor = gl.where(now == float("-inf"), 0.0, now)
-    p = gl.exp2(gl.fma(s, factor, -anchor[:, None]))
-    fade = gl.exp2(highest - anchor)
+    p = gl.exp2(gl.fma(s, factor, -now[:, None]))
+    fade = gl.exp2(highest - now)
     return p, now, total * fade + gl.sum(p, 1), fade
-
-
-@gluon.jit
-def _attend(
-    acc,  # [ROWS, D_v], sum of P V up to the tile before the last
-    p,  # [ROWS, BLOCK_N], P of the last tile
-    highest,  # [ROWS]
-    total,  # [ROWS]
-    step,
-    start,  # tiles of keys from here, counted from the last one
-    stop,
-    q,
-    slots,
-    bars,
-    factor,
-    row,
-    count,
-    S_k,
-    CAUSAL: gl.constexpr,
-    EDGE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):
-    _, ks, vs, _ = slots
-    _, k_bars, v_bars = bars
-    STAGES: gl.constexpr = ks.shape[0]
-    S_LAYOUT: gl.constexpr = accumulator(BLOCK_N)
-    O_LAYOUT: gl.constexpr = acc.type.layout
-    nothing = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, S_LAYOUT)
-    for i in range(start, stop):
-        before = step % STAGES
-        step += 1
-        slot = step % STAGES
-        arrived(k_bars, slot, step // STAGES)
-        k = matrix(ks.index(slot)).permute((1, 0))
-        s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-        acc = warpgroup_mma(p, matrix(vs.index(before)), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        release(k_bars, slot)
-        if EDGE:
-            s = hide(s, row, (count - 1 - i) * BLOCK_N, S_k, CAUSAL, S_LAYOUT)
-        e, highest, total, fade = _softmax(s, highest, total, factor, EDGE)
-        # Also a fence: the assembler would move the exponentials past the wait for P V, which
-        # they are to overlap, but not past a loop. P is in use until then, so `e` waits as well.
-        arrived(v_bars, slot, step // STAGES)
-        acc, p, e = warpgroup_mma_wait(0, deps=(acc, p, e))
-        release(v_bars, before)
-        p = gl.convert_layout(narrow(e, q.dtype), operand(acc.shape[1]))
-        acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    return acc, p, highest, total, step
 
 
 @gluon.jit
@@ -180,11 +135,11 @@ def _compute(
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
     while piece < tiles * heads:
         row = m * BLOCK + GROUP * ROWS
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
-        highest = gl.full([ROWS], float("-inf"), gl.float32, ROW_LAYOUT)
+        highest = gl.full([ROWS], _LOWEST, gl.float32, ROW_LAYOUT)
         total = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
         acc = gl.full([ROWS, vs.shape[-1]], 0.0, gl.float32, O_LAYOUT)
 
@@ -199,18 +154,30 @@ def _compute(
         release(k_bars, slot)
         if not WHOLE:
             s = hide(s, row, (count - 1) * BLOCK_N, S_k, CAUSAL, S_LAYOUT)
-        e, highest, total, _fade = _softmax(s, highest, total, factor, not WHOLE)
+        e, highest, total, _fade = _softmax(s, highest, total, factor)
         p = gl.convert_layout(narrow(e, q.dtype), operand(vs.shape[-1]))
         arrived(v_bars, slot, step // STAGES)
-        if EDGES > 1:
-            acc, p, highest, total, step = _attend(
-                acc, p, highest, total, step, 1, gl.minimum(EDGES, count), q, slots, bars, factor,
-                row, count, S_k, CAUSAL, True, BLOCK_N,
-            )  # fmt: skip
-        acc, p, highest, total, step = _attend(
-            acc, p, highest, total, step, EDGES, count, q, slots, bars, factor,
-            row, count, S_k, CAUSAL, False, BLOCK_N,
-        )  # fmt: skip
+        for i in range(1, count):
+            before = step % STAGES
+            step += 1
+            slot = step % STAGES
+            arrived(k_bars, slot, step // STAGES)
+            k = matrix(ks.index(slot)).permute((1, 0))
+            s = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
+            acc = warpgroup_mma(p, matrix(vs.index(before)), acc, is_async=True)
+            s = warpgroup_mma_wait(1, deps=(s,))
+            release(k_bars, slot)
+            if EDGES > 1:  # noqa: SIM102  (known when it compiles, the next is not)
+                if i < EDGES:
+                    s = hide(s, row, (count - 1 - i) * BLOCK_N, S_k, CAUSAL, S_LAYOUT)
+            e, highest, total, fade = _softmax(s, highest, total, factor)
+            # Also a fence: the assembler would move the exponentials past the wait for P V, which
+            # they are to overlap, but not past a loop. P is in use until then: `e` waits as well.
+            arrived(v_bars, slot, step // STAGES)
+            acc, p, e = warpgroup_mma_wait(0, deps=(acc, p, e))
+            release(v_bars, before)
+            p = gl.convert_layout(narrow(e, q.dtype), operand(vs.shape[-1]))
+            acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
         slot = step % STAGES
         acc = warpgroup_mma(p, matrix(vs.index(slot)), acc, is_async=True)
         step += 1
@@ -220,16 +187,16 @@ def _compute(
         total = gl.where(blind, 1.0, total)
         lse = gl.where(blind, float("-inf"), (highest + gl.log2(total)) * LN_2)
         rows = row + gl.arange(0, ROWS, layout=ROW_LAYOUT)
-        gl.store(lse_ptr + (b * N + n).to(gl.int64) * S_q + rows, lse, mask=rows < S_q)
+        gl.store(lse_ptr + head.to(gl.int64) * S_q + rows, lse, mask=rows < S_q)
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         release(v_bars, slot)
         acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         matrix(outs.index(GROUP)).store(narrow(acc, q.dtype))
         fence_async_shared()
-        tma_store(o_desc, [b, n, row, 0], outs.index(GROUP))
+        tma_store(o_desc, [head // N, head % N, row, 0], outs.index(GROUP))
         tma.store_wait(0)
         release(q_bars, GROUP)
-        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
 @gluon.jit

@@ -58,8 +58,10 @@ def _dq_load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.conste
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
     while piece < tiles * heads:
+        b = head // N
+        n = head % N
         for g in gl.static_range(2):
             expect(q_bars, g, turn, Q_BYTES)
             at = [b, n, m * BLOCK + g * ROWS, 0]
@@ -75,7 +77,7 @@ def _dq_load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.conste
             tma_load(v_desc, at, v_bars[0].index(slot), vs.index(slot))
             step += 1
         turn += 1
-        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
 @gluon.jit
@@ -155,11 +157,11 @@ def _dq_compute(
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
     while piece < tiles * heads:
         row = m * BLOCK + GROUP * ROWS
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
-        at = (b * N + n).to(gl.int64) * tiles * BLOCK + row
+        at = head.to(gl.int64) * tiles * BLOCK + row
         rows = at + gl.arange(0, ROWS, layout=gl.SliceLayout(1, accumulator(BLOCK_N)))
         lse = gl.load(lse_ptr + rows)
         delta = gl.load(delta_ptr + rows)
@@ -188,10 +190,10 @@ def _dq_compute(
         release(k_bars, slot)
         q.store(narrow(dq * (factor * LN_2), q.dtype))  # where the queries were
         fence_async_shared()
-        tma_store(dq_desc, [b, n, row, 0], qs.index(GROUP))
+        tma_store(dq_desc, [head // N, head % N, row, 0], qs.index(GROUP))
         tma.store_wait(0)
         release(q_bars, GROUP)
-        piece, m, b, n = place(turn, tiles, heads, chunk, N, CAUSAL)
+        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
 @gluon.jit

@@ -79,8 +79,8 @@ def release(bars, slot):
 
 
 @gluon.jit
-def place(turn, tiles, heads, chunk, N, LAST_FIRST: gl.constexpr):
-    """What a persistent program does in its turn-th turn: (piece, tile, batch, head).
+def place(turn, tiles, heads, chunk, LAST_FIRST: gl.constexpr):
+    """What a persistent program does in its turn-th turn: (piece, tile, head of all batches).
 
     A `chunk` of heads, whose keys and values L2 holds, is done tile by tile, the longest first.
     Programs go through the pieces forth and back, so that all get alike: who has the longest
@@ -96,7 +96,7 @@ def place(turn, tiles, heads, chunk, N, LAST_FIRST: gl.constexpr):
     head = first + rest % size
     if LAST_FIRST:
         tile = tiles - 1 - tile
-    return piece, tile, head // N, head % N
+    return piece, tile, head
 
 
 @gluon.jit

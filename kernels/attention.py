@@ -857,10 +857,10 @@ def attention_bwd(
             )
     if on_hopper:
         with on_device_of(q):
-            grads = _attention_sm90_bwd.attention_bwd_sm90(
+            made = _attention_sm90_bwd.attention_bwd_sm90(
                 q, k, v, dout, units, band == (None, 0), scale, needs
             )
-        return (*grads, None, None, None, None)
+        return (*made, None, None, None, None)
 
     dq = dk = dv = None
     if needs[0]:
