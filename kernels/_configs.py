@@ -72,6 +72,15 @@ def _both(
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """`block` rows a step, of keys or, for dK and dV, of queries; num_stages steps in memory."""
+
+    block: int
+    num_stages: int
+    tuned_on: str | None = None
+
+
+@dataclass(frozen=True)
 class DeltaConfig:
     """block_m rows a program."""
 
@@ -249,6 +258,17 @@ ATTENTION_DKV = {
         **_WIDE_DKV,
     },
 }
+
+#: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
+ATTENTION_FWD_SM90 = {
+    (64, 64): HopperConfig(128, 4),
+    (128, 128): HopperConfig(128, 2),
+    (256, 256): HopperConfig(64, 2),
+    (64, 128): HopperConfig(128, 2),
+    (128, 64): HopperConfig(128, 2),
+}
+ATTENTION_DQ_SM90 = {(64, 64): HopperConfig(64, 3), (128, 128): HopperConfig(64, 3)}
+ATTENTION_DKV_SM90 = {(64, 64): HopperConfig(64, 3), (128, 128): HopperConfig(64, 2)}
 
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)

@@ -36,6 +36,11 @@ from ._common import (
     with_dense_rows,
 )
 
+try:
+    from . import _attention_sm90, _attention_sm90_bwd, _hopper
+except (AttributeError, ImportError):  # Gluon is experimental: a later Triton may have changed it
+    _hopper = None  # type: ignore[assignment]
+
 DTYPES = _common.DTYPES
 FEATURES = frozenset({"v_head_dim"})
 
@@ -303,14 +308,23 @@ def attention_fwd_kernel(
 
 
 @triton.jit
+def _load_lse(ptrs, ok, WIDE: tl.constexpr):
+    """lse in the units of scores; +inf, so that P = 0, in rows that see no key or do not exist."""
+    lse = tl.load(ptrs, mask=ok, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse if WIDE else lse * LOG2_E)
+
+
+@triton.jit
 def attention_bwd_delta_kernel(
     out_ptr,  # [B, N, S_q, D_v]
     dout_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
     dlse_ptr,  # [B, N, S_q], contiguous
-    delta_ptr,  # [B, N, S_q], contiguous
+    delta_ptr,  # [B, N, rows], contiguous; 0 behind S_q
+    units_ptr,  # [B, N, rows], contiguous: lse as `_load_lse` has it; None if nobody asks for it
     N,
     S_q,
+    rows_out,  # S_q, or more
     D_V,
     stride_ob,
     stride_on,
@@ -324,7 +338,7 @@ def attention_bwd_delta_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """delta_i = out_i . dout_i - dlse_i, which with P gives dS = P * (dP - delta)."""
-    tiles = tl.cdiv(S_q, BLOCK_M)
+    tiles = tl.cdiv(rows_out, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // tiles
     b = (head // N).to(tl.int64)
@@ -343,14 +357,10 @@ def attention_bwd_delta_kernel(
         # The lse of a row that sees no key is constant: whatever gradient it gets goes nowhere.
         seen = tl.load(lse_ptr + at, mask=rows_ok, other=0.0) != float("-inf")
         delta -= tl.load(dlse_ptr + at, mask=rows_ok & seen, other=0.0).to(ACC)
-    tl.store(delta_ptr + at, delta, mask=rows_ok)
-
-
-@triton.jit
-def _load_lse(ptrs, ok, WIDE: tl.constexpr):
-    """lse in the units of scores; +inf, so that P = 0, in rows that see no key or do not exist."""
-    lse = tl.load(ptrs, mask=ok, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse if WIDE else lse * LOG2_E)
+    to = tl.cast(head, tl.int64) * rows_out + rows
+    tl.store(delta_ptr + to, delta, mask=rows < rows_out)
+    if units_ptr is not None:
+        tl.store(units_ptr + to, _load_lse(lse_ptr + at, rows_ok, False), mask=rows < rows_out)
 
 
 @triton.jit
@@ -703,6 +713,24 @@ def _operands(
     return q, k, v, mask, (*steps, *mask.stride())
 
 
+def _on_hopper(table: dict, scale: float, attn_mask: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether the kernels in Gluon run a call on q, k, v (and dout): 16-bit floats on sm_90 of the
+    head dims in `table`, no mask, all within reach of the copy engine.
+
+    All else runs on the kernels of this file.
+    """
+    q, _, v, *_ = tensors
+    return (
+        _hopper is not None
+        and capability(q.device) // 10 == 9
+        and _configs.storage(q.dtype) == torch.float16
+        and (q.shape[-1], v.shape[-1]) in table
+        and attn_mask is None
+        and scale > 0
+        and all(map(_hopper.reachable, tensors))
+    )
+
+
 def attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -737,7 +765,10 @@ def attention_fwd(
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
-    if lse.numel() > 0:
+    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, q, k, v):
+        with on_device_of(q):
+            _attention_sm90.attention_fwd_sm90(q, k, v, out, lse, band == (None, 0), scale)
+    elif lse.numel() > 0:
         options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, band, scale)
         with on_device_of(q):
             attention_fwd_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
@@ -795,19 +826,25 @@ def attention_bwd(
     out = with_dense_rows(out)
     dout = torch.zeros_like(out) if dout is None else with_dense_rows(dout)
 
-    delta = torch.empty_like(lse)
+    on_hopper = _on_hopper(_configs.ATTENTION_DQ_SM90, scale, mask, q, k, v, dout)
+    # units[0] is lse as kernels on Hopper take it, units[1] is delta; there, whole tiles of both.
+    rows = triton.cdiv(S_q, _hopper.BLOCK.value) * _hopper.BLOCK.value if on_hopper else S_q
+    units = torch.empty(1 + on_hopper, B, N, rows, dtype=lse.dtype, device=lse.device)
+    delta = units[-1]
     if delta.numel() > 0:
         block_dv = block_size(D_v, LEAST_BLOCK_D)
         config = _configs.ATTENTION_DELTA
         with on_device_of(q):
-            attention_bwd_delta_kernel[(triton.cdiv(S_q, config.block_m) * B * N,)](
+            attention_bwd_delta_kernel[(triton.cdiv(rows, config.block_m) * B * N,)](
                 out,
                 dout,
                 lse,
                 None if dlse is None else dlse.contiguous(),
                 delta,
+                units[0] if on_hopper else None,
                 N,
                 S_q,
+                rows,
                 D_v,
                 *out.stride()[:3],
                 *dout.stride()[:3],
@@ -818,6 +855,12 @@ def attention_bwd(
                 num_warps=config.num_warps,
                 **LAUNCH,
             )
+    if on_hopper:
+        with on_device_of(q):
+            made = _attention_sm90_bwd.attention_bwd_sm90(
+                q, k, v, dout, units, band == (None, 0), scale, needs
+            )
+        return (*made, None, None, None, None)
 
     dq = dk = dv = None
     if needs[0]:

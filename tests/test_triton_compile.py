@@ -41,6 +41,16 @@ KERNELS = {
     "linear_cross_entropy_rows_kernel": "linear_cross_entropy",
     "linear_cross_entropy_gradient_kernel": "linear_cross_entropy",
     "linear_cross_entropy_scale_kernel": "linear_cross_entropy",
+    "attention_fwd_sm90_kernel": "attention",
+    "attention_bwd_dq_sm90_kernel": "attention",
+    "attention_bwd_dkv_sm90_kernel": "attention",
+}
+
+#: The kernels in Gluon, by the table that says for which head dims they run instead of Triton's.
+GLUON = {
+    "attention_fwd_kernel": ("attention_fwd_sm90_kernel", _configs.ATTENTION_FWD_SM90),
+    "attention_bwd_dq_kernel": ("attention_bwd_dq_sm90_kernel", _configs.ATTENTION_DQ_SM90),
+    "attention_bwd_dkv_kernel": ("attention_bwd_dkv_sm90_kernel", _configs.ATTENTION_DKV_SM90),
 }
 
 #: What other ops launch too.
@@ -68,6 +78,8 @@ class Case:
     heads: int = 4  # of queries, on two of keys and values
     queries: int = 64
     everything: bool = False  # what linear_cross_entropy can be asked for
+    size_v: int | None = None  # D_v, where it is not D
+    gluon: bool = True  # False: as with a Triton that has no Gluon, or not this one
 
     @property
     def id(self):
@@ -80,7 +92,19 @@ class Case:
         else:
             words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
+            words += [f"v{self.size_v}"] * (self.size_v is not None)
+            words += ["triton"] * (not self.gluon)
         return "-".join(words)
+
+    @property
+    def launched(self):
+        """The names of the kernels that this case launches."""
+        names = {k for k, op in KERNELS.items() if op == self.op}
+        sizes = self.size, self.size_v or self.size
+        for triton, (gluon, table) in GLUON.items():
+            runs = self.chip == 90 and self.dtype in (HALF, BRAIN) and self.mask == "none"
+            names.discard(triton if runs and self.gluon and sizes in table else gluon)
+        return names
 
 
 def recurrent_cases():
@@ -110,7 +134,7 @@ def attention_cases():
             for block_d in blocks:
                 for chip in chips:
                     if dtype == torch.float16:
-                        yield Case("attention", chip, name, block_d, is_causal=True)
+                        yield Case("attention", chip, name, block_d, is_causal=True, gluon=False)
                     elif chip != 80 and block_d not in (64, 256):
                         continue  # one table serves all chips: these two stand for it
                     # A mask, and a head dim that does not fill its block, take the most registers.
@@ -121,6 +145,9 @@ def attention_cases():
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
+    for size, size_v in _configs.ATTENTION_FWD_SM90:
+        for dtype, is_causal in ((HALF, False), (HALF, True), (BRAIN, True)):
+            yield Case("attention", 90, dtype, size, size_v=size_v, is_causal=is_causal)
 
 
 def loss_cases():
@@ -180,7 +207,7 @@ def test_compiles(case, compiler):
     assert "error" not in answer, answer["error"]
     kernels = answer["kernels"]
     launched = {kernel["name"] for kernel in kernels}
-    assert launched | SHARED == {k for k, op in KERNELS.items() if op == case.op} | SHARED
+    assert launched | SHARED == case.launched | SHARED
     limit = _configs.SHARED_MEMORY[_configs.table(case.chip)]
     for kernel in kernels:
         assert kernel["stack"] == 0, f"spills: {kernel}"
@@ -238,10 +265,12 @@ def launch_recurrent(case, dtype):
 
 
 def launch_attention(case, dtype):
-    from pykernels.kernels import attention
+    from pykernels.kernels import _hopper, attention
 
+    attention._hopper = _hopper if case.gluon else None
     q = torch.zeros(1, case.heads, case.queries, case.size, dtype=dtype)
     k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
+    v = torch.zeros(1, 2, 64, case.size_v or case.size, dtype=dtype)
     mask = {
         "none": None,
         "bool": torch.ones(case.queries, 64) > 0,
@@ -249,7 +278,7 @@ def launch_attention(case, dtype):
     }[case.mask]
     mask = None if mask is None else mask.expand(1, case.heads, case.queries, 64)
     options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125}
-    outputs, saved = attention.attention_fwd(q, k, k, mask, **options)
+    outputs, saved = attention.attention_fwd(q, k, v, mask, **options)
     attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
 
 
@@ -296,7 +325,7 @@ def resources(name, compiled, constants):
         "shared": compiled.metadata.shared,
         # the rows of a tile of scores, states or products; the newest instructions want 64 or more
         # and 0 where there is no product
-        "rows": constants[tile] if multiplies else 0,
+        "rows": (64 if "sm90" in name else constants[tile]) if multiplies else 0,
         "products": sorted(set(re.findall(PRODUCTS, compiled.asm["ptx"]))),
     }
 
