@@ -48,7 +48,7 @@ def ring(SLOTS: gl.constexpr, READERS: gl.constexpr):
 @gluon.jit
 def room(desc, SLOTS: gl.constexpr):
     """Shared memory for `SLOTS` blocks of a descriptor."""
-    shape: gl.constexpr = [SLOTS] + desc.block_type.shape  # noqa: RUF005  (Gluon has no star)
+    shape: gl.constexpr = [SLOTS] + desc.block_type.shape
     return gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
 
 

@@ -316,7 +316,8 @@ def resources(name, compiled, constants):
         command = [cuobjdump, "--dump-resource-usage", file.name]
         usage = subprocess.check_output(command, text=True)
     tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "BLOCK_B" in constants else "BLOCK_M"
-    multiplies = "delta" not in name and tile in constants
+    hopper = "sm90" in name  # a warpgroup has 64 rows
+    multiplies = "delta" not in name and (hopper or tile in constants)
     return {
         "name": name,
         "warps": compiled.metadata.num_warps,
@@ -325,7 +326,7 @@ def resources(name, compiled, constants):
         "shared": compiled.metadata.shared,
         # the rows of a tile of scores, states or products; the newest instructions want 64 or more
         # and 0 where there is no product
-        "rows": (64 if "sm90" in name else constants[tile]) if multiplies else 0,
+        "rows": (64 if hopper else constants[tile]) if multiplies else 0,
         "products": sorted(set(re.findall(PRODUCTS, compiled.asm["ptx"]))),
     }
 
