@@ -94,10 +94,11 @@ def flattened(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, **{n: p.detach() for n, p in zip(names, layer.parameters(), strict=True)}}
 
 
-def peers(op: str, stock: Callable[..., object]) -> dict[str, Callable[..., object]]:
+def peers(op: str, stock: functools.partial[object]) -> dict[str, Callable[..., object]]:
     """What torch offers for `op` besides its default, by name."""
     if op == "attention":
-        return {name: functools.partial(_attention, backend) for name, backend in SDPA.items()}
+        options = stock.keywords
+        return {name: functools.partial(_attention, sdpa, **options) for name, sdpa in SDPA.items()}
     return {COMPILED: torch.compile(stock)} if op == "linear_cross_entropy" else {}
 
 
