@@ -344,7 +344,7 @@ def deep_product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None = None)
     splits = min(_configs.SPLIT_PROGRAMS // max(tiles, 1), triton.cdiv(K, _configs.SPLIT_LEAST))
     if splits < 2:
         return product(a, b, out, scale=scale)
-    split_k = triton.cdiv(K, 64 * splits) * 64  # 64 is a multiple of every block_k
+    split_k = triton.cdiv(K, _configs.SPLIT_STEP * splits) * _configs.SPLIT_STEP
     shape = (triton.cdiv(K, split_k), M, N)
     partial = torch.empty(shape, dtype=compute_dtype(a.dtype), device=a.device)
     _launch(a, b, partial, split_k)
@@ -373,7 +373,7 @@ def long_product(pairs: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
             triton.cdiv(_configs.SPLIT_PROGRAMS, tiles),
         )
         splits = min(splits, triton.cdiv(K, _configs.SPLIT_LEAST), _configs.SPLITS)
-        split_k = triton.cdiv(triton.cdiv(K, max(splits, 1)), config.block_k) * config.block_k
+        split_k = triton.cdiv(K, _configs.SPLIT_STEP * max(splits, 1)) * _configs.SPLIT_STEP
         if K > 0:
             plan.append((a, b, split_k, triton.cdiv(K, split_k)))
     total = sum(splits for *_, splits in plan)
