@@ -492,6 +492,7 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
     records.merge(path, rows, run.KEY[:-1])
     monkeypatch.setattr(records, "newest", lambda kind: {"gpu": path}.get(kind))
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(records, "KEPT", tmp_path)  # without a picture
     shown = readme.gpu()
     cells = "rnn-8x4x2x1 | bfloat16 | forward | 2 | 5 | 1.50 (torch flash) | 1.5 | 50% | 25% |"
     assert cells in shown
