@@ -2,60 +2,151 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import language_model
+import memory_span
+import models
+import program
+import pytest
+import text
 import torch
+import training
+
+import pykernels.nn
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_language_model_quick():
-    """Both models, both kinds of layers, one curve: without a terminal, in plain lines."""
-    picture = ROOT / "examples" / "output" / "language_model.png"
+def run(name, *arguments):
+    """What an example prints without a terminal, in plain lines, beside the picture it saves."""
+    picture = ROOT / "examples" / "output" / f"{name}.png"
     picture.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "language_model.py", "--quick"],
+        [sys.executable, ROOT / "examples" / f"{name}.py", "--quick", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "RNN: step 20/20, loss stock" in done.stdout
-    assert "self-attention: step 20/20, loss stock" in done.stdout
-    apart = re.findall(r"Largest difference of the two curves: (\S+),", done.stdout)
-    assert len(apart) == 2
-    assert all(float(difference) < 1e-4 for difference in apart)
-    written = re.findall(r"^(?:stock|ours) writes: The ", done.stdout, re.MULTILINE)
-    assert len(written) == 4
-    assert "torch / ours" in done.stdout, "the benchmark's table"
     assert "\x1b" not in done.stdout
     assert picture.stat().st_size > 10_000
+    return done.stdout
 
 
-def test_language_model_ends_on_interrupt(monkeypatch, capsys):
-    def interrupted(*arguments):
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "OUTPUT", tmp_path)
+    monkeypatch.setattr(language_model, "benchmark", lambda *_: 0)
+    return tmp_path
+
+
+def test_language_model_quick():
+    """All models, both kinds of layers, one curve."""
+    printed = run("language_model", "--models", *models.KINDS)
+    for kind in models.KINDS:
+        assert f"{kind}: step 20/20, loss stock" in printed
+    apart = re.findall(r"Largest difference of the two curves: (\S+),", printed)
+    assert len(apart) == 4
+    assert all(float(difference) < 1e-4 for difference in apart)
+    assert len(re.findall(r"^(?:stock|ours) writes: The", printed, re.MULTILINE)) == 8
+    assert "torch / ours" in printed, "the benchmark's table"
+
+
+def test_memory_span_quick():
+    """Twice the same numbers."""
+    printed = run("memory_span")
+    assert "transformer: step 10/10" in printed
+    assert "W_hh times 2.0" in printed
+    assert run("memory_span") == printed
+
+
+@pytest.mark.parametrize("program_", [language_model, memory_span])
+def test_ends_on_interrupt(program_, monkeypatch, capsys, output):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(language_model, "train", interrupted)
-    assert language_model.main(["--quick"]) == 130
+    monkeypatch.setattr(training, "train", interrupted)
+    assert program_.main(["--quick"]) == 130
     assert capsys.readouterr().out.endswith("Interrupted.\n")
 
 
-def test_models_see_no_future():
-    """The score of a next character does not change with the characters after it."""
+def test_resumed_as_if_uninterrupted(monkeypatch, capsys, output):
+    """Ctrl-C keeps whole steps; --resume makes of them what an uninterrupted run does, bitwise."""
+    arguments = ["--quick", "--models", "lstm", "--tied"]
+    path = output / "language_model-lstm-quick.pt"
+    assert language_model.main(arguments) == 0
+    whole = training.load(path)
+    step = training.Run.step
+
+    def pressed(run, *rest):
+        step(run, *rest)
+        if len(run.losses) == 7 and isinstance(run.model.body, pykernels.nn.LSTM):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "step", pressed)
+        assert language_model.main(arguments) == 130
+    assert "7 steps are kept" in capsys.readouterr().out
+    assert training.load(path)["step"] == 7
+    assert language_model.main([*arguments, "--resume"]) == 0
+    resumed = training.load(path)
+    for layers in models.LAYERS:
+        one, other = whole["runs"][layers], resumed["runs"][layers]
+        assert one["seen"][0] == other["seen"][0], "the losses"
+        for name, value in one["model"].items():
+            assert torch.equal(value, other["model"][name]), name
+    with pytest.raises(SystemExit, match="is of other options"):
+        language_model.main([*arguments, "--resume", "--seed", "1"])
+    capsys.readouterr()
+    assert language_model.main([*arguments, "--prompt", "The object"]) == 0
+    assert capsys.readouterr().out.startswith("lstm writes: The object")
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+@pytest.mark.parametrize("layers", models.LAYERS)
+def test_models_see_no_future(layers, kind):
+    """The score of a next token does not change with the tokens after it."""
     torch.manual_seed(0)
-    tokens = torch.randint(9, (2, 12))
+    tokens = torch.randint(4, 9, (2, 12))
     other = tokens.clone()
-    other[:, 7:] = (other[:, 7:] + 1) % 9
-    for task in language_model.tasks(quick=True):
-        for layers in language_model.LAYERS.values():
-            model = task.model(layers, 9, task.width, task.length)
-            with torch.no_grad():
-                torch.testing.assert_close(model(tokens)[:, :7], model(other)[:, :7])
+    other[:, 7:] = 4 + (other[:, 7:] - 3) % 5
+    model = models.LanguageModel(layers, kind, 9, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(tokens)[:, :7], model.logits(other)[:, :7])
+        assert (model.logits(tokens)[:, 7:] != model.logits(other)[:, 7:]).any()
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+@pytest.mark.parametrize("layers", models.LAYERS)
+def test_padding_is_ignored(layers, kind):
+    """The loss and all gradients are those of the rows one by one; <pad> itself has none."""
+    torch.manual_seed(0)
+    rows = [torch.tensor([text.BOS, *torch.randint(4, 20, (n,)), text.EOS]) for n in (3, 9, 6)]
+    model = models.LanguageModel(layers, kind, 20, 32).double()
+    model(*text.pad(rows)).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert not grads["embed.weight"][text.PAD].any()
+    model.zero_grad()
+    count = sum(len(row) - 1 for row in rows)
+    for row in rows:
+        (model(*text.pad([row])) * (len(row) - 1) / count).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], msg=name)
+
+
+@pytest.mark.parametrize("kind", text.KINDS)
+def test_tokenizers_keep_the_text(kind):
+    """What is decoded is what was encoded, and the special tokens have the numbers they should."""
+    learned, _ = text.paragraphs()
+    tokenizer = text.train_tokenizer(kind, 10_000, learned[:200])
+    assert [tokenizer.id_to_token(i) for i in range(4)] == list(text.SPECIAL)
+    for paragraph in learned[:200]:
+        assert tokenizer.decode(tokenizer.encode(paragraph).ids) == paragraph
 
 
 def test_readme_lines_run():

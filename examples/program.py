@@ -1,0 +1,105 @@
+"""What every example does: options, a progress bar, a picture, and a clean end on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+OUTPUT = Path(__file__).parent / "output"
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The options that all examples have; `doc` begins with what the program does."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="seconds, with tiny models")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn by chance")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    return parser
+
+
+def run(
+    work: Callable[[argparse.Namespace, Console], int | None],
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+) -> int:
+    """Calls `work` with the options and a console; the exit status is its, or 130 on Ctrl-C."""
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU on this machine")
+    torch.backends.cudnn.allow_tf32 = False  # stock layers on a GPU: float32 as ours is
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    # Plain and wide where there is no terminal, so that a log keeps a table's lines whole.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    try:
+        return work(options, console) or 0
+    except KeyboardInterrupt as interrupt:
+        console.print(f"\nInterrupted. {interrupt}".rstrip(), soft_wrap=True, highlight=False)
+        return 130
+
+
+@contextmanager
+def progress(console: Console, name: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Yields advance(message), to be called `total` times: a bar on a terminal, else ten lines."""
+    if console.is_terminal:
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda message: bar.update(task, advance=1, description=message)
+        return
+    done = 0
+
+    def say(message: str) -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            console.print(f"{name}: step {done}/{total}, {message}", highlight=False)
+
+    yield say
+
+
+@contextmanager
+def whole_steps() -> Iterator[Callable[[], bool]]:
+    """Yields asked(): whether Ctrl-C was pressed, which waits so that a step is never cut in two.
+
+    A second Ctrl-C does not wait.
+    """
+    pressed = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def wait(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def save(console: Console, figure: Figure, name: str) -> None:
+    """Saves the picture among the outputs and says where."""
+    figure.tight_layout()
+    figure.savefig(OUTPUT / name, dpi=150)
+    plt.close(figure)
+    console.print(f"Picture: {OUTPUT / name}\n", soft_wrap=True)
