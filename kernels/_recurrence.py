@@ -49,7 +49,8 @@ def read(ptr, row, n, ok, H, slot: tl.constexpr, SLOTS: tl.constexpr):
     if ptr is None:
         return tl.zeros(ok.shape, tl.float32)
     else:
-        return tl.load(ptr + (row * SLOTS + slot) * H + n, mask=ok, other=0.0)
+        seen = ok != 0  # the interpreter of Triton 3.9 widens what `&` makes of a scalar
+        return tl.load(ptr + (row * SLOTS + slot) * H + n, mask=seen, other=0.0)
 
 
 @triton.jit
