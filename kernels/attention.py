@@ -670,24 +670,24 @@ def _options(
     tables: dict,
     q: Tensor,
     v: Tensor,
-    attn_mask: Tensor | None,
+    mask: Tensor | None,
     band: tuple[int | None, int | None],
     scale: float,
 ) -> dict[str, object]:
     """The constants of a launch with the block sizes of `tables`."""
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
-    plain = attn_mask is None and D == block_d == D_v
+    plain = mask is None and D == block_d == D_v
     config = _configs.attention(
         tables, capability(q.device), q.dtype, max(block_d, block_dv), plain
     )
-    mask = "none" if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "float"
+    kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
     return {
         "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
         "NEGATIVE": scale < 0,
         "CAUSAL": band == (None, 0),
-        "MASK": mask,
-        "WIDE": q.dtype == compute_dtype(q.dtype) or mask == "float",
+        "MASK": kind,
+        "WIDE": q.dtype == compute_dtype(q.dtype) or kind == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
@@ -708,7 +708,12 @@ def _operands(
     steps = sum((tensor.stride()[:3] for tensor in (q, k, v)), ())
     if attn_mask is None:
         return q, k, v, None, (*steps, 0, 0, 0, 0)
-    mask = attn_mask.view(torch.uint8) if attn_mask.dtype == torch.bool else attn_mask
+    mask = attn_mask
+    if mask.dtype == torch.bool and q.dtype == torch.float64:
+        # added instead: Triton compiles no float64 product of weights that hang on bytes
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    elif mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
     mask = mask.expand(*q.shape[:3], k.shape[2])
     return q, k, v, mask, (*steps, *mask.stride())
 
@@ -769,7 +774,7 @@ def attention_fwd(
         with on_device_of(q):
             _attention_sm90.attention_fwd_sm90(q, k, v, out, lse, band == (None, 0), scale)
     elif lse.numel() > 0:
-        options = _options(_configs.ATTENTION_FWD, q, v, attn_mask, band, scale)
+        options = _options(_configs.ATTENTION_FWD, q, v, mask, band, scale)
         with on_device_of(q):
             attention_fwd_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
                 q,
@@ -866,7 +871,7 @@ def attention_bwd(
     if needs[0]:
         dq = empty_rows_like(q)
         if dq.numel() > 0:
-            options = _options(_configs.ATTENTION_DQ, q, v, attn_mask, band, scale)
+            options = _options(_configs.ATTENTION_DQ, q, v, mask, band, scale)
             with on_device_of(q):
                 attention_bwd_dq_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
                     q,
@@ -892,7 +897,7 @@ def attention_bwd(
     if needs[1] or needs[2]:
         dk, dv = empty_rows_like(k), empty_rows_like(v)
         if dk.numel() > 0:
-            options = _options(_configs.ATTENTION_DKV, q, v, attn_mask, band, scale)
+            options = _options(_configs.ATTENTION_DKV, q, v, mask, band, scale)
             with on_device_of(q):
                 attention_bwd_dkv_kernel[(triton.cdiv(S_k, options["BLOCK_N"]) * B * N_kv,)](
                     q,

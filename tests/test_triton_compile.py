@@ -142,6 +142,7 @@ def attention_cases():
                     yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
     for chip in (80, 90, 100):
         yield Case("attention", chip, BRAIN, 64, mask="bool")
+        yield Case("attention", chip, DOUBLE, 64, mask="bool")
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)

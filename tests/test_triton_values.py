@@ -220,6 +220,32 @@ def test_chunks_of_a_loss(H, dtype, N, described, monkeypatch):
         assert any(found is not None for found in described)
 
 
+@pytest.mark.parametrize("product", [_product.long_product, _product.deep_product])
+def test_splits_end_where_tiles_do(product, monkeypatch):
+    """A tile of a descriptor that reached beyond its split would count rows of the next one."""
+    seen = []
+    launch = _product._launch
+    monkeypatch.setattr(
+        _product,
+        "_launch",
+        lambda a, b, c, split_k, **k: seen.append(split_k) or launch(a, b, c, split_k, **k),
+    )
+    K = 1568  # a seventh of it is a multiple of 32 and of no more
+    a, b = torch.randn(K, 70, device=DEVICE).t(), torch.randn(K, 70, device=DEVICE)
+    if product is _product.long_product:
+        product([(a, b)], like=a.new_empty(70, 70))
+    else:
+        product(a, b, a.new_empty(70, 70))
+    deepest = max(
+        config.block_k
+        for table in (_configs.PRODUCT, *_configs.DESCRIBED.values())
+        for entries in table.values()
+        for config in entries
+    )
+    assert seen
+    assert all(split_k % deepest == 0 for split_k in seen)
+
+
 @triton.jit
 def elementwise_kernel(x_ptr, y_ptr, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
