@@ -106,7 +106,7 @@ def _layer(
     # arguments: has_biases, num_layers, dropout, train, bidirectional
     rest = (given, weights[2] is not None, 1, 0.0, True, False)
     if lengths is None:
-        hx = [t[None] for t in states]
+        hx = [t[None].contiguous() for t in states]  # cuDNN's layers ask for that
         y, *last = layer(x, hx if len(hx) > 1 else hx[0], *rest, False)  # not batch first
     else:
         packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
