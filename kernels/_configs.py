@@ -282,7 +282,7 @@ CROWDED = {
 #: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
-        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 128, 64, 8, 3)),
+        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 64, 64, 8, 4)),
     }
 }
 DESCRIBED_LEAST = 65

@@ -535,7 +535,8 @@ class _Call:
         rows, V = len(x), weight.shape[1]
         smooth = sums and self.smoothing > 0
         outputs = () if z is None else (z,)
-        given, constants = operands(x, weight, *outputs, crowded=smooth or argmax)
+        crowded = smooth or argmax or (sums and self.bias is not None)
+        given, constants = operands(x, weight, *outputs, crowded=crowded)
         a, b, *written = given
         tiles = triton.cdiv(V, constants["BLOCK_N"])
 
