@@ -106,6 +106,50 @@ def test_few_queries_without_gradients(spec, dtype):
     check(spec, "cpp", dtype, gradients=False)
 
 
+#: Enough queries for panels on every build, over several blocks of keys, under each rule.
+PANELS = [
+    AttentionSpec(f"attention-panels-{name}", "", *(1, 4, 160, 20), **({"s_k": 420} | rule))
+    for name, rule in {
+        "plain": {"d_v": 12},
+        "grouped": {"n_kv": 2, "d_v": 37},
+        "large-scores": {"gain": 40.0},
+        "huge-scores": {"gain": 1000.0},
+        "causal": {"is_causal": True, "causal_alignment": "bottom-right", "n_kv": 1},
+        "causal-large-scores": {"is_causal": True, "s_k": 160, "gain": 40.0},
+        "window": {"window": (130, 65), "layout": "transposed"},
+        "mask": {"mask": "bool", "dead_rows": True},
+        "bias": {"mask": "float", "is_causal": True},
+        "softcap": {"softcap": 2.0, "window": (300, None)},
+        "sinks": {"sinks": True},
+        "alibi": {"alibi": ("N",)},
+        "dropout": {"dropout_p": 0.3, "is_causal": True},
+    }.items()
+]
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("spec", PANELS, ids=lambda spec: spec.name)
+def test_panels_of_queries(spec, dtype):
+    check(spec, "cpp", dtype)
+
+
+def test_level_of_weights_follows_the_scores():
+    """Blocks of keys whose scores are small, large and small again, or far below zero: the number
+    that weights are measured from is 0, or near the largest score, and may change in between."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 1, 160, 16)
+    for scales in [(1, 20, 1), (20, 1, 40), (0.1, 1, 10, 30), (1e-20, 50, 1e-3)]:
+        k = torch.cat([scale * torch.randn(1, 1, 400, 16) for scale in scales], 2)
+        for keys in (k, k.abs() - 2 * scales[0]):
+            v = torch.randn(keys.shape)
+            exact = functional.attention(q.double(), keys.double(), v.double(), backend="reference")
+            found = functional.attention(q, keys, v, backend="cpp")
+            assert_close(found, exact, stock.attention(q, keys, v))
+    below = functional.attention(q.abs(), -100 * k.abs() - 100, v, backend="cpp")
+    assert below.isfinite().all()
+    assert (below != 0).any()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("name", ["few-all", "few-spans", "decode-1x8x1x4096x64"])
 def test_threads_of_few_queries(name, count, threads):

@@ -8,39 +8,41 @@ namespace {
 
 template <class T, int ROWS, int PANELS>
 void run(int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_panel,
-         int64_t b_step, bool accumulate, T* c, int64_t c_row) {
+         int64_t b_step, bool accumulate, T* c, int64_t c_row, int64_t tiles, int64_t a_tile) {
   constexpr int columns = PANELS * kPanelVecs;
-  vec<T> sum[ROWS][columns];
+  for (int64_t tile = 0; tile < tiles; ++tile, a += a_tile, c += ROWS * c_row) {
+    vec<T> sum[ROWS][columns];
 #pragma GCC unroll 32
-  for (int i = 0; i < ROWS; ++i)
+    for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 32
-    for (int j = 0; j < columns; ++j) sum[i][j] = vec<T>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    vec<T> right[columns];
+      for (int j = 0; j < columns; ++j) sum[i][j] = vec<T>{};
+    const T* left_at = a;
+    const T* right_at = b;
+    for (int64_t k = 0; k < depth; ++k, left_at += a_step, right_at += b_step) {
+      vec<T> right[columns];
 #pragma GCC unroll 32
-    for (int j = 0; j < columns; ++j)
-      right[j] = load(b + j / kPanelVecs * b_panel + j % kPanelVecs * lanes<T>);
+      for (int j = 0; j < columns; ++j)
+        right[j] = load(right_at + j / kPanelVecs * b_panel + j % kPanelVecs * lanes<T>);
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i) {
-      const vec<T> left = broadcast(a[i * a_row]);
+      for (int i = 0; i < ROWS; ++i) {
+        const vec<T> left = broadcast(left_at[i * a_row]);
 #pragma GCC unroll 32
-      for (int j = 0; j < columns; ++j) sum[i][j] += left * right[j];
+        for (int j = 0; j < columns; ++j) sum[i][j] += left * right[j];
+      }
     }
-    a += a_step;
-    b += b_step;
+#pragma GCC unroll 32
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 32
+      for (int j = 0; j < columns; ++j) {
+        T* const to = c + i * c_row + j * lanes<T>;
+        store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+      }
   }
-#pragma GCC unroll 32
-  for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 32
-    for (int j = 0; j < columns; ++j) {
-      T* const to = c + i * c_row + j * lanes<T>;
-      store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
-    }
 }
 
 template <class T>
 using Run = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, int64_t, bool, T*,
-                     int64_t);
+                     int64_t, int64_t, int64_t);
 
 // One row of the table of tiles: 1, 2 and 4 panels as far as panels_of allows.
 template <class T, int ROWS>
@@ -70,14 +72,16 @@ constexpr Table<T> kTable = make_table<T>(std::make_integer_sequence<int, kTileR
 template <class T>
 void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const T* a, int64_t a_row,
                    int64_t a_step, const T* b, int64_t b_panel, int64_t b_step, bool accumulate,
-                   T* c, int64_t c_row) {
+                   T* c, int64_t c_row, int64_t tiles, int64_t a_tile) {
   kTable<T>.tile[rows - 1][panels >> 1](depth, a, a_row, a_step, b, b_panel, b_step, accumulate, c,
-                                        c_row);
+                                        c_row, tiles, a_tile);
 }
 
 template void multiply_tile<float>(int64_t, int64_t, int64_t, const float*, int64_t, int64_t,
-                                   const float*, int64_t, int64_t, bool, float*, int64_t);
+                                   const float*, int64_t, int64_t, bool, float*, int64_t, int64_t,
+                                   int64_t);
 template void multiply_tile<double>(int64_t, int64_t, int64_t, const double*, int64_t, int64_t,
-                                    const double*, int64_t, int64_t, bool, double*, int64_t);
+                                    const double*, int64_t, int64_t, bool, double*, int64_t,
+                                    int64_t, int64_t);
 
 }  // namespace pykernels

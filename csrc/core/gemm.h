@@ -50,10 +50,13 @@ struct View {
 //   a: element (i, k) at a[i * a_row + k * a_step]
 //   b: row k of panel p at b[p * b_panel + k * b_step], kPanel values
 //   c: row i at c[i * c_row], panels * kPanel values; read only with `accumulate`
+//
+// Or for several `tiles` one below the other, `a_tile` values apart in a, which spares them the
+// time from one call to the next.
 template <class T>
 void multiply_tile(int64_t rows, int64_t panels, int64_t depth, const T* a, int64_t a_row,
                    int64_t a_step, const T* b, int64_t b_panel, int64_t b_step, bool accumulate,
-                   T* c, int64_t c_row);
+                   T* c, int64_t c_row, int64_t tiles = 1, int64_t a_tile = 0);
 
 // How many panels a tile of `rows` rows may take: a power of two, at most four. Few rows take
 // several, since a multiply-add takes four cycles and eight of them in flight keep two units busy.
@@ -65,30 +68,49 @@ constexpr int64_t panels_of(int64_t rows) {
 template <class T>
 constexpr int64_t kTileSize = kTileRows * kPanel<T>;
 
-// `rows` cut into tiles as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4. Runs body(row, count).
+// `rows` cut into tiles as even as can be: 16 as 6 + 5 + 5, not 6 + 6 + 4. Runs
+// body(row, tiles, height) for those of each height.
 template <class Body>
-PK_INLINE void for_each_tile_row(int64_t rows, const Body& body) {
+PK_INLINE void for_each_tile_height(int64_t rows, const Body& body) {
   if (rows == 0) return;
   const int64_t tiles = ceil_div(rows, kTileRows), height = rows / tiles;
-  const int64_t taller = (rows - tiles * height) * (height + 1);  // rows in tiles of one row more
-  for (int64_t row = 0; row < taller; row += height + 1) body(row, height + 1);
-  for (int64_t row = taller; row < rows; row += height) body(row, height);
+  const int64_t taller = rows - tiles * height;  // tiles of one row more
+  if (taller > 0) body(0, taller, height + 1);
+  body(taller * (height + 1), tiles - taller, height);
 }
 
-// Runs body(row, rows, panel, panels) over tiles that cover rows x panels. Panels are outside:
-// a panel of B stays in the first-level cache while the rows of A go by.
+// And body(row, count) for each.
 template <class Body>
-PK_INLINE void for_each_tile(Range rows, Range panels, const Body& body) {
+PK_INLINE void for_each_tile_row(int64_t rows, const Body& body) {
+  for_each_tile_height(rows, [&](int64_t row, int64_t tiles, int64_t height) {
+    for (int64_t t = 0; t < tiles; ++t) body(row + t * height, height);
+  });
+}
+
+// Runs body(row, tiles, height, panel, panels) over tiles that cover rows x panels, `tiles` of them
+// one below the other. Panels are outside: a panel of B stays in the first-level cache while the
+// rows of A go by.
+template <class Body>
+PK_INLINE void for_each_tile_column(Range rows, Range panels, const Body& body) {
   if (rows.size() == 0) return;
   const int64_t group = rows.size() > kTileRows ? 1 : panels_of(rows.size());
   for (int64_t panel = panels.begin; panel < panels.end;) {
     int64_t count = group;
     while (panel + count > panels.end) count /= 2;
-    for_each_tile_row(rows.size(), [&](int64_t row, int64_t height) {
-      body(rows.begin + row, height, panel, count);
+    for_each_tile_height(rows.size(), [&](int64_t row, int64_t tiles, int64_t height) {
+      body(rows.begin + row, tiles, height, panel, count);
     });
     panel += count;
   }
+}
+
+// And body(row, rows, panel, panels) for each tile.
+template <class Body>
+PK_INLINE void for_each_tile(Range rows, Range panels, const Body& body) {
+  for_each_tile_column(
+      rows, panels, [&](int64_t row, int64_t tiles, int64_t height, int64_t panel, int64_t count) {
+        for (int64_t t = 0; t < tiles; ++t) body(row + t * height, height, panel, count);
+      });
 }
 
 // ---- packing ------------------------------------------------------------------------------------
@@ -187,11 +209,10 @@ void pack_rows(View<S> from, int64_t rows, int64_t depth, T* to) {
     T* const packed = to + row * depth;
     if (tile.column == 1) {
       transpose_copy<T, groups>(tile.data, tile.row, height, depth, packed, height);
-    } else if (tile.row == 1 && height == kTileRows) {
+    } else if (tile.row == 1 && row + round_up(height, lanes<T>) <= rows) {
       for (int64_t k = 0; k < depth; ++k)
-#pragma GCC unroll 16
-        for (int r = 0; r < kTileRows; ++r)
-          packed[k * kTileRows + r] = widen(tile.data[k * tile.column + r]);
+        for (int64_t r = 0; r < height; r += lanes<T>)
+          store(packed + k * height + r, load(tile.data + k * tile.column + r));
     } else {
       for (int64_t k = 0; k < depth; ++k)
         for (int64_t r = 0; r < height; ++r)

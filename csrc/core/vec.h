@@ -287,6 +287,20 @@ PK_INLINE lane_t<V> reduce_max(V v) {
   return detail::reduce<1>(v, [](V a, V b) { return max(a, b); });
 }
 
+// Whether any lane of a comparison holds.
+template <class M>
+PK_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  bool found = false;
+  for (int i = 0; i < lanes<lane_t<M>>; ++i) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
 // Swaps rows and lanes of a square of registers: one bit of the two indices at a time.
 template <class V>
 PK_INLINE void transpose(V (&rows)[lanes<lane_t<V>>]) {

@@ -143,16 +143,44 @@ PK_INLINE vec<T> exp2(vec<T> x) {
   return scale_by_power<T>(1 + r * polynomial<T>(r, C::kExp2), n.integer);
 }
 
-// exp2 for softmax: x <= 0 only, and 0 where the result is no normal number.
-template <class T>
-PK_INLINE vec<T> exp2_softmax(vec<T> x) {
+// x to 2^(x rate), of several registers, where these powers are normal numbers. Step by step for
+// all of them: their chains of operations hide each other.
+template <class T, int N>
+PK_INLINE void exp2_normal(vec<T> (&x)[N], vec<T> rate) {
   using C = math_constants<T>;
+  constexpr int terms = sizeof(C::kExp2Short) / sizeof(T);
   // The rounding constant holds the exponent's bias, so the low bits of the sum are 2^n's exponent.
   const vec<T> magic = broadcast(C::kRound + C::kBias);
-  const vec<T> shifted = x + magic;
-  const auto power = bit_cast<vec<T>>(bit_cast<vec<int_of<T>>>(shifted) << C::kMantissa);
-  const vec<T> y = polynomial<T>(x - (shifted - magic), C::kExp2Short) * power;
-  return select(x < C::kExp2Normal, vec<T>{}, y);
+  vec<T> shifted[N], y[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] * rate + magic;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = x[i] * rate - (shifted[i] - magic);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) y[i] = broadcast(C::kExp2Short[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < terms; ++k)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::kExp2Short[k];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    x[i] = y[i] * bit_cast<vec<T>>(bit_cast<vec<int_of<T>>>(shifted[i]) << C::kMantissa);
+}
+
+// exp2 for softmax: x <= kBias only, and 0 may stand for what is no normal number. The exponent's
+// bits are 0, and the power with them, where the bias bounds x.
+template <class T, int N>
+PK_INLINE void exp2_softmax(vec<T> (&x)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = max(broadcast(T(-math_constants<T>::kBias)), x[i]);
+  exp2_normal<T>(x, 1 + vec<T>{});
+}
+
+template <class T>
+PK_INLINE vec<T> exp2_softmax(vec<T> x) {
+  vec<T> one[1] = {x};
+  exp2_softmax<T>(one);
+  return one[0];
 }
 
 template <class T>

@@ -48,7 +48,7 @@ struct AttentionPages {
 template <class T>
 struct AttentionRows {
   // In the forward pass nullptr, both, if there will be no backward.
-  T* top;      // the largest score; +inf in a row that sees no key
+  T* top;      // near the largest score; +inf in a row that sees no key
   T* inverse;  // of the sum of the row's powers
 };
 

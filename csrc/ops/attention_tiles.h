@@ -60,6 +60,11 @@ PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys)
   return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
+// Whether all of some queries see all of `keys`.
+PK_INLINE bool all_visible(const AttentionSizes& n, Range queries, Range keys) {
+  return queries.end - 1 + n.first <= keys.begin && keys.end <= queries.begin + 1 + n.last;
+}
+
 // Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
 template <class S, class T = compute_t<S>>
 bool scale_waits(const AttentionSizes& n, const AttentionRule<S>& rule) {
@@ -189,12 +194,13 @@ PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a
                         int64_t a_step, const T* b, int64_t b_depth, bool accumulate, T* c,
                         int64_t c_row) {
   constexpr int64_t width = kPanel<T>;
-  for_each_tile({0, rows}, {0, ceil_div(columns, width)},
-                [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-                  multiply_tile(count, wide, depth, a + row * a_row, a_row, a_step,
-                                b + panel * b_depth * width, b_depth * width, width, accumulate,
-                                c + row * c_row + panel * width, c_row);
-                });
+  for_each_tile_column(
+      {0, rows}, {0, ceil_div(columns, width)},
+      [&](int64_t row, int64_t tiles, int64_t height, int64_t panel, int64_t wide) {
+        multiply_tile(height, wide, depth, a + row * a_row, a_row, a_step,
+                      b + panel * b_depth * width, b_depth * width, width, accumulate,
+                      c + row * c_row + panel * width, c_row, tiles, height * a_row);
+      });
 }
 
 // c = a b, with b packed in panels [depth, kPanel] and the sums made of several chains.
@@ -270,5 +276,11 @@ template <class S>
 bool are_few(const AttentionForward<S>& p);
 template <class S>
 void attend_few(int threads, const AttentionForward<S>& p);
+
+// Forward for queries in panels, where few lanes of these stay empty and keys are packed for many.
+template <class S>
+bool fill_panels(const AttentionForward<S>& p);
+template <class S>
+void attend_panels(int threads, const AttentionForward<S>& p);
 
 }  // namespace pykernels

@@ -1,0 +1,346 @@
+// Attention of queries that fill panels: scores exist for a panel of queries by a block of keys,
+// and lie keys by queries. What a softmax takes over keys is then a lane's own, keys are the rows
+// that broadcast, and weights are the packed panel that the second product reads.
+#include "attention_tiles.h"
+
+namespace pykernels {
+namespace {
+
+// Keys by which a panel of scores takes 12 KB at most, a part of the first level of cache, and
+// whose weights are summed in one chain.
+constexpr int64_t kKeyBlock = std::min<int64_t>(kChain, 12 * 1024 / (kPanelVecs * kVecBytes));
+
+// Bytes of widened queries and of outputs that one thread keeps while all keys go past.
+constexpr int64_t kQueryBytes = 1024 * 1024;
+
+// Scores that stay within this many powers of two need no maximum: their weights can neither
+// overflow nor vanish in a sum.
+constexpr double kBound = 40;
+
+// Powers of two by which a score may exceed the level that weights are measured from.
+constexpr int kHeadroom = 4;
+
+// One item is a chunk of queries of all heads that share one head of K and V: `group` heads by
+// `chunk` queries, as rows in that order, cut into panels.
+template <class S>
+class Panels {
+  using T = compute_t<S>;
+  static constexpr int64_t kWidth = kPanel<T>;
+  static constexpr int64_t kTurnedRow = kKeyBlock + kRowPad;
+
+ public:
+  Panels(int threads, const AttentionForward<S>& p)
+      : p_(p), n_(p.sizes), group_(std::max<int64_t>(1, n_.N / std::max<int64_t>(1, n_.N_kv))),
+        chunk_(choose_chunk(threads)), chunks_(ceil_div(longest_queries(n_, p.packing), chunk_)),
+        rows_(round_up(group_ * chunk_, kWidth)), widest_(std::max(n_.D, n_.D_v)),
+        per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * n_.D_v) +
+                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(rows_ / kWidth) +
+                    Arena<T>::padded(kKeyBlock * n_.D) + Arena<T>::padded(kKeyBlock * n_.D_v) +
+                    Arena<T>::padded((kKeyBlock + 1) * kWidth) +
+                    Arena<T>::padded(kWidth * std::max(kTurnedRow, widest_ + lanes<T>))),
+        scratch_(threads * per_thread_), gathered_(threads * gathered_rows()) {}
+
+  int64_t items() const { return n_.B * n_.N_kv * chunks_; }
+
+  void run(const Team& team, int64_t item) const {
+    Arena<T> arena(scratch_.get() + team.rank * per_thread_);
+    T* const queries = arena.take(rows_ * n_.D);  // [panel][D, kWidth]
+    T* const out = arena.take(rows_ * n_.D_v);    // [panel][D_v, kWidth]
+    T* const level = arena.take(rows_);
+    T* const sum = arena.take(rows_);
+    T* const reach = arena.take(rows_ / kWidth);             // the largest |q|^2 of a panel
+    T* const keys = arena.take(kKeyBlock * n_.D);            // [keys, D]
+    T* const values = arena.take(kKeyBlock * n_.D_v);        // V^T, packed in tiles of its rows
+    T* const scores = arena.take((kKeyBlock + 1) * kWidth);  // [keys, kWidth]
+    T* const turned = arena.take(kWidth * std::max(kTurnedRow, widest_ + lanes<T>));
+    S* const gathered = gathered_.get() + team.rank * gathered_rows();
+    const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
+    const bool ruled = !scale_waits(n_, p_.rule) || p_.rule.mask.kind != AttentionMask::kNone;
+
+    // The last chunks see the most keys in a causal mask: they go first.
+    const int64_t b = item / n_.N_kv % n_.B, g = item % n_.N_kv;
+    const int64_t i0 = (chunks_ - 1 - item / (n_.B * n_.N_kv)) * chunk_;
+    const AttentionSizes n = sequence(n_, p_.packing, b);
+    const int64_t length = std::min(chunk_, n.S_q - i0), rows = group_ * length;
+    if (length <= 0) return;
+    // Runs body(r, h, i) for the rows of the panel at r0: counted from there, head h, query i.
+    const auto for_rows = [&](int64_t r0, const auto& body) {
+      int64_t h = g * group_ + r0 / length, i = i0 + r0 % length;
+      for (int64_t r = 0; r < std::min(kWidth, rows - r0); ++r) {
+        body(r, h, i);
+        if (++i == i0 + length) ++h, i = i0;
+      }
+    };
+
+    std::fill(out, out + round_up(rows, kWidth) * n_.D_v, T(0));
+    std::fill(level, level + round_up(rows, kWidth), -kInfinity<T>);
+    std::fill(sum, sum + round_up(rows, kWidth), T(0));
+    for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
+      for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
+        copy_rows(p_.q.at(b, h, i), 0, 1, n_.D, turned + r * n_.D);
+        if (!p_.rule.sinks) return;
+        // A sink is a key that every row has seen beforehand.
+        level[r0 + r] = widen(p_.rule.sinks[h]);
+        sum[r0 + r] = level[r0 + r] == -kInfinity<T> ? T(0) : T(1);
+      });
+      reach[r0 / kWidth] = longest_square(turned, std::min(kWidth, rows - r0), n_.D);
+      pack_panel(View<T>{turned, 1, n_.D}, n_.D, std::min(kWidth, rows - r0), queries + r0 * n_.D);
+    }
+
+    const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
+    for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
+      const int64_t block = std::min(kKeyBlock, all.end - j0);
+      const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, block, n_.D, gathered);
+      copy_rows(k.data, k.row, block, n_.D, keys);
+      const T longest = longest_square(keys, block, n_.D);
+      const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, block, n_.D_v, gathered);
+      pack_rows<T>(v.transposed(), n_.D_v, block, values);
+      for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
+        // The queries of this panel: of one head, or of parts of several.
+        const int64_t i = i0 + r0 % length, end = i + std::min(kWidth, rows - r0);
+        const Range some = end <= i0 + length ? Range{i, end} : Range{i0, i0 + length};
+        const Range seen = visible_keys(n, some, {j0, j0 + block});
+        if (seen.size() == 0) continue;
+        const Range part{j0 + seen.begin, j0 + seen.end};
+        const Panel panel{queries + r0 * n_.D, scores, out + r0 * n_.D_v, level + r0, sum + r0};
+        const bool whole = all_visible(n, some, part);
+        // A product is no longer than the lengths of its vectors.
+        const bool bounded =
+            !ruled && reach[r0 / kWidth] * longest * rate * rate < T(kBound * kBound);
+        if (!bounded) reach[r0 / kWidth] = kInfinity<T>;  // the level is its own from now on
+        score(keys + seen.begin * n_.D, seen.size(), panel.queries, scores);
+        if (ruled) {
+          // Rules are about rows: they get them.
+          turn(scores, seen.size(), turned, kTurnedRow);
+          for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
+            finish_scores(n, p_.rule, b, h, i, part.begin, visible_keys(n, {i, i + 1}, part),
+                          turned + r * kTurnedRow);
+          });
+          transpose_copy<T, kPanelVecs>(turned, kTurnedRow, kWidth, seen.size(), scores, kWidth);
+        }
+        if (!whole)
+          for_rows(r0, [&](int64_t r, int64_t, int64_t i) {
+            const Range mine = visible_keys(n, {i, i + 1}, part);
+            for (int64_t j = 0; j < mine.begin; ++j) scores[j * kWidth + r] = -kInfinity<T>;
+            for (int64_t j = mine.end; j < seen.size(); ++j) scores[j * kWidth + r] = -kInfinity<T>;
+          });
+        weigh(seen.size(), rate, bounded, whole, panel);
+        if (p_.rule.dropout > 0)
+          for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
+            const Range mine = visible_keys(n, {i, i + 1}, part);
+            draw_kept(p_.rule, b * n_.N + h, i, part.begin, mine, turned);
+            for (int64_t j = mine.begin; j < mine.end; ++j) scores[j * kWidth + r] *= turned[j];
+          });
+        for_each_tile_height(n_.D_v, [&](int64_t d, int64_t tiles, int64_t height) {
+          multiply_tile(height, 1, seen.size(), values + d * block + seen.begin * height, 1, height,
+                        scores, 0, kWidth, true, panel.out + d * kWidth, kWidth, tiles,
+                        height * block);
+        });
+      }
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
+      const int64_t line = round_up(n_.D_v, lanes<T>);
+      turn(out + r0 * n_.D_v, n_.D_v, turned, line);
+      for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
+        const T top = level[r0 + r], total = sum[r0 + r];
+        const T inverse = total > 0 || total != total ? 1 / total : T(0);
+        S* const to = p_.out.at(b, h, i);
+        for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
+          store_n(to + d, load(turned + r * line + d) * inverse, n_.D_v - d);
+        const int64_t at = row_of(n_, p_.packing, b, h, i);
+        p_.lse[at] = top * unit + std::log(total);
+        if (!p_.rows.top) return;
+        p_.rows.top[at] = top == -kInfinity<T> ? kInfinity<T> : top;
+        p_.rows.inverse[at] = inverse;
+      });
+    }
+  }
+
+ private:
+  // A panel of queries, and what has come of it so far.
+  struct Panel {
+    const T* queries;  // [D, kWidth]
+    T* scores;         // [keys, kWidth], of one block
+    T* out;            // [D_v, kWidth]
+    T *level, *sum;    // [kWidth]
+  };
+
+  // scores [count, kWidth] = the products of keys [count, D] with a panel of queries [D, kWidth].
+  void score(const T* keys, int64_t count, const T* queries, T* scores) const {
+    for_each_tile_height(count, [&](int64_t j, int64_t tiles, int64_t height) {
+      for (int64_t d = 0; d < n_.D; d += kChain)
+        multiply_tile(height, 1, std::min(kChain, n_.D - d), keys + j * n_.D + d, n_.D, 1,
+                      queries + d * kWidth, 0, kWidth, d > 0, scores + j * kWidth, kWidth, tiles,
+                      height * n_.D);
+    });
+  }
+
+  // The largest |row|^2 of [count, D].
+  T longest_square(const T* rows, int64_t count, int64_t D) const {
+    T most = 0;
+    for (int64_t r = 0; r < count; ++r, rows += D) {
+      vec<T> sum{};
+      for (int64_t d = 0; d < D; d += lanes<T>) {
+        const vec<T> x = load_n(rows + d, D - d);
+        sum += x * x;
+      }
+      most = std::max(most, reduce_add(sum));
+    }
+    return most;
+  }
+
+  // to[c * to_row + r] = from[r * kWidth + c], in whole registers of rows.
+  static void turn(const T* from, int64_t rows, T* to, int64_t to_row) {
+    for (int64_t r = 0; r < rows; r += lanes<T>)
+      for (int64_t c = 0; c < kWidth; c += lanes<T>) {
+        vec<T> square[lanes<T>];  // past the last row, the last one again
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<T>; ++i)
+          square[i] = load(from + std::min(r + i, rows - 1) * kWidth + c);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<T>; ++i) store(to + (c + i) * to_row + r, square[i]);
+      }
+  }
+
+  // A panel's scores [count, kWidth] to weights 2^((score - level) rate). The level is 0 where all
+  // scores are `bounded`; else near the largest so far: it follows only where a weight would exceed
+  // 2^kHeadroom, since all weights so far then have to follow too.
+  void weigh(int64_t count, T rate, bool bounded, bool whole, const Panel& panel) const {
+    constexpr int n = kPanelVecs;
+    if (bounded) std::fill(panel.level, panel.level + kWidth, T(0));
+    else follow(count, rate, panel);
+    vec<T> total[n]{};
+    const auto put = [&](T* row, const vec<T>* weight) {
+#pragma GCC unroll 4
+      for (int x = 0; x < n; ++x) {
+        total[x] += weight[x];
+        store(row + x * lanes<T>, weight[x]);
+      }
+    };
+    if (bounded && whole) {
+      for (int64_t j = 0; j < count; ++j) {
+        T* const row = panel.scores + j * kWidth;
+        vec<T> weight[n];
+#pragma GCC unroll 4
+        for (int x = 0; x < n; ++x) weight[x] = load(row + x * lanes<T>);
+        exp2_normal<T>(weight, broadcast(rate));
+        put(row, weight);
+      }
+    } else {
+      vec<T> from[n], next[n];
+#pragma GCC unroll 4
+      for (int x = 0; x < n; ++x) {
+        // With every score at -inf so far, any finite number gives the weights their zeros.
+        const vec<T> level = load(panel.level + x * lanes<T>);
+        from[x] = select<vec<T>>(level == -kInfinity<T>, vec<T>{}, level);
+      }
+      // The difference comes first: a mask of the most negative number, times the rate, would be
+      // -inf. It is taken a key ahead, which shortens the chain of operations on one key.
+      const auto measure = [&](const T* row) {
+#pragma GCC unroll 4
+        for (int x = 0; x < n; ++x) next[x] = (load(row + x * lanes<T>) - from[x]) * rate;
+      };
+      measure(panel.scores);
+      for (int64_t j = 0; j < count; ++j) {
+        T* const row = panel.scores + j * kWidth;
+        vec<T> weight[n];
+#pragma GCC unroll 4
+        for (int x = 0; x < n; ++x) weight[x] = next[x];
+        measure(row + kWidth);
+        exp2_softmax<T>(weight);
+        put(row, weight);
+      }
+    }
+#pragma GCC unroll 4
+    for (int x = 0; x < n; ++x)
+      store(panel.sum + x * lanes<T>, load(panel.sum + x * lanes<T>) + total[x]);
+  }
+
+  // Brings the level of a panel up to its scores, which is seldom: these are far apart, or the
+  // first.
+  void follow(int64_t count, T rate, const Panel& panel) const {
+    constexpr int n = kPanelVecs;
+    vec<T> even[n], odd[n];  // the largest of every other key
+    for (int x = 0; x < n; ++x) even[x] = odd[x] = load(panel.level + x * lanes<T>);
+    for (int64_t j = 0; j < count; j += 2) {
+      const T* const one = panel.scores + j * kWidth;
+      const T* const other = panel.scores + std::min(j + 1, count - 1) * kWidth;
+#pragma GCC unroll 4
+      for (int x = 0; x < n; ++x) {
+        even[x] = max(load(one + x * lanes<T>), even[x]);
+        odd[x] = max(load(other + x * lanes<T>), odd[x]);
+      }
+    }
+    for (int x = 0; x < n; ++x) {
+      const vec<T> top = max(even[x], odd[x]);
+      if (any(top > load(panel.level + x * lanes<T>) + kHeadroom / rate))
+        raise(top, x * lanes<T>, rate, panel);
+    }
+  }
+
+  // Brings one register of queries to another level, and all that was measured from it.
+  __attribute__((noinline)) void raise(vec<T> top, int64_t first, T rate,
+                                       const Panel& panel) const {
+    const vec<T> before = load(panel.level + first);
+    const vec<T> now = select<vec<T>>(top > before + kHeadroom / rate, top, before);
+    // exp2(-inf - -inf) is NaN, where a row has seen no key so far: then there is nothing to
+    // scale.
+    const vec<T> factor =
+        select<vec<T>>(before == now, 1 + vec<T>{}, exp2_softmax<T>((before - now) * rate));
+    store(panel.level + first, now);
+    store(panel.sum + first, load(panel.sum + first) * factor);
+    for (int64_t d = 0; d < n_.D_v; ++d) {
+      T* const at = panel.out + d * kWidth + first;
+      store(at, load(at) * factor);
+    }
+  }
+
+  int64_t gathered_rows() const { return p_.pages.table ? kKeyBlock * widest_ : 0; }
+
+  // As many queries as fit in the cache, unless that leaves threads idle.
+  int64_t choose_chunk(int threads) const {
+    const int64_t longest = longest_queries(n_, p_.packing);
+    const int64_t fit = kQueryBytes / (group_ * (n_.D + n_.D_v) * int64_t(sizeof(T)));
+    const int64_t heads = n_.B * n_.N_kv;
+    const int64_t pieces = heads ? ceil_div(threads > 1 ? 4 * threads : 1, heads) : 1;
+    return std::max<int64_t>(1, std::min({round_up(std::max<int64_t>(fit, 1), kWidth),
+                                          round_up(ceil_div(longest, pieces), kWidth), longest}));
+  }
+
+  const AttentionForward<S>& p_;
+  const AttentionSizes& n_;
+  const int64_t group_, chunk_, chunks_, rows_, widest_, per_thread_;
+  const Scratch<T> scratch_;
+  const Scratch<S> gathered_;
+};
+
+}  // namespace
+
+template <class S>
+bool fill_panels(const AttentionForward<S>& p) {
+  const AttentionSizes& n = p.sizes;
+  const int64_t rows = n.N / std::max<int64_t>(1, n.N_kv) * longest_queries(n, p.packing);
+  constexpr int64_t width = kPanel<compute_t<S>>;
+  return rows >= 4 * width && (round_up(rows, width) - rows) * 16 <= rows;
+}
+
+template <class S>
+void attend_panels(int threads, const AttentionForward<S>& p) {
+  const Panels<S> panels(threads, p);
+  Items items(panels.items());
+  parallel(static_cast<int>(std::min<int64_t>(threads, panels.items())), [&](const Team& team) {
+    for (int64_t item; items.take(&item);) panels.run(team, item);
+  });
+}
+
+template bool fill_panels(const AttentionForward<float>&);
+template void attend_panels(int, const AttentionForward<float>&);
+template bool fill_panels(const AttentionForward<double>&);
+template void attend_panels(int, const AttentionForward<double>&);
+template bool fill_panels(const AttentionForward<bf16>&);
+template void attend_panels(int, const AttentionForward<bf16>&);
+template bool fill_panels(const AttentionForward<f16>&);
+template void attend_panels(int, const AttentionForward<f16>&);
+
+}  // namespace pykernels
