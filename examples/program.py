@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import installed  # noqa: F401  (before what may be missing)
 import matplotlib as mpl
 import torch
 from rich.console import Console

@@ -13,6 +13,7 @@ import pydoc_data.topics
 import re
 from functools import cache
 
+import installed  # noqa: F401  (before what may be missing)
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contextual_embeddings
 import language_model
 import memory_span
 import models
@@ -40,6 +41,9 @@ def run(name, *arguments):
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
+    """For programs in this process: a folder of the test's own, a part of the text, no table."""
+    learned, judged = text.paragraphs()
+    monkeypatch.setattr(text, "paragraphs", lambda: (learned[:300], judged[:30]))
     monkeypatch.setattr(program, "OUTPUT", tmp_path)
     monkeypatch.setattr(language_model, "benchmark", lambda *_: 0)
     return tmp_path
@@ -65,7 +69,33 @@ def test_memory_span_quick():
     assert run("memory_span") == printed
 
 
-@pytest.mark.parametrize("program_", [language_model, memory_span])
+def test_contextual_embeddings_quick(monkeypatch, capsys, output):
+    """Runs where MiniLM is not installed; the same seed gives the same numbers."""
+    monkeypatch.setattr(contextual_embeddings, "minilm", lambda: None)
+    assert contextual_embeddings.main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "MiniLM is left out" in printed
+    assert len(re.findall(r"\d within a sense", printed)) == 2, "two models of ours"
+    assert (output / "contextual_embeddings.png").stat().st_size > 10_000
+    assert contextual_embeddings.main(["--quick"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.skipif(contextual_embeddings.minilm() is None, reason="MiniLM is not installed")
+@pytest.mark.parametrize("word", contextual_embeddings.SENTENCES)
+def test_minilm_tells_senses_apart(word):
+    """On our attention as on torch's own: the nearest sentence is of the same sense."""
+    folder = contextual_embeddings.minilm()
+    ours = contextual_embeddings.look_minilm(folder, word, "cpu")
+    stock = contextual_embeddings.look_minilm(folder, word, "cpu", attention="sdpa")
+    torch.testing.assert_close(ours.vectors, stock.vectors, rtol=1e-4, atol=1e-5)
+    _, sense = contextual_embeddings.senses(word)
+    within, between, right = contextual_embeddings.within_and_between(ours.similarity, sense)
+    assert within > between + 0.1
+    assert right == len(sense)
+
+
+@pytest.mark.parametrize("program_", [contextual_embeddings, language_model, memory_span])
 def test_ends_on_interrupt(program_, monkeypatch, capsys, output):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
@@ -147,6 +177,26 @@ def test_tokenizers_keep_the_text(kind):
     assert [tokenizer.id_to_token(i) for i in range(4)] == list(text.SPECIAL)
     for paragraph in learned[:200]:
         assert tokenizer.decode(tokenizer.encode(paragraph).ids) == paragraph
+
+
+def test_missing_package_is_named(tmp_path):
+    """One line, not a traceback, where what the examples need is not installed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u; f = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'tokenizers' else f(name, *rest)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "memory_span.py", "--quick"],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        },
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: tokenizers missing: pip install 'pykernels[examples]'\n"
 
 
 def test_readme_lines_run():
