@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 import training
 from matplotlib import pyplot as plt
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -182,14 +181,12 @@ def show(console: Console, seen: Seen) -> None:
     sentences, sense = senses(seen.word)
     names = list(SENTENCES[seen.word])
     title = f'"{seen.word}" in {seen.model}: cosines of its vectors'
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=None)
     table.add_column("sense", no_wrap=True)
     table.add_column("sentence", no_wrap=True)
     for column in ("row", *(str(i + 1) for i in range(len(sentences)))):
         table.add_column(column, justify="right", no_wrap=True)
     for i, sentence in enumerate(sentences):
-        if i and sense[i] != sense[i - 1]:
-            table.add_section()
         cosines = [f"{value:.2f}" for value in (seen.to_row[i], *seen.similarity[i])]
         table.add_row(names[sense[i]], f"{i + 1} {sentence}", *cosines)
     console.print(table)
