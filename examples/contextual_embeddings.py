@@ -181,7 +181,7 @@ def show(console: Console, seen: Seen) -> None:
     sentences, sense = senses(seen.word)
     names = list(SENTENCES[seen.word])
     title = f'"{seen.word}" in {seen.model}: cosines of its vectors'
-    table = Table(title=title, box=None)
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     table.add_column("sense", no_wrap=True)
     table.add_column("sentence", no_wrap=True)
     for column in ("row", *(str(i + 1) for i in range(len(sentences)))):

@@ -4,6 +4,8 @@
     python examples/language_model.py --quick     seconds: to see that it runs, not what it learns
     python examples/language_model.py --resume    goes on after Ctrl-C
     python examples/language_model.py --prompt "The statement"    writes on, trains nothing
+    python examples/language_model.py --sweep     vocabularies of 500 to 30,000 tokens instead
+    python examples/language_model.py --extend 200    new words for the models that were saved last
 
 The text is the English of Python's own language reference, which ships with every interpreter, in
 the tokens of a tokenizer that is trained on it first. The same model code takes its layers and its
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ import program
 import text
 import torch
 import training
+import vocabulary
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
@@ -156,22 +160,19 @@ def write(
     return tokenizer.decode(tokens)
 
 
-def write_on(options: argparse.Namespace, console: Console) -> None:
-    """Lets the models that the last run has saved go on from `--prompt`."""
+def saved(options: argparse.Namespace) -> Iterator[tuple[Task, nn.Module, Tokenizer]]:
+    """The models of ours that the last run has saved."""
     for kind in options.models:
         chosen = task(kind, options.quick)
         path = checkpoint(chosen, options.quick)
         if not path.exists():
-            raise SystemExit(f"{path} is not there: train first, without --prompt")
+            raise SystemExit(f"{path} is not there: train first, without --prompt and --extend")
         state = training.load(path)
         tokenizer = Tokenizer.from_str(state["about"]["tokenizer"])
         tied = state["about"]["settings"]["tied"]
         runs = build(chosen, tokenizer.get_vocab_size(), tied, options.seed, options.device)
         training.restore(runs, torch.Generator(), state)
-        written = write(
-            runs["ours"].model, tokenizer, options.prompt, chosen.length, options.seed, 80
-        )
-        say(console, kind, written)
+        yield chosen, runs["ours"].model, tokenizer
 
 
 def draw(results: dict[str, dict[str, Run]], console: Console) -> None:
@@ -205,8 +206,16 @@ def kernels(device: str) -> str:
 
 
 def work(options: argparse.Namespace, console: Console) -> int:
-    if options.prompt is not None:
-        write_on(options, console)
+    if options.sweep:
+        vocabulary.sweep(options, console)
+        return 0
+    if options.extend or options.prompt is not None:
+        for chosen, model, tokenizer in saved(options):
+            if options.extend:
+                tokenizer = vocabulary.extend(chosen.kind, model, tokenizer, options, console)
+            prompt = "The " if options.prompt is None else options.prompt
+            written = write(model, tokenizer, prompt, chosen.length, options.seed, 80)
+            say(console, chosen.kind, written)
         return 0
     learned, judged = text.paragraphs()
     tokenizer = text.train_tokenizer(options.tokenizer, options.vocabulary, learned)
@@ -230,6 +239,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tied", action="store_true", help="output rows are the embedding's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--prompt", help="only write on from this text, with the models saved last")
+    parser.add_argument("--sweep", action="store_true", help="only try sizes of the vocabulary")
+    parser.add_argument(
+        "--extend",
+        type=int,
+        default=0,
+        metavar="WORDS",
+        help="new tokens for the models saved last",
+    )
     return program.run(work, parser, arguments)
 
 

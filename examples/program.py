@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,32 @@ def whole_steps() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float]]:
+    """Yields peak(): the bytes that were taken at most since then; NaN where no system tells.
+
+    On a CPU it is the resident set of the process, which Linux alone tells the peak of.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: torch.cuda.max_memory_allocated() - before
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = resident("VmRSS")
+    except OSError:
+        before = math.nan
+    yield lambda: resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """A number of bytes in /proc/self/status; NaN where there is no such line."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith(f"{name}:")), math.nan)
 
 
 def save(console: Console, figure: Figure, name: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pydoc_data.topics
 import re
+from collections.abc import Sequence
 from functools import cache
 
 import installed  # noqa: F401  (before what may be missing)
@@ -81,12 +82,17 @@ def pad(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Corpus:
-    """The text under one tokenizer, in batches of at most `length` steps."""
+    """The text under one tokenizer, in batches of at most `length` steps.
 
-    def __init__(self, tokenizer: Tokenizer, length: int, device: str = "cpu") -> None:
+    `more` are paragraphs to learn from beside the text's own.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, length: int, device: str = "cpu", more: Sequence[str] = ()
+    ) -> None:
         training, validation = paragraphs()
         self.tokenizer, self.length, self.device = tokenizer, length, device
-        self.training = encode(tokenizer, training)
+        self.training = encode(tokenizer, [*training, *more])
         self.validation = encode(tokenizer, validation)
         self.characters = sum(len(p) + 1 for p in validation)  # <eos> stands for the empty line
 

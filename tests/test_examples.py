@@ -16,6 +16,7 @@ import pytest
 import text
 import torch
 import training
+import vocabulary
 
 import pykernels.nn
 
@@ -59,6 +60,48 @@ def test_language_model_quick():
     assert all(float(difference) < 1e-4 for difference in apart)
     assert len(re.findall(r"^(?:stock|ours) writes: The", printed, re.MULTILINE)) == 8
     assert "torch / ours" in printed, "the benchmark's table"
+
+
+def test_vocabulary_sweep_quick(capsys, output):
+    assert language_model.main(["--quick", "--sweep"]) == 0
+    printed = capsys.readouterr().out
+    assert [len(re.findall(rf"^│ +{V} │", printed, re.MULTILINE)) for V in ("500", "2,000")] == [
+        1,
+        1,
+    ]
+    assert (output / "vocabulary.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["rnn", "transformer"])
+def test_words_added_later(kind, tied, output):
+    """Old tokens keep their scores when rows are added and when these are trained; text is kept."""
+    learned, judged = text.paragraphs()
+    tokenizer = text.train_tokenizer("bpe", 300, learned)
+    torch.manual_seed(0)
+    model = models.LanguageModel("ours", kind, 300, 16, tied=tied)
+    tokens = torch.randint(4, 300, (2, 12))
+    logits = model.logits(tokens).detach()
+    grown, first = vocabulary.add_words(tokenizer, learned, 20)
+    assert grown.get_vocab_size() == 320
+    for paragraph in judged:
+        assert grown.decode(grown.encode(paragraph).ids) == paragraph
+    vocabulary.grow(model, first)
+    assert (model.head.weight is model.embed.weight) == tied
+    after = model.logits(tokens).detach()
+    torch.testing.assert_close(after[..., :300], logits)
+    assert torch.equal(after.argmax(-1), logits.argmax(-1)), "the likeliest token is the old one"
+    vocabulary.train_new_rows_alone(model, 300)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    corpus, run = text.Corpus(grown, 32), training.Run.of(model)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        run.step(*corpus.batch(8, draw), rate=1e-2)
+    for name, p in model.named_parameters():
+        grows = name in ("embed.weight", "head.weight", "head.bias")
+        assert torch.equal(p[:300] if grows else p, old[name][:300] if grows else old[name]), name
+        assert not grows or (p[300:] != old[name][300:]).any(), name
+    torch.testing.assert_close(model.logits(tokens)[..., :300], logits)
 
 
 def test_memory_span_quick():
@@ -135,6 +178,10 @@ def test_resumed_as_if_uninterrupted(monkeypatch, capsys, output):
     capsys.readouterr()
     assert language_model.main([*arguments, "--prompt", "The object"]) == 0
     assert capsys.readouterr().out.startswith("lstm writes: The object")
+    assert language_model.main([*arguments, "--extend", "20"]) == 0
+    printed = capsys.readouterr().out
+    assert "20 words added" in printed
+    assert float(re.search(r"old tokens moved by (\S+)", printed)[1]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
