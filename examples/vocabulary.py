@@ -68,7 +68,7 @@ class Size:
 
 def sweep(options: argparse.Namespace, console: Console) -> None:
     """Trains one RNN for each size of the vocabulary; prints and draws what that changes."""
-    sizes, width, B, steps = ((500, 2000), 16, 4, 10) if options.quick else (SIZES, 128, 16, 200)
+    sizes, width, B, steps = ((500, 2000), 16, 4, 10) if options.quick else (SIZES, 128, 16, 100)
     more = [] if options.quick else docstrings()
     texts = [*text.paragraphs()[0], *more]
     found = []
