@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def on(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; torch raises where a device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def cast(*tensors: Any) -> list[Any]:
     """The tensors in the dtype that torch.autocast, where it is on, gives to a layer of torch.nn.
 
@@ -16,7 +21,7 @@ def cast(*tensors: Any) -> list[Any]:
     """
 
     def one(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        if not isinstance(tensor, Tensor) or not on(tensor.device):
             return tensor
         if tensor.dtype == torch.float64 or not tensor.is_floating_point():
             return tensor
@@ -27,6 +32,6 @@ def cast(*tensors: Any) -> list[Any]:
 
 def disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context without autocast: an op computes in the dtype of what it was given."""
-    if torch.is_autocast_enabled(device.type):
+    if on(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -221,4 +221,4 @@ def cell_arguments(cell: torch.nn.RNNCellBase, name: str, input: Any, *states: A
         for weight in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
     arguments = [input, *states, *weights]
-    return _autocast.cast(*arguments) if torch.is_autocast_enabled(input.device.type) else arguments
+    return _autocast.cast(*arguments) if _autocast.on(input.device) else arguments

@@ -123,7 +123,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         length_axis = self._order(batched, 0, 1, 2).index(1)
         batch = query.shape[self._order(batched, 0, 1, 2).index(0)] if batched else 1
         # autocast brings the dtypes together itself, inside the projections
-        like = None if torch.is_autocast_enabled(query.device.type) else query
+        like = None if _autocast.on(query.device) else query
         for name, x, length_name, width_name, width in (
             ("query", query, "L", "E", self.embed_dim),
             ("key", key, "S", "kdim", self.kdim),

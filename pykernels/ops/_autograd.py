@@ -64,7 +64,7 @@ def run(
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The backend's ``<op>_fwd``: outputs, and what it saves for backward, if that is to `keep`."""
     compute, device = getattr(backend, f"{op}_fwd"), tensors[0].device
-    if not torch.is_autocast_enabled(device.type):  # a context costs as much as a small step
+    if not _autocast.on(device):  # a context costs as much as a small step
         return compute(*tensors, keep=keep, **options)
     with _autocast.disabled(device):
         return compute(*tensors, keep=keep, **options)
@@ -78,8 +78,9 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
     """
     needs = ctx.needs_input_grad[2:]
     backend = _backends.module("reference", op) if torch.is_grad_enabled() else ctx.backend
-    with _autocast.disabled(ctx.saved_tensors[0].device):
-        found = getattr(backend, f"{op}_bwd")(ctx.saved_tensors, grads, needs=needs, **ctx.options)
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    with _autocast.disabled(saved[0].device):
+        found = getattr(backend, f"{op}_bwd")(saved, grads, needs=needs, **ctx.options)
     return None, None, *(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 

@@ -235,7 +235,7 @@ def linear_cross_entropy(
     if bias is not None:
         _checks.tensor(op, "bias", bias, x)
     loss_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # it has torch's cross_entropy take float32
+    if _autocast.on(x.device):  # it has torch's cross_entropy take float32
         loss_dtype = torch.promote_types(x.dtype, torch.float32)
     if class_weight is not None:
         _checks.tensor(op, "class_weight", class_weight)
