@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def on(device: torch.device) -> bool:
-    """Whether autocast is on for `device`; torch raises where a device has none."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for `device`."""
+    if not torch._C._is_any_autocast_enabled():  # making a device's name takes longer
+        return False
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # there is none on meta
 
 
 def cast(*tensors: Any) -> list[Any]:
@@ -19,6 +21,8 @@ def cast(*tensors: Any) -> list[Any]:
 
     Double is left alone, as autocast leaves it, and so is what is no floating tensor.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return list(tensors)
 
     def one(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor) or not on(tensor.device):

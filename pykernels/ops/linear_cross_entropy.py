@@ -275,13 +275,15 @@ def linear_cross_entropy(
         "return_argmax": bool(return_argmax),
     }
     lead = x.shape[:-1]
-    tensors = (x.reshape(-1, H), weight, target.reshape(-1), bias, class_weight)
+    if len(lead) != 1:
+        x, target = x.reshape(-1, H), target.reshape(-1)
+    tensors = (x, weight, target, bias, class_weight)
     if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
     loss, lse, argmax = _autograd.apply(
         LinearCrossEntropyFunction, op, chosen, options, tensors, check=_check_values
     )
-    loss = loss.to(loss_dtype)
+    loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (
         loss.reshape(lead) if reduction == "none" else loss,
         *((lse.reshape(lead),) if return_lse else ()),
