@@ -9,14 +9,23 @@ import torch
 from torch import Tensor
 
 
+def on(device: torch.device) -> bool:
+    """Whether autocast is on for `device`."""
+    if not torch._C._is_any_autocast_enabled():  # making a device's name takes longer
+        return False
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # there is none on meta
+
+
 def cast(*tensors: Any) -> list[Any]:
     """The tensors in the dtype that torch.autocast, where it is on, gives to a layer of torch.nn.
 
     Double is left alone, as autocast leaves it, and so is what is no floating tensor.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return list(tensors)
 
     def one(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        if not isinstance(tensor, Tensor) or not on(tensor.device):
             return tensor
         if tensor.dtype == torch.float64 or not tensor.is_floating_point():
             return tensor
@@ -27,6 +36,6 @@ def cast(*tensors: Any) -> list[Any]:
 
 def disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context without autocast: an op computes in the dtype of what it was given."""
-    if torch.is_autocast_enabled(device.type):
+    if on(device):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

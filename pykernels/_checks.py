@@ -39,12 +39,16 @@ def alike(op: str, like: Tensor, names: Sequence[str], values: Sequence[Any]) ->
     """Each of `values` is None or what `tensor` asks for: the same checks, in less time."""
     dtype, place = like.dtype, like.device
     for i, value in enumerate(values):
-        if value is not None and not (
-            isinstance(value, Tensor)
-            and value.dtype is dtype
-            and value.device == place
-            and value.layout is torch.strided
-            and not value.is_nested
+        if (
+            value is not None
+            and value is not like
+            and not (
+                isinstance(value, Tensor)
+                and value.dtype is dtype
+                and value.device == place
+                and value.layout is torch.strided
+                and not value.is_nested
+            )
         ):
             tensor(op, names[i], value, like)
 
@@ -161,7 +165,12 @@ def _integers(op: str, name: str, value: Any, axes: str) -> tuple[int, ...]:
 
 
 def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:
-    """`value` holds numbers of classes, or `ignored`."""
+    """`value` holds numbers of classes, or `ignored`; on the meta device it holds nothing."""
+    if value.is_meta or value.numel() == 0:
+        return
+    low, high = torch.aminmax(value)  # quicker than to look at each, for the usual case
+    if low >= 0 and high < V:
+        return
     wrong = ((value < 0) | (value >= V)) & (value != ignored)
     if wrong.any():
         at = wrong.nonzero()[0].tolist()

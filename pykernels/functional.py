@@ -1,7 +1,7 @@
 """The public functions in one namespace, as torch.nn.functional."""
 
 from pykernels.ops._packed import PackedWeights
-from pykernels.ops._recurrent import group as recurrent_group  # noqa: F401  for pykernels.nn
+from pykernels.ops._recurrent import recurrent_group as recurrent_group  # for pykernels.nn
 from pykernels.ops.attention import attention, scaled_dot_product_attention
 from pykernels.ops.attention_varlen import attention_varlen
 from pykernels.ops.gru import gru, gru_cell

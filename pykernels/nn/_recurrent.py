@@ -13,8 +13,10 @@ from pykernels.functional import PackedWeights, recurrent_group
 
 #: The first or last states of all layers and directions: h, or h and c.
 States = tuple[Tensor, ...]
+#: w_ih, w_hh, b_ih, b_hh and w_hr.
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 #: The weights of a layer and direction, its first states, the options of its op.
-Call = tuple[list[Tensor | None], States | None, dict[str, Any]]
+Call = tuple[Weights, States | None, dict[str, Any]]
 
 
 class Layers(torch.nn.RNNBase):
@@ -83,9 +85,8 @@ class Layers(torch.nn.RNNBase):
             _checks.tensor(self._name, name, state)
             (state,) = _autocast.cast(state)
             _checks.tensor(self._name, name, state, x)
-            axes, sizes = f"layers * directions, {letter}", (count, width)
-            if batched:
-                axes, sizes = f"layers * directions, B, {letter}", (count, B, width)
+            axes = f"layers * directions, {'B, ' if batched else ''}{letter}"
+            sizes = (count, B, width) if batched else (count, width)
             _checks.shape(self._name, name, state, axes, sizes)
             found.append(state if batched else state[:, None])
         return found
@@ -122,9 +123,9 @@ class Layers(torch.nn.RNNBase):
                     "packed": frozen(self, (layer, reverse)),
                 }
                 calls.append((self._weights(layer, reverse), states, options))
-            ys, states = self._calls(x, calls, chained)
+            ys, after = self._calls(x, calls, chained)
             x = ys[0] if len(ys) == 1 else torch.cat(ys, -1)
-            last += states
+            last += after
         return x, [torch.stack(parts) for parts in zip(*last, strict=True)]
 
     def _calls(
@@ -155,7 +156,7 @@ class Layers(torch.nn.RNNBase):
     def _layer(
         self,
         x: Tensor,
-        weights: list[Tensor | None],
+        weights: Weights,
         states: States | None,
         options: dict[str, Any],
     ) -> tuple[Tensor, States]:
@@ -165,7 +166,7 @@ class Layers(torch.nn.RNNBase):
         """
         raise NotImplementedError
 
-    def _weights(self, layer: int, reverse: int) -> list[Tensor | None]:
+    def _weights(self, layer: int, reverse: int) -> Weights:
         """w_ih, w_hh, b_ih, b_hh and w_hr of one layer and direction, by their names.
 
         Not from torch's flat list: a parametrised weight is computed when its name is read.
@@ -179,7 +180,8 @@ class Layers(torch.nn.RNNBase):
             ("weight_hr", self.proj_size > 0),
         )
         found = (getattr(self, name + suffix) if there else None for name, there in names)
-        return _autocast.cast(*found)
+        w_ih, w_hh, b_ih, b_hh, w_hr = _autocast.cast(*found)
+        return w_ih, w_hh, b_ih, b_hh, w_hr
 
 
 def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
@@ -219,4 +221,4 @@ def cell_arguments(cell: torch.nn.RNNCellBase, name: str, input: Any, *states: A
         for weight in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
     arguments = [input, *states, *weights]
-    return _autocast.cast(*arguments) if torch.is_autocast_enabled(input.device.type) else arguments
+    return _autocast.cast(*arguments) if _autocast.on(input.device) else arguments

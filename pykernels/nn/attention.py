@@ -80,7 +80,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             "attn_mask": _check_attn_mask(attn_mask, query, B, N, L, S),
             "key_padding_mask": _check_key_padding_mask(key_padding_mask, query, B, S, batched),
         }
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.to(k.dtype).view(1, N, 1, -1).expand(B, -1, -1, -1)], 2)
             v = torch.cat([v, self.bias_v.to(v.dtype).view(1, N, 1, -1).expand(B, -1, -1, -1)], 2)
         if self.add_zero_attn:
@@ -95,6 +95,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             del masks["attn_mask"]
         mask = _merge([F.pad(m, (0, extra)) for m in masks.values() if m is not None], q.dtype)
 
+        out: Any
         weights = None
         if need_weights:
             out, weights = _attend_with_weights(q, k, v, mask, dropout)
@@ -122,7 +123,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         length_axis = self._order(batched, 0, 1, 2).index(1)
         batch = query.shape[self._order(batched, 0, 1, 2).index(0)] if batched else 1
         # autocast brings the dtypes together itself, inside the projections
-        like = None if torch.is_autocast_enabled(query.device.type) else query
+        like = None if _autocast.on(query.device) else query
         for name, x, length_name, width_name, width in (
             ("query", query, "L", "E", self.embed_dim),
             ("key", key, "S", "kdim", self.kdim),
@@ -202,8 +203,9 @@ def _merge(masks: list[Tensor], dtype: torch.dtype) -> Tensor | None:
     if all(mask.dtype == torch.bool for mask in masks):
         return ~functools.reduce(torch.logical_or, masks)
     zero = torch.zeros((), dtype=dtype, device=masks[0].device)
-    return sum(
-        zero.masked_fill(m, -math.inf) if m.dtype == torch.bool else m.to(dtype) for m in masks
+    return functools.reduce(
+        torch.add,
+        (zero.masked_fill(m, -math.inf) if m.dtype == torch.bool else m.to(dtype) for m in masks),
     )
 
 
@@ -221,6 +223,7 @@ def _attend_with_weights(
         blind = (scores == -math.inf).all(-1, keepdim=True)  # sees no key
         weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(q.dtype)
         if not dropout:
-            return functional.attention(q, k, v, mask), weights
+            out: Any = functional.attention(q, k, v, mask)
+            return out, weights
         weights = F.dropout(weights, dropout)
         return weights @ v, weights

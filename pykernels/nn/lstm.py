@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks, functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
 
 
 class LSTM(Layers, torch.nn.LSTM):
@@ -34,13 +34,13 @@ class LSTM(Layers, torch.nn.LSTM):
     def _layer(
         self,
         x: Tensor,
-        weights: list[Tensor | None],
+        weights: Weights,
         states: States | None,
         options: dict[str, Any],
     ) -> tuple[Tensor, States]:
-        *weights, w_hr = weights
+        w_ih, w_hh, b_ih, b_hh, w_hr = weights
         h0, c0 = (None, None) if states is None else states
-        return functional.lstm(x, *weights, h0, c0, w_hr=w_hr, **options)
+        return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -61,7 +61,8 @@ class LSTMCell(torch.nn.LSTMCell):
         if hx is None or type(hx) is tuple:
             after = packed_step(self, input, hx or (None, None))
             if after is not None:
-                return after
+                h, c = after
+                return h, c
         if hx is not None:
             _checks.pair("LSTMCell", "hx", hx, "(h, c)")
         input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))

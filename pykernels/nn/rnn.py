@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
 
 
 class RNN(Layers, torch.nn.RNN):
@@ -30,7 +30,7 @@ class RNN(Layers, torch.nn.RNN):
     def _layer(
         self,
         x: Tensor,
-        weights: list[Tensor | None],
+        weights: Weights,
         states: States | None,
         options: dict[str, Any],
     ) -> tuple[Tensor, States]:

@@ -63,10 +63,10 @@ def run(
     keep: bool,
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The backend's ``<op>_fwd``: outputs, and what it saves for backward, if that is to `keep`."""
-    compute, device = getattr(backend, f"{op}_fwd"), tensors[0].device
-    if not torch.is_autocast_enabled(device.type):  # a context costs as much as a small step
+    compute = getattr(backend, f"{op}_fwd")
+    if not _autocast.on(tensors[0].device):  # a context costs as much as a small step
         return compute(*tensors, keep=keep, **options)
-    with _autocast.disabled(device):
+    with _autocast.disabled(tensors[0].device):
         return compute(*tensors, keep=keep, **options)
 
 
@@ -78,11 +78,16 @@ def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tenso
     """
     needs = ctx.needs_input_grad[2:]
     backend = _backends.module("reference", op) if torch.is_grad_enabled() else ctx.backend
-    with _autocast.disabled(ctx.saved_tensors[0].device):
-        found = getattr(backend, f"{op}_bwd")(ctx.saved_tensors, grads, needs=needs, **ctx.options)
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    with _autocast.disabled(saved[0].device):
+        found = getattr(backend, f"{op}_bwd")(saved, grads, needs=needs, **ctx.options)
     return None, None, *(grad if need else None for grad, need in zip(found, needs, strict=True))
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a call on these tensors must be recorded. Recording costs some microseconds."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # no any(): a generator costs more than the rest
+            if t is not None and t.requires_grad:
+                return True
+    return False

@@ -302,7 +302,7 @@ class GroupFunction(torch.autograd.Function):
         return None, None, None, None, *wanted
 
 
-def group(
+def recurrent_group(
     op: str,
     gates: int,
     x: Tensor,

@@ -283,7 +283,7 @@ def scaled_dot_product_attention(
     v = _fold(value, lead, kv_heads, S_k, D_v)
     band = (None, 0) if is_causal else (None, None)
     out, _ = _run(q, k, v, attn_mask, band, scale, None, dropout_p=dropout_p)
-    return out.reshape(*(*lead, heads)[2:], S_q, D_v)
+    return out if len(lead) == 3 else out.reshape(*(*lead, heads)[2:], S_q, D_v)
 
 
 def _leading(
@@ -306,7 +306,8 @@ def _leading(
                 )
             lead = torch.broadcast_shapes(*(shape[:-1] for shape in shapes))
         else:
-            *lead, heads = torch.broadcast_shapes(*shapes)
+            same = shapes[0] == shapes[1] == shapes[2]  # torch takes long to find that out
+            *lead, heads = shapes[0] if same else torch.broadcast_shapes(*shapes)
             kv_heads = heads
     except RuntimeError:
         _checks.fail(
@@ -326,7 +327,8 @@ def _groups(heads: int, kv_heads: int) -> bool:
 
 def _fold(t: Tensor, lead: tuple[int, ...], heads: int, rows: int, columns: int) -> Tensor:
     """[..., N, rows, columns] with all sizes before the heads folded into one batch axis."""
-    return t.expand(*lead, heads, rows, columns).reshape(math.prod(lead), heads, rows, columns)
+    folded = (math.prod(lead), heads, rows, columns)
+    return t if t.shape == folded else t.expand(*lead, heads, rows, columns).reshape(folded)
 
 
 def _fold_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:

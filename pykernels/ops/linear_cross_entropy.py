@@ -235,7 +235,7 @@ def linear_cross_entropy(
     if bias is not None:
         _checks.tensor(op, "bias", bias, x)
     loss_dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):  # it has torch's cross_entropy take float32
+    if _autocast.on(x.device):  # it has torch's cross_entropy take float32
         loss_dtype = torch.promote_types(x.dtype, torch.float32)
     if class_weight is not None:
         _checks.tensor(op, "class_weight", class_weight)
@@ -275,13 +275,15 @@ def linear_cross_entropy(
         "return_argmax": bool(return_argmax),
     }
     lead = x.shape[:-1]
-    tensors = (x.reshape(-1, H), weight, target.reshape(-1), bias, class_weight)
+    if len(lead) != 1:
+        x, target = x.reshape(-1, H), target.reshape(-1)
+    tensors = (x, weight, target, bias, class_weight)
     if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
     loss, lse, argmax = _autograd.apply(
         LinearCrossEntropyFunction, op, chosen, options, tensors, check=_check_values
     )
-    loss = loss.to(loss_dtype)
+    loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (
         loss.reshape(lead) if reduction == "none" else loss,
         *((lse.reshape(lead),) if return_lse else ()),
