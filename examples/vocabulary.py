@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import itertools
 import re
 import statistics
 import sysconfig
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from training import Run
 
 SIZES = (500, 1000, 2000, 4000, 8000, 16_000, 30_000)
-LOWER = 5.0  # how far below its first piece a new token's score begins, in nats
+LOWER = 3.0  # how far below its first piece a new token's score begins, in nats
 
 
 @cache
@@ -181,10 +182,13 @@ def draw_sweep(console: Console, found: list[Size]) -> None:
 def add_words(tokenizer: Tokenizer, texts: list[str], count: int) -> tuple[Tokenizer, list[int]]:
     """The tokenizer with `count` tokens more, and of each the piece that it began with before.
 
-    They are the commonest words of `texts` that take more than one token. A new token is found
-    before the text is cut, so that it also begins a longer word.
+    They are the commonest words of `texts` that take more than one token and begin no other word:
+    a new token is found before the text is cut, and would tear the longer word apart.
     """
-    words = collections.Counter(w for p in texts for w in re.findall(r" [A-Za-z]{3,}\b", p))
+    words = collections.Counter(w for p in texts for w in re.findall(r" [A-Za-z]\w+", p))
+    for word, after in itertools.pairwise(sorted(words)):
+        if after.startswith(word):
+            del words[word]
     split = {word: tokenizer.encode(word).ids for word, _ in words.most_common(50 * count)}
     new = [word for word, ids in split.items() if len(ids) > 1][:count]
     grown = Tokenizer.from_str(tokenizer.to_str())
