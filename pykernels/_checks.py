@@ -169,7 +169,7 @@ def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:
     if value.is_meta or value.numel() == 0:
         return
     low, high = torch.aminmax(value)  # quicker than to look at each, for the usual case
-    if low >= 0 and high < V:
+    if low.item() >= 0 and high.item() < V:
         return
     wrong = ((value < 0) | (value >= V)) & (value != ignored)
     if wrong.any():

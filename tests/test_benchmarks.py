@@ -10,6 +10,7 @@ import errors
 import gpu
 import instruction_set
 import numpy as np
+import overhead
 import peers
 import plot
 import pytest
@@ -402,6 +403,23 @@ def test_scaling_ends_at_a_wrong_kernel(tmp_path, capsys, monkeypatch):
         assert scaling.main([*SHORT, "--curve", curve, "--output", str(path)]) == 1
         assert not path.exists()
         assert f"WRONG, ended here: {curve}=" in capsys.readouterr().out
+
+
+def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(overhead, "SECONDS", 1e-3)
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(overhead.records, "KEPT", tmp_path)
+    overhead.main()
+    (path,) = tmp_path.glob("*-overhead.csv")
+    rows = overhead.records.read(path)
+    ops = {row["op"] for row in rows}
+    assert ops == {*functional.__all__} - {"PackedWeights"}
+    assert len(rows) == 2 * len(ops)
+    for row in rows:
+        ours, kernel = float(row["ours_us"]), float(row["kernel_us"])
+        assert kernel > 0
+        assert float(row["overhead_us"]) == pytest.approx(ours - kernel, abs=0.02 * ours)
+    assert "overhead_us" in capsys.readouterr().out
 
 
 def test_exponents_of_growth():

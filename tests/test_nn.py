@@ -1,6 +1,7 @@
 """The drop-in layers against torch.nn's: the same numbers in every form of call."""
 
 import copy
+import inspect
 import itertools
 import pickle
 
@@ -297,6 +298,17 @@ class TestLayers:
         rest |= {"nonlinearity": ours.nonlinearity} if kind == "RNN" else {}
         expected = getattr(pykernels.functional, kind.lower())(x, *weights, **rest)
         assert torch.equal(ours(x)[0], expected[0])
+
+    @every
+    def test_help(self, kind):
+        """It names what the constructor takes and what the layer holds; its example runs."""
+        layer = LAYERS[kind][0]
+        words, _, example = inspect.getdoc(layer).partition("Example::")
+        takes = {*inspect.signature(nn.RNNBase.__init__).parameters} - {"self", "mode", "proj_size"}
+        takes |= {"RNN": {"nonlinearity"}, "LSTM": {"proj_size"}}.get(kind, set())
+        holds = {name.replace("l0", "l[k]") for name, _ in layer(2, 3).named_parameters()}
+        assert all(name in words for name in takes | holds)
+        exec(inspect.cleandoc(example), {"pykernels": pykernels, "torch": torch})
 
     @every
     def test_functional_call(self, kind):

@@ -12,11 +12,37 @@ from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, fro
 
 
 class GRU(Layers, torch.nn.GRU):
-    r"""`torch.nn.GRU` on fused kernels; the equations stand at `functional.gru`.
+    r"""`torch.nn.GRU` on fused kernels; the sources stand at `functional.gru`.
+
+    .. math::
+        r = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}), \quad
+        z = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}), \\
+        n = \tanh(W_{in} x_t + b_{in} + r (W_{hn} h_{t-1} + b_{hn})), \quad
+        h_t = (1 - z) n + z h_{t-1}
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRU`: layers,
     directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
     differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        num_layers: how many layers; each takes the y of the one below.
+        bias: whether there are b_ih and b_hh.
+        batch_first: x and y are [B, T, .] instead of [T, B, .]; hx and its like stay as they are.
+        dropout: the probability, in training, of dropping a value between two layers.
+        bidirectional: a second pass from the last step to the first; y holds both.
+        device, dtype: of the parameters.
+
+    Parameters, of each layer k and, with the suffix ``_reverse``, of its second direction:
+        weight_ih_l[k]: W_ih, [3H, I]; above the first layer [3H, directions * H].
+        weight_hh_l[k]: W_hh, [3H, H].
+        bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh, [3H].
+
+    Example::
+
+        layer = pykernels.nn.GRU(10, 20, num_layers=2)
+        y, h_n = layer(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
     """
 
     _name, _op, _gates = "GRU", "gru", 3

@@ -12,12 +12,38 @@ from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, fro
 
 
 class LSTM(Layers, torch.nn.LSTM):
-    r"""`torch.nn.LSTM` on fused kernels; the equations stand at `functional.lstm`.
+    r"""`torch.nn.LSTM` on fused kernels; the sources stand at `functional.lstm`.
+
+    .. math::
+        (i, f, g, o) = W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}, \quad
+        c_t = \sigma(f) c_{t-1} + \sigma(i) \tanh(g), \quad h_t = \sigma(o) \tanh(c_t)
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTM`: layers,
     directions, dropout between layers, `batch_first`, projections (`proj_size`), unbatched input,
     PackedSequence. One thing differs: an empty sequence (T = 0), which torch refuses, returns `hx`
     as `(h_n, c_n)`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state and the cell state.
+        num_layers: how many layers; each takes the y of the one below.
+        bias: whether there are b_ih and b_hh.
+        batch_first: x and y are [B, T, .] instead of [T, B, .]; hx and its like stay as they are.
+        dropout: the probability, in training, of dropping a value between two layers.
+        bidirectional: a second pass from the last step to the first; y holds both.
+        proj_size: R, the size that h is projected to (W_hr h, y and h_n have R columns); 0, none.
+        device, dtype: of the parameters.
+
+    Parameters, of each layer k and, with the suffix ``_reverse``, of its second direction:
+        weight_ih_l[k]: W_ih, [4H, I]; above the first layer [4H, directions * R or H].
+        weight_hh_l[k]: W_hh, [4H, R or H].
+        bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh, [4H].
+        weight_hr_l[k]: W_hr, [R, H], with `proj_size` alone.
+
+    Example::
+
+        layer = pykernels.nn.LSTM(10, 20, num_layers=2)
+        y, (h_n, c_n) = layer(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
     """
 
     _name, _op, _gates = "LSTM", "lstm", 4

@@ -19,6 +19,27 @@ class RNN(Layers, torch.nn.RNN):
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.RNN`: layers,
     directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
     differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        num_layers: how many layers; each takes the y of the one below.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are b_ih and b_hh.
+        batch_first: x and y are [B, T, .] instead of [T, B, .]; hx and its like stay as they are.
+        dropout: the probability, in training, of dropping a value between two layers.
+        bidirectional: a second pass from the last step to the first; y holds both.
+        device, dtype: of the parameters.
+
+    Parameters, of each layer k and, with the suffix ``_reverse``, of its second direction:
+        weight_ih_l[k]: W_ih, [H, I]; above the first layer [H, directions * H].
+        weight_hh_l[k]: W_hh, [H, H].
+        bias_ih_l[k], bias_hh_l[k]: b_ih and b_hh, [H].
+
+    Example::
+
+        layer = pykernels.nn.RNN(10, 20, num_layers=2)
+        y, h_n = layer(torch.randn(5, 3, 10))  # [T, B, I] -> [T, B, H]
     """
 
     _name, _op, _gates = "RNN", "rnn", 1
