@@ -11,6 +11,9 @@ timed, and the exit code is 1. The share of the FMA floor is the arithmetic of t
 rate is measured five times between the rounds; the best of the five counts, as whatever disturbs
 the measurement can only lower it, so the share is never flattered.
 
+The scratch is what our C++ kernels take beside inputs, outputs and what is kept for the backward
+pass, at its most during one call. Geometric means over the shapes of an op close the table.
+
 With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too (`instruction_set.py`).
 
 The peers (`peers.py`: ONNX Runtime and OpenVINO; recurrent layers and attention, forward) have a
@@ -29,6 +32,7 @@ held against the rate of a copy.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -95,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     if rows:
         records.merge(path, rows, KEY)
         console.print(table(rows))
+        for line in means(rows):
+            console.print(line, soft_wrap=True)
         console.print(f"Rows written to {path}", soft_wrap=True)
     for peer in left_out:
         console.print(f"Left out: {peer}", markup=False, soft_wrap=True)
@@ -242,6 +248,7 @@ def measure_beside(
         between=fma,
         clock=None if cpu else gpu.seconds,
     )
+    held = scratch(calls["ours"]) if setting.backend_of("ours") == "cpp" else None
     cost = setting.cost(which)
     flops = cost.flops
     others = {each: samples.median for each, samples in timed.items() if each in RIVALS}
@@ -272,10 +279,20 @@ def measure_beside(
                 "gflop_per_s": f"{flops / samples.median / 1e9:.4g}",
                 "fma_gflop_per_s": f"{max(rates) / 1e9:.4g}" if rates else "",
                 "fma_share": f"{flops / samples.median / max(rates):.4g}" if rates else "",
+                "scratch_mb": f"{held / 1e6:.4g}" if held is not None and each == "ours" else "",
                 "copy_share": "" if cpu else f"{cost.bytes / samples.median / gpu.copy_rate():.4g}",
             }
         )
     return rows
+
+
+def scratch(call: Callable[[], object]) -> int:
+    """The most bytes that our C++ kernels held at once for themselves during a call."""
+    extension = _backends.load_extension()
+    extension.scratch_peak()  # what came before
+    call()
+    held: int = extension.scratch_peak()
+    return held
 
 
 def name(case: Case) -> str:
@@ -322,7 +339,7 @@ def table(rows: list[records.Row]) -> Table:
         for each in dict.fromkeys((*IMPLEMENTATIONS, *RIVALS))
         if any(row["implementation"] == each for row in rows)
     ]
-    for column in (*shown, "torch / ours", "best peer / ours", "of FMA floor"):
+    for column in (*shown, "torch / ours", "best peer / ours", "of FMA floor", "scratch, MB"):
         drawn.add_column(column, justify="right")
     before = None
     for (op, shape, dtype, which), by in cases.items():
@@ -340,8 +357,26 @@ def table(rows: list[records.Row]) -> Table:
             *times,
             *(coloured(float(by["ours"][ratio])) for ratio in ("times_torch", "times_best_peer")),
             f"{float(share):.0%}" if share else "-",
+            by["ours"]["scratch_mb"] or "-",
         )
     return drawn
+
+
+def means(rows: list[records.Row]) -> Iterator[str]:
+    """A line for each op, dtype and pass: how many times as fast ours is, by geometric mean."""
+    groups: dict[tuple[str, ...], list[records.Row]] = {}
+    for row in rows:
+        if row["implementation"] == "ours":
+            groups.setdefault((row["op"], row["dtype"], row["pass"]), []).append(row)
+    for group, each in groups.items():
+        torchs, bests = (
+            statistics.geometric_mean(float(row[ratio]) for row in each)
+            for ratio in ("times_torch", "times_best_peer")
+        )
+        yield (
+            f"{' '.join(group)}, mean of {len(each)}: {torchs:.2f} times as fast as torch, "
+            f"{bests:.2f} as the best peer"
+        )
 
 
 if __name__ == "__main__":

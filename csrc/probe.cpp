@@ -119,6 +119,7 @@ void bind_probe(py::module_& m) {
         return copy_rate(threads, bytes, seconds);
       },
       py::arg("threads"), py::arg("bytes"), py::arg("seconds"));
+  m.def("scratch_peak", [] { return FreeBlocks::of_this_thread().peak(); });
   m.def("vec_math",
         [](const std::string& name, const std::string& dtype, Address in, Address out, int64_t n) {
           by_name(dtype, [&](auto tag) {

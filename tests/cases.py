@@ -108,10 +108,10 @@ def need(spec, backend, dtype):
             pytest.skip(f"the memory is too small: {error}")
 
 
-def check(spec, backend, dtype, *, gradients=True):
+def check(spec, backend, dtype, **options):
     """Outputs and all gradients, under random upstream gradients, by the tolerance rule."""
     need(spec, backend, dtype)
-    evaluate.check(spec, dtype, backend, device(backend), gradients=gradients)
+    evaluate.check(spec, dtype, backend, device(backend), **options)
 
 
 def leaves(spec, dtype, backend, needing=None):

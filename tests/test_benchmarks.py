@@ -156,12 +156,26 @@ def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
             "pykernels",
         ):
             assert row[column]
+        assert bool(row["scratch_mb"]) == (row["implementation"] == "ours")
     assert {row["times_torch"] for row in rows if row["implementation"] == "torch"} == {"1"}
     out = capsys.readouterr().out
     assert "rnn-1024x1x64x64" in out
     assert "torch / ours" in out
+    assert "rnn float32 forward, mean of 1: " in out
     assert plot.main(["--speed", str(path), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_means_are_geometric():
+    row = {"op": "gru", "dtype": "float32", "pass": "forward", "implementation": "ours"}
+    rows = [
+        row | {"times_torch": torchs, "times_best_peer": best}
+        for torchs, best in (("2", "0.5"), ("8", "0.5"))
+    ]
+    rows.append(rows[0] | {"implementation": "torch", "times_torch": "1"})
+    assert [*run.means(rows)] == [
+        "gru float32 forward, mean of 2: 4.00 times as fast as torch, 0.50 as the best peer"
+    ]
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys, monkeypatch):

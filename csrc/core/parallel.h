@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -129,16 +130,20 @@ class FreeBlocks {
   struct Block {
     void* data;
     size_t size;
+    size_t asked;  // no more than the size
   };
 
   Block take(size_t size) {
+    taken_ += size;
+    peak_ = std::max(peak_, taken_);
     size_t best = blocks_.size();
     for (size_t i = 0; i < blocks_.size(); ++i)
       if (blocks_[i].size >= size && blocks_[i].size <= 2 * size &&
           (best == blocks_.size() || blocks_[i].size < blocks_[best].size))
         best = i;
-    if (best == blocks_.size()) return {::operator new(size, kAlign), size};
-    const Block found = blocks_[best];
+    if (best == blocks_.size()) return {::operator new(size, kAlign), size, size};
+    Block found = blocks_[best];
+    found.asked = size;
     blocks_[best] = blocks_.back();
     blocks_.pop_back();
     held_ -= found.size;
@@ -147,6 +152,7 @@ class FreeBlocks {
 
   void give(Block block) {
     if (!block.data) return;
+    taken_ -= block.asked;
     if (held_ + block.size > kMost) return ::operator delete(block.data, kAlign);
     held_ += block.size;
     blocks_.push_back(block);
@@ -155,6 +161,9 @@ class FreeBlocks {
   ~FreeBlocks() {
     for (const Block& block : blocks_) ::operator delete(block.data, kAlign);
   }
+
+  // The most bytes that calls of this thread have had at once, since this was asked last.
+  size_t peak() { return std::exchange(peak_, taken_); }
 
   static FreeBlocks& of_this_thread() {
     static thread_local FreeBlocks blocks;
@@ -165,7 +174,7 @@ class FreeBlocks {
   static constexpr std::align_val_t kAlign{kCacheLine};
   static constexpr size_t kMost = size_t{32} << 20;  // bytes kept by one thread
   std::vector<Block> blocks_;
-  size_t held_ = 0;
+  size_t held_ = 0, taken_ = 0, peak_ = 0;
 };
 
 // An aligned buffer for one call, not initialised.
@@ -174,7 +183,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t count)
       : block_(count > 0 ? FreeBlocks::of_this_thread().take(count * sizeof(T))
-                         : FreeBlocks::Block{nullptr, 0}) {}
+                         : FreeBlocks::Block{nullptr, 0, 0}) {}
   ~Scratch() { FreeBlocks::of_this_thread().give(block_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

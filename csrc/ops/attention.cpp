@@ -1,6 +1,4 @@
 // What Python calls: attention_forward.cpp and attention_backward.cpp by the dtype.
-#include "attention.h"
-
 #include <array>
 #include <tuple>
 #include <utility>
@@ -8,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "../bind.h"
+#include "attention_tiles.h"
 
 namespace pykernels {
 namespace {
@@ -88,6 +87,16 @@ void bind_attention(py::module_& m) {
                     heads<S>(out, at.queries), pointer<T>(lse), rows_of(pointer<T>(rows), n, at)});
     });
   });
+  // What AttentionRows count a score in.
+  m.def("attention_unit",
+        [](int dtype, const Sizes& n, const Reals& reals, const Rule& given) -> double {
+          double unit = 1;
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            unit = score_unit(sizes(n, reals), rule<S>(given, reals));
+          });
+          return unit;
+        });
   m.def("attention_backward",
         [](int dtype, int threads, const Sizes& n, const Reals& reals, const Packing& packed,
            const Rule& given, const std::array<Strided, 5>& in, Address rows, Address dlse,

@@ -121,19 +121,19 @@ class Backward {
     return tensor.at(r / n_.S_q / n_.N, r / n_.S_q % n_.N, r % n_.S_q);
   }
 
-  // A sink's value is 0, so that its score gets P * (0 - delta) from each query.
+  // A sink's value is 0, so that its score gets P * (0 - delta) from each query. Of signs of either
+  // kind: what a sum in float32 rounds would show beside what is left.
   T sink_gradient(int64_t h) const {
     const T sink = T(widen(p_.rule.sinks[h]));
-    T sum = 0;
+    double sum = 0;
     for (int64_t b = 0; b < n_.B; ++b) {
-      T part = 0;  // of this sequence: shorter chains of additions
       for (int64_t i = 0; i < sequence(n_, p_.packing, b).S_q; ++i) {
         const int64_t at = row_of(n_, p_.packing, b, h, i);
-        part -= std::exp(sink - p_.rows.top[at]) * p_.rows.inverse[at] * delta_.get()[at];
+        const double weight = std::exp(double(sink) - p_.rows.top[at]) * p_.rows.inverse[at];
+        sum -= weight * delta_.get()[at];
       }
-      sum += part;
     }
-    return sum;
+    return static_cast<T>(sum);
   }
 
   // The heads of K and V, or the sets of them that share a mask.

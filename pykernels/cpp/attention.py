@@ -113,6 +113,31 @@ def attention_bwd(
     return dq, dk, dv, sums, dsinks, None, None
 
 
+def unit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    *,
+    band: Band,
+    scale: float,
+    softcap: float = 0.0,
+    diagonal: int = 0,
+) -> float:
+    """What one unit of the scores that a call saves is worth: the scale, or 1."""
+    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
+    found: float = _backends.load_extension().attention_unit(
+        cpp.DTYPES[q.dtype],
+        _sizes(q, k, v, band, diagonal),
+        (scale, softcap, 0.0),
+        rule.packed,
+    )
+    return found
+
+
 class Rule:
     """What makes weights of scores, as the extension takes it, and the tensors it points to."""
 

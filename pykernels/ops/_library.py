@@ -100,6 +100,7 @@ class Operator:
         axes: Callable[..., tuple[Axes, Axes] | None],
         check: Callable[..., None] = _no_check,
         adapt: Callable[[ModuleType], Any] = _as_it_is,
+        name: str = "",
     ) -> None:
         """Args:
         op: its name.
@@ -117,7 +118,9 @@ class Operator:
             and extra; None for what all rows share. None in their place: rows are not apart.
         check: ``(*tensors, **options)`` checks their values, which whoever looks on cannot see.
         adapt: makes the module of a backend one of tensors alone, if it is not.
+        name: what torch calls it, where that is not `op`.
         """
+        name = name or op
         self.op, self.saves, self.last_if = op, saves, last_if
         self.empty, self.formula, self.axes = empty, formula, axes
         self.check, self.adapt = check, adapt
@@ -128,11 +131,11 @@ class Operator:
         results = ["Tensor"] * len(self.outputs + self.extras)
         own = ["Tensor"] * len(self.tensors)
         self.forward = self._register(
-            f"{op}({tensors}, *, {options}, str backend, bool keep) -> ({', '.join(results)})",
+            f"{name}({tensors}, *, {options}, str backend, bool keep) -> ({', '.join(results)})",
             _Forward,
         )
         self.backward = self._register(
-            f"{op}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, str backend, "
+            f"{name}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, str backend, "
             f"bool[] needs) -> ({', '.join(own)})",
             _Backward,
         )

@@ -110,6 +110,26 @@ def band_of(
     return first, None if right is None else diagonal + right
 
 
+def options_of(
+    q: Tensor,
+    band: Band,
+    scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    diagonal: int,
+) -> dict[str, Any]:
+    """What a backend takes beside tensors: no more than the call asks for."""
+    options: dict[str, Any] = {
+        "band": band,
+        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
+    }
+    if softcap:
+        options["softcap"] = float(softcap)
+    if alibi_slopes is not None:
+        options["diagonal"] = diagonal
+    return options
+
+
 def diagonal_of(S_q: int, S_k: int, causal_alignment: str) -> int:
     """d such that the own place of query i is key i + d."""
     return S_k - S_q if causal_alignment == "bottom-right" else 0
@@ -185,29 +205,10 @@ def attention(
         ValueError: a rank, size, device, alignment or backend is wrong; D is zero; window is
             negative; dropout_p is no probability; alibi_slopes requires a gradient.
     """
-    op = "attention"
-    for name, value, axes in (
-        ("q", q, "B, N, S_q, D"),
-        ("k", k, "B, N_kv, S_k, D"),
-        ("v", v, "B, N_kv, S_k, D_v"),
-    ):
-        _checks.tensor(op, name, value, q if name != "q" else None)
-        _checks.rank(op, name, value, axes)
-    _checks.floating(op, "q", q)
-    B, N, S_q, D = q.shape
-    N_kv, S_k = k.shape[1:3]
-    check_heads(op, q, k, N, N_kv, enable_gqa)
-    _checks.positive(op, "head dim D", D)
-    _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
-    _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
-    mask = None
-    if attn_mask is not None:
-        _check_mask(op, attn_mask, q)
-        _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
-        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    check_options(op, scale, window, softcap, causal_alignment, dropout_p)
+    mask = check_inputs("attention", q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
+    check_options("attention", scale, window, softcap, causal_alignment, dropout_p)
+    S_q, S_k = q.shape[2], k.shape[2]
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
-    check_head_tensors(op, q, sinks, alibi_slopes, B, N)
     out, lse = _run(
         q,
         k,
@@ -356,6 +357,40 @@ def _check_window(op: str, window: Any) -> None:
             _checks.fail(op, "window", "of sides of at least 0, or None", window)
 
 
+def check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """The tensors, of the sizes that `attention` says; the mask comes back with all its axes."""
+    for name, value, axes in (
+        ("q", q, "B, N, S_q, D"),
+        ("k", k, "B, N_kv, S_k, D"),
+        ("v", v, "B, N_kv, S_k, D_v"),
+    ):
+        _checks.tensor(op, name, value, q if name != "q" else None)
+        _checks.rank(op, name, value, axes)
+    _checks.floating(op, "q", q)
+    B, N, S_q, D = q.shape
+    N_kv, S_k = k.shape[1:3]
+    check_heads(op, q, k, N, N_kv, enable_gqa)
+    _checks.positive(op, "head dim D", D)
+    _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
+    _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
+    mask = None
+    if attn_mask is not None:
+        _check_mask(op, attn_mask, q)
+        _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
+        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    check_head_tensors(op, q, sinks, alibi_slopes, B, N)
+    return mask
+
+
 def check_heads(op: str, q: Tensor, k: Tensor, N: int, N_kv: int, enable_gqa: bool) -> None:
     """N query heads may read N_kv heads of keys."""
     if enable_gqa:
@@ -445,14 +480,7 @@ def _run(
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
-    options = {
-        "band": band,
-        "scale": 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-    }
-    if softcap:
-        options["softcap"] = float(softcap)
-    if alibi_slopes is not None:
-        options["diagonal"] = diagonal
+    options = options_of(q, band, scale, softcap, alibi_slopes, diagonal)
     seed = None
     if dropout_p > 0:
         options["dropout_p"] = float(dropout_p)

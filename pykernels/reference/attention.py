@@ -125,7 +125,18 @@ def attention_extras(q, *others, **options):
     return (q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),)
 
 
-def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, sequence=0, **options):
+def attention_bwd(
+    saved,
+    grads,
+    *,
+    needs,
+    weights=probabilities,
+    scale,
+    softcap=0.0,
+    dropout_p=0.0,
+    sequence=0,
+    **options,
+):
     """With delta_i = out_i . dout_i - dlse_i, one number a query (T. Dao et al., FlashAttention):
 
     dV = P^T dout        dP = dout V^T        dS = P * (dP - delta)
@@ -133,7 +144,7 @@ def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, seq
 
     where dS' is dS times the slope of the cap, 1 - tanh^2. A sink, whose value is 0, has
     dS = P * (0 - delta), summed over batch and queries. Under dropout, what dV and dP are
-    made of is dropped as the weights were.
+    made of is dropped as the weights were. `weights` makes P of S.
     """
     # at the end lse, or what a backend keeps in its place
     q, k, v, attn_mask, sinks, alibi_slopes, seed, out, _ = saved
@@ -141,7 +152,7 @@ def attention_bwd(saved, grads, *, needs, scale, softcap=0.0, dropout_p=0.0, seq
     dout = torch.zeros_like(out) if dout is None else dout
     options = {"scale": scale, "softcap": softcap, **options}
     s = with_sinks(scores(q, k, attn_mask, alibi_slopes, **options), sinks)
-    p, p_sink = probabilities(s).split([k.shape[2], s.shape[-1] - k.shape[2]], -1)
+    p, p_sink = weights(s).split([k.shape[2], s.shape[-1] - k.shape[2]], -1)
     delta = (out * dout).sum(-1, keepdim=True)
     if dlse is not None:
         delta = delta - dlse[..., None].to(q.dtype)

@@ -27,13 +27,14 @@ def ours(
     seed: int = 0,
     *,
     gradients: bool = True,
+    op: Callable[..., Any] | None = None,
 ) -> Results:
-    """Outputs and gradients of `functional.<op>` on `backend`.
+    """Outputs and gradients of `functional.<op>`, or of an `op` in its place, on `backend`.
 
     Without `gradients` the call is not recorded, which may be another road. The reference in
     float64 is the truth, and so has the truth's products.
     """
-    op = functools.partial(getattr(functional, spec.op), backend=backend)
+    op = functools.partial(op or getattr(functional, spec.op), backend=backend)
     with _products(dtype if backend == "reference" else None):
         return _evaluate(
             op, spec, spec.inputs(dtype, device, seed), dtype, seed, gradients=gradients
@@ -73,11 +74,12 @@ def check(
     seed: int = 0,
     *,
     gradients: bool = True,
+    op: Callable[..., Any] | None = None,
 ) -> dict[str, Measured]:
-    """`assert_close` on every output and gradient of a spec; the measured errors by name."""
+    """`assert_close` on every output and gradient of `ours`; the measured errors by name."""
     # first, so that nothing a test does to a backend reaches them
     expected, usual = truth(spec, dtype, device, seed), stock(spec, dtype, device, seed)
-    actual = ours(spec, dtype, backend, device, seed, gradients=gradients)
+    actual = ours(spec, dtype, backend, device, seed, gradients=gradients, op=op)
     if not gradients:
         expected, usual = ({name: r[name] for name in spec.outputs} for r in (expected, usual))
     return compare(spec, actual, expected, usual, dtype)
