@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._common import compute_dtype
-from ._product import long_product, product
+from ._product import deep_product, long_product, product
 
 Maybe = Tensor | None
 
@@ -91,6 +91,6 @@ def gradients(
     if needs[5]:
         through = torch.zeros(B, H, dtype=compute_dtype(x.dtype), device=x.device)
         if T > 0:
-            product(dq[first], w_hh, through)
+            deep_product(dq[first], w_hh, through)
         found[5] = (through if dh is None else through + dh).to(x.dtype)
     return found
