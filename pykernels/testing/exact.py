@@ -40,8 +40,7 @@ def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
     parts = []
     for _ in range(count):
         _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
-        # 2**(exponent - bits), from its bits: torch.ldexp would take the power in float32
-        unit = ((exponent - bits + 1023).to(torch.int64) << 52).view(torch.float64)
+        unit = torch.ldexp(torch.ones_like(x), (exponent - bits).expand_as(x))
         part = (x / unit).round() * unit
         parts.append(part)
         x = x - part
