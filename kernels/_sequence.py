@@ -75,7 +75,7 @@ def gradients(
     found: list[Maybe] = [None] * 6
     if needs[0]:
         found[0] = torch.empty(T, B, I, dtype=x.dtype, device=x.device)
-        product(a, w_ih, found[0].view(T * B, I))
+        deep_product(a, w_ih, found[0].view(T * B, I))
     if needs[1]:
         found[1] = long_product([(a.t(), x.contiguous().view(T * B, I))], like=w_ih)
     if needs[2]:
