@@ -184,7 +184,10 @@ def speed() -> str:
     )  # fmt: skip
     for key, by in cases.items():
         ours = by["ours"]
-        times = (f"{float(by[name]['median_ms']):.3g}" for name in ("ours", "torch", "reference"))
+        times = (
+            f"{float(by[name]['median_ms']):.3g}" if name in by else "-"
+            for name in ("ours", "torch", "reference")
+        )
         share = f"{float(ours['fma_share']):.0%}" if ours["fma_share"] else "-"
         best = ours.get("best_peer")
         beside = [f"{float(ours['times_best_peer']):.2f} ({best})" if best else "-"][:peers]

@@ -91,13 +91,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with progress(console, len(cases)) as advance:
             for case in checked(cases, failures, advance):
-                new = measure(case, options, left_out)
-                rows += [{**row, **common} for row in new]
+                new = [{**row, **common} for row in measure(case, options, left_out)]
+                records.merge(path, new, KEY)  # at once: what ends the run early ends no more
+                rows += new
                 advance(f"{name(case)}: {summary(new)}", 1)
     except KeyboardInterrupt:
         interrupted = True
     if rows:
-        records.merge(path, rows, KEY)
         console.print(table(rows))
         for line in means(rows):
             console.print(line, soft_wrap=True)
@@ -124,6 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--passes", nargs="+", choices=PASSES, default=[*PASSES], help="which passes")
     add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
     add("--peers", nargs="*", choices=peers.PEERS, default=[*peers.PEERS], help="which peers")
+    add("--no-reference", action="store_true", help="do not time the naive reference")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--seconds", type=float, help="to time one case (default: 4, with --quick 0.4)")
@@ -233,6 +234,8 @@ def measure_beside(
             rates.extend(fma_rate(setting.dtype, options.threads))
 
     calls = setting.calls(which)
+    if options.no_reference:
+        del calls["reference"]
     for each in () if cpu else calls.keys() - {"ours", "torch"}:
         try:  # not every backend of torch serves every shape, and the naive scores may be too large
             calls[each]()

@@ -5,6 +5,7 @@ a tensor of 16-bit floats is storage and an operand of tensor-core products, not
 """
 
 import contextlib
+import functools
 import re
 
 import torch
@@ -95,9 +96,26 @@ def tanh(x):
 
 
 @triton.jit
+def _exp(x):
+    """exp to about two ulp in float32 and float64; inf and 0 far out, NaN stays NaN.
+
+    A GPU's exp2 is its only exponential of float32, and rounding x log2(e) would cost |x| / 2 ulp.
+    So exp(x) = 2^n exp(r) with n the integer nearest to it and r = x - n log(2), where log(2) is
+    355 / 512, whose products with n are exact, and the rest.
+    """
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        x = tl.where(x > 104, 104.0, tl.where(x < -104, -104.0, x))  # where all is inf or 0
+        n = tl.floor(x * LOG2_E + 0.5)
+        r = x - n * 0.693359375 + n * 2.12194440054690583e-4
+        return tl.exp2(r * LOG2_E) * tl.exp2(n)
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)), to a few ulp; 0 and 1 far out, NaN stays NaN."""
-    return 1 / (1 + tl.exp(-x))
+    return 1 / (1 + _exp(-x))
 
 
 @triton.jit
@@ -141,6 +159,8 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
         RuntimeError: nothing can run Triton kernels on that device.
     """
     if tensor.device.type == "cuda":
+        if tensor.device.index == torch.cuda.current_device():
+            return contextlib.nullcontext()
         return torch.cuda.device(tensor.device)
     if not INTERPRETED:
         raise RuntimeError(
@@ -150,6 +170,7 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     """The compute capability, 90 for sm_90; where interpreted 80, the lowest served."""
     if device.type != "cuda":
@@ -158,6 +179,7 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs of any size run at the same time; where interpreted one."""
     if device.type != "cuda":
@@ -165,9 +187,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def block_size(size: int, least: int) -> int:
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`; Triton's own takes microseconds on the host."""
+    return -(-size // block)
+
+
+def block_size(size: int, least: int = 1) -> int:
     """The smallest power of two that covers `size`, and `least` at least."""
-    return max(triton.next_power_of_2(size), least)
+    return max(1 << (size - 1).bit_length(), least)
 
 
 def empty_rows_like(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ._common import (
     LAUNCH,
     TRITON_DTYPES,
     capability,
+    cdiv,
     compute_dtype,
     dot,
     load_tile,
@@ -285,7 +286,7 @@ def _launch(
         given += [c, None]
     else:
         given, constants = operands(a, b, c[0], rest)
-    tiles = triton.cdiv(M, constants["BLOCK_M"]) * triton.cdiv(N, constants["BLOCK_N"])
+    tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
     with on_device_of(a):
         product_kernel[(tiles, splits)](
             *given[:2],
@@ -340,12 +341,12 @@ def deep_product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None = None)
     """`product` over so many rows of K that programs share them where tiles of C are few."""
     M, N = out.shape
     K = a.shape[1]
-    tiles = triton.cdiv(M, 128) * triton.cdiv(N, 128)
-    splits = min(_configs.SPLIT_PROGRAMS // max(tiles, 1), triton.cdiv(K, _configs.SPLIT_LEAST))
+    tiles = cdiv(M, 128) * cdiv(N, 128)
+    splits = min(_configs.SPLIT_PROGRAMS // max(tiles, 1), cdiv(K, _configs.SPLIT_LEAST))
     if splits < 2:
         return product(a, b, out, scale=scale)
-    split_k = triton.cdiv(K, _configs.SPLIT_STEP * splits) * _configs.SPLIT_STEP
-    shape = (triton.cdiv(K, split_k), M, N)
+    split_k = cdiv(K, _configs.SPLIT_STEP * splits) * _configs.SPLIT_STEP
+    shape = (cdiv(K, split_k), M, N)
     partial = torch.empty(shape, dtype=compute_dtype(a.dtype), device=a.device)
     _launch(a, b, partial, split_k)
     total = partial.sum(0)
@@ -364,18 +365,18 @@ def long_product(pairs: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """
     M, N = like.shape
     config = _configs.product(like.dtype, M)
-    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
     plan = []
     for a, b in pairs:
         K = a.shape[1]
         splits = max(
-            triton.cdiv(K, _configs.SPLIT_MOST),
-            triton.cdiv(_configs.SPLIT_PROGRAMS, tiles),
+            cdiv(K, _configs.SPLIT_MOST),
+            cdiv(_configs.SPLIT_PROGRAMS, tiles),
         )
-        splits = min(splits, triton.cdiv(K, _configs.SPLIT_LEAST), _configs.SPLITS)
-        split_k = triton.cdiv(K, _configs.SPLIT_STEP * max(splits, 1)) * _configs.SPLIT_STEP
+        splits = min(splits, cdiv(K, _configs.SPLIT_LEAST), _configs.SPLITS)
+        split_k = cdiv(K, _configs.SPLIT_STEP * max(splits, 1)) * _configs.SPLIT_STEP
         if K > 0:
-            plan.append((a, b, split_k, triton.cdiv(K, split_k)))
+            plan.append((a, b, split_k, cdiv(K, split_k)))
     total = sum(splits for *_, splits in plan)
     partial = torch.empty(total, M, N, dtype=compute_dtype(like.dtype), device=like.device)
     start = 0

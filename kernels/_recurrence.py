@@ -34,7 +34,9 @@ from . import _configs
 from ._common import (
     LAUNCH,
     TRITON_DTYPES,
+    block_size,
     capability,
+    cdiv,
     compute_dtype,
     dot,
     multiprocessors,
@@ -370,11 +372,11 @@ def walk(
     )
     if T == 1 and form == "together":
         form = "steps"
-    tiles_n = triton.cdiv(H, config.block_n)
+    tiles_n = cdiv(H, config.block_n)
     # alone, as few rows as keep all programs on the chip: rows cost time, and multiprocessors idle
-    rows = triton.cdiv(B, multiprocessors(device)) if form == "alone" else B
-    block_b = min(config.block_b, triton.next_power_of_2(rows))
-    tiles_b = triton.cdiv(B, block_b)
+    rows = cdiv(B, multiprocessors(device)) if form == "alone" else B
+    block_b = min(config.block_b, block_size(rows))
+    tiles_b = cdiv(B, block_b)
     rows, steps = B, T
     if form == "together":
         # As many rows as fit on the chip at once. All bits set means that a number is not there.
@@ -389,7 +391,7 @@ def walk(
         chunks = depth // H
     elif config.held:
         # tiles as large as cover the depth with no more waste than the smallest
-        padded = triton.cdiv(depth, block_k) * block_k
+        padded = cdiv(depth, block_k) * block_k
         while padded % (2 * block_k) == 0 and block_k < config.most_k:
             block_k *= 2
         chunks = padded // block_k
@@ -409,7 +411,7 @@ def walk(
     strides = (m.stride(0), m.stride(k_axis), m.stride(n_axis))
     with on_device_of(state):
         for row0 in range(0, B, rows):
-            grid = (tiles_n * min(tiles_b, triton.cdiv(B - row0, block_b)),)
+            grid = (tiles_n * min(tiles_b, cdiv(B - row0, block_b)),)
             for first in range(0, T, steps):
                 recurrence_kernel[grid](
                     io,

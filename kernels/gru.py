@@ -6,6 +6,7 @@ z, n. Only the product with W_hh lives in the time loop (`_recurrence`). W_ih go
 rows at once before it; all gradients but those of the sums are large products after it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from torch import Tensor
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh, to_storage
 from ._recurrence import read, walk, write
-from ._sequence import Maybe, dense, gradients, input_sums, last_of, wide
+from ._sequence import (
+    Maybe,
+    dense,
+    gradients,
+    input_sums,
+    last_of,
+    padded_sizes,
+    ragged_backward,
+    ragged_forward,
+    wide,
+)
 
 DTYPES = _common.DTYPES
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ragged"})
 
 
 @triton.jit
@@ -75,9 +86,16 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dh, storage: tl.constexpr):
     return (da_n * r, da_r, da_z, da_n), z * dh
 
 
-def gru_extras(x: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
+def gru_extras(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    *_: Maybe,
+    batch_sizes: Sequence[int] | None = None,
+    **options: Any,
+) -> tuple[Tensor]:
     """See `pykernels._backends` for the contract: r, z, n, q, [T, B, 4H]."""
-    shape, dtype = (*x.shape[:2], 4 * w_hh.shape[1]), compute_dtype(x.dtype)
+    shape, dtype = (*padded_sizes(x, batch_sizes), 4 * w_hh.shape[1]), compute_dtype(x.dtype)
     return (torch.empty(shape, dtype=dtype, device=x.device),)
 
 
@@ -90,7 +108,7 @@ def gru_fwd(
     h0: Maybe,
     *,
     reverse: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """The whole sequence.
@@ -102,11 +120,14 @@ def gru_fwd(
         b_ih, b_hh: [3H], or None.
         h0: [B, H], or None for zeros.
         reverse: walk from t = T - 1 to 0.
-        batch_sizes: None, as no ragged batch is served.
+        batch_sizes: None, or [T]: x is [N, I], packed rows, and so is y.
 
     Returns:
         ``((y [T, B, H], h_n [B, H]), saved)``.
     """
+    if batch_sizes is not None:
+        tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
+        return ragged_forward(gru_fwd, tensors, batch_sizes, reverse=reverse, keep=keep)
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
@@ -131,7 +152,7 @@ def gru_bwd(
     grads: tuple[Maybe, Maybe],
     *,
     reverse: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Maybe, ...]:
     """Backward through time.
@@ -145,6 +166,8 @@ def gru_bwd(
     Returns:
         ``(dx, dw_ih, dw_hh, db_ih, db_hh, dh0)``, None where not wanted.
     """
+    if batch_sizes is not None:
+        return ragged_backward(gru_bwd, saved, grads, batch_sizes, reverse=reverse, needs=needs)
     x, w_ih, w_hh, _, _, h0, y, gates = saved
     dy, dh_n = grads
     T, B, H = y.shape

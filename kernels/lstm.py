@@ -6,6 +6,7 @@ tanh and the others are the logistic sigmoid. Only the product with W_hh lives i
 sums and of c are large products after it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from torch import Tensor
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh
 from ._recurrence import read, walk, write
-from ._sequence import Maybe, dense, gradients, input_sums, last_of, wide
+from ._sequence import (
+    Maybe,
+    dense,
+    gradients,
+    input_sums,
+    last_of,
+    padded_sizes,
+    ragged_backward,
+    ragged_forward,
+    wide,
+)
 
 DTYPES = _common.DTYPES
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ragged"})
 
 
 @triton.jit
@@ -80,12 +91,18 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dc, storage: tl.constexpr):
 
 
 def lstm_extras(
-    x: Tensor, w_ih: Tensor, w_hh: Tensor, *_: Maybe, **options: Any
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    *_: Maybe,
+    batch_sizes: Sequence[int] | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, None]:
     """See `pykernels._backends` for the contract: gates [T, B, 4H], cell states [T, B, H]."""
     H, dtype = w_hh.shape[1], compute_dtype(x.dtype)
-    gates = torch.empty(*x.shape[:2], 4 * H, dtype=dtype, device=x.device)
-    return gates, torch.empty(*x.shape[:2], H, dtype=dtype, device=x.device), None
+    sizes = padded_sizes(x, batch_sizes)
+    gates = torch.empty(*sizes, 4 * H, dtype=dtype, device=x.device)
+    return gates, torch.empty(*sizes, H, dtype=dtype, device=x.device), None
 
 
 def lstm_fwd(
@@ -100,7 +117,7 @@ def lstm_fwd(
     *,
     reverse: bool,
     return_cell_states: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, ...], tuple[Maybe, ...]]:
     """The whole sequence.
@@ -114,11 +131,15 @@ def lstm_fwd(
         w_hr: None, as no projection is served.
         reverse: walk from t = T - 1 to 0.
         return_cell_states: return c too.
-        batch_sizes: None, as no ragged batch is served.
+        batch_sizes: None, or [T]: x is [N, I], packed rows, and so are y and c.
 
     Returns:
         ``((y [T, B, H], h_n [B, H], c_n [B, H]), saved)``; c [T, B, H] behind c_n if asked for.
     """
+    if batch_sizes is not None:
+        tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+        own = {"return_cell_states": return_cell_states, "reverse": reverse, "keep": keep}
+        return ragged_forward(lstm_fwd, tensors, batch_sizes, **own)
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
@@ -147,7 +168,7 @@ def lstm_bwd(
     *,
     reverse: bool,
     return_cell_states: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Maybe, ...]:
     """Backward through time.
@@ -162,6 +183,9 @@ def lstm_bwd(
     Returns:
         ``(dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, None)``, None where not wanted.
     """
+    if batch_sizes is not None:
+        own = {"return_cell_states": return_cell_states, "reverse": reverse, "needs": needs}
+        return ragged_backward(lstm_bwd, saved, grads, batch_sizes, **own)
     x, w_ih, w_hh, _, _, h0, c0, _, y, gates, cells, _ = saved
     dy, dh_n, dc_n, dcells = (*grads, None)[:4]
     T, B, H = y.shape

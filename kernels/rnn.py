@@ -4,6 +4,8 @@ Only the product with W_hh lives in the time loop (`_recurrence`). W_ih goes ove
 once before it; all gradients but that of the sums inside f are large products after it.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,18 @@ from torch import Tensor
 from . import _common
 from ._common import tanh
 from ._recurrence import read, walk
-from ._sequence import Maybe, dense, gradients, input_sums, last_of
+from ._sequence import (
+    Maybe,
+    dense,
+    gradients,
+    input_sums,
+    last_of,
+    ragged_backward,
+    ragged_forward,
+)
 
 DTYPES = _common.DTYPES
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ragged"})
 
 
 @triton.jit
@@ -70,7 +80,7 @@ def rnn_fwd(
     *,
     nonlinearity: str,
     reverse: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Maybe, ...]]:
     """The whole sequence.
@@ -83,11 +93,15 @@ def rnn_fwd(
         h0: [B, H], or None for zeros.
         nonlinearity: "tanh" or "relu".
         reverse: walk from t = T - 1 to 0.
-        batch_sizes: None, as no ragged batch is served.
+        batch_sizes: None, or [T]: x is [N, I], packed rows, and so is y.
 
     Returns:
         ``((y [T, B, H], h_n [B, H]), saved)``.
     """
+    if batch_sizes is not None:
+        tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
+        own = {"nonlinearity": nonlinearity, "reverse": reverse, "keep": keep}
+        return ragged_forward(rnn_fwd, tensors, batch_sizes, **own)
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
@@ -105,7 +119,7 @@ def rnn_bwd(
     *,
     nonlinearity: str,
     reverse: bool,
-    batch_sizes: None = None,
+    batch_sizes: Sequence[int] | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Maybe, ...]:
     """Backward through time.
@@ -119,6 +133,9 @@ def rnn_bwd(
     Returns:
         ``(dx, dw_ih, dw_hh, db_ih, db_hh, dh0)``, None where not wanted.
     """
+    if batch_sizes is not None:
+        own = {"nonlinearity": nonlinearity, "reverse": reverse, "needs": needs}
+        return ragged_backward(rnn_bwd, saved, grads, batch_sizes, **own)
     x, w_ih, w_hh, _, _, h0, y = saved
     dy, dh_n = grads
     da = torch.empty_like(y)  # gradients of the sums inside f

@@ -97,6 +97,9 @@ def test_every_backend_serves_its_dtypes(backend, op):
         ("rnn", "cpp"): {"ragged"},
         ("gru", "reference"): {"ragged"},
         ("gru", "cpp"): {"ragged"},
+        ("rnn", "triton"): {"ragged"},
+        ("gru", "triton"): {"ragged"},
+        ("lstm", "triton"): {"ragged"},
         ("lstm", "reference"): {"projection", "ragged"},
         ("lstm", "cpp"): {"projection", "ragged"},
     }.get((op, backend), set()) == module.FEATURES

@@ -192,20 +192,31 @@ def test_a_wrong_kernel_is_not_timed(tmp_path, capsys, monkeypatch):
     assert "WRONG, not timed: rnn-1024x1x64x64 float32 y: error" in capsys.readouterr().out
 
 
-def test_interrupt_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+def test_the_reference_can_be_left_out(tmp_path):
+    path = tmp_path / "speed.csv"
+    assert run.main([*SMALLEST, "--no-reference", "--output", str(path)]) == 0
+    assert {row["implementation"] for row in records.read(path)} == {"ours", "torch"}
+
+
+@pytest.mark.parametrize("cut", [KeyboardInterrupt, MemoryError])
+def test_what_was_measured_is_kept_when_a_run_is_cut_off(cut, tmp_path, capsys, monkeypatch):
     measure, measured = run.measure, []
 
     def once(case, *rest):
         if measured:
-            raise KeyboardInterrupt
+            raise cut
         measured.append(case)
         return measure(case, *rest)
 
     monkeypatch.setattr(run, "measure", once)
     path = tmp_path / "speed.csv"
-    assert run.main([*SMALLEST, "--output", str(path)]) == 130
+    if cut is KeyboardInterrupt:
+        assert run.main([*SMALLEST, "--output", str(path)]) == 130
+        assert "Interrupted" in capsys.readouterr().out
+    else:
+        with pytest.raises(cut):
+            run.main([*SMALLEST, "--output", str(path)])
     assert len(records.read(path)) == len(workload.IMPLEMENTATIONS)
-    assert "Interrupted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

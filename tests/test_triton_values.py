@@ -247,36 +247,45 @@ def test_splits_end_where_tiles_do(product, monkeypatch):
 
 
 @triton.jit
-def elementwise_kernel(x_ptr, y_ptr, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+def elementwise_kernel(x_ptr, y_ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < n, other=0.0)
-    y = _common.tanh(x) if TANH else _common.to_storage(x, y_ptr.dtype.element_ty)
+    if FUNCTION == "tanh":
+        y = _common.tanh(x)
+    elif FUNCTION == "sigmoid":
+        y = _common.sigmoid(x)
+    else:
+        y = _common.to_storage(x, y_ptr.dtype.element_ty)
     tl.store(y_ptr + at, y, mask=at < n)
 
 
-def elementwise(x, dtype, tanh):
+def elementwise(x, dtype, function):
     y = torch.empty_like(x, dtype=dtype)
-    elementwise_kernel[(triton.cdiv(x.numel(), 1024),)](x, y, x.numel(), TANH=tanh, BLOCK=1024)
+    grid = (triton.cdiv(x.numel(), 1024),)
+    elementwise_kernel[grid](x, y, x.numel(), FUNCTION=function, BLOCK=1024)
     return y
 
 
+@pytest.mark.parametrize(("function", "ulps", "low"), [("tanh", 2, -1.0), ("sigmoid", 3, 0.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tanh_is_good_to_two_ulp(dtype):
+def test_nonlinearities_are_good_to_a_few_ulp(dtype, function, ulps, low):
     mpmath = pytest.importorskip("mpmath")
-    sizes = torch.logspace(-30, 2, 1500, dtype=dtype, device=DEVICE)
+    true = {"tanh": mpmath.tanh, "sigmoid": lambda v: 1 / (1 + mpmath.exp(-v))}[function]
+    sizes = torch.logspace(-30, math.log10(80), 1500, dtype=dtype, device=DEVICE)
     near = torch.linspace(0.5, 0.6, 500, dtype=dtype, device=DEVICE)  # where two formulas meet
     x = torch.cat([sizes, near])
     x = torch.cat([x, -x])
-    got = elementwise(x, dtype, tanh=True)
+    got = elementwise(x, dtype, function)
     with mpmath.workprec(100):
         worst = max(
-            abs((mpmath.mpf(y) - mpmath.tanh(v)) / mpmath.tanh(v))
+            abs((mpmath.mpf(y) - true(v)) / true(v))
             for v, y in zip(x.tolist(), got.tolist(), strict=True)
         )
-    assert worst <= 2 * torch.finfo(dtype).eps, f"{float(worst) / torch.finfo(dtype).eps:.2f} ulp"
+    eps = torch.finfo(dtype).eps
+    assert worst <= ulps * eps, f"{float(worst) / eps:.2f} ulp"
     special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=dtype, device=DEVICE)
-    expected = torch.tensor([0.0, 1.0, -1.0, math.nan], dtype=dtype, device=DEVICE)
-    got = elementwise(special, dtype, tanh=True)
+    expected = torch.tensor([(1 + low) / 2, 1.0, low, math.nan], dtype=dtype, device=DEVICE)
+    got = elementwise(special, dtype, function)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -286,7 +295,7 @@ def test_storage_rounds_to_nearest(dtype):
     special = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1.9999999, math.inf, -math.inf, math.nan]
     x = torch.cat([x, torch.tensor(special, device=DEVICE)])
     torch.testing.assert_close(
-        elementwise(x, dtype, tanh=False), x.to(dtype), rtol=0, atol=0, equal_nan=True
+        elementwise(x, dtype, "round"), x.to(dtype), rtol=0, atol=0, equal_nan=True
     )
 
 

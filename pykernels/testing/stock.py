@@ -5,6 +5,7 @@ They are what the README names as the equivalent lines, tests measure against an
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pykernels.ops.attention import draw_seed
@@ -187,9 +189,8 @@ def attention(
     """
     formula = softcap > 0 or dropout_p > 0 or sinks is not None or alibi_slopes is not None
     if not return_lse and not formula and window is None and causal_alignment == "top-left":
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        return _torchs_attention(q, k, v, attn_mask, **options)
     s_q, s_k = q.shape[2], k.shape[2]
     keep = torch.ones(s_q, s_k, dtype=torch.bool, device=q.device)
     key = torch.arange(s_k, device=q.device)
@@ -213,7 +214,7 @@ def attention(
         mask = keep if attn_mask is not None or not keep.all() else None
 
     if not formula:
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
+        out = _torchs_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -238,6 +239,29 @@ def attention(
     lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
+
+
+def _torchs_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float | None,
+    **options: Any,
+) -> Tensor:
+    """F.scaled_dot_product_attention, as matrix products and a softmax where its fused kernels err.
+
+    On a GPU these read past what is aligned (an error that ends the process's use of the GPU),
+    divide by a size of zero, and give NaN for a scale that is not positive.
+    """
+    tensors = [q, k, v] if mask is None else [q, k, v, mask]
+    plain = q.is_cuda and (
+        (scale is not None and scale <= 0)
+        or any(t.numel() == 0 or t.data_ptr() % 16 != 0 for t in tensors)
+    )
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, **options)
 
 
 def attention_varlen(
