@@ -265,9 +265,25 @@ ATTENTION_DKV = {
 #: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
 #: No interpreter runs them, so an entry stands here once its values were compared on a GPU.
 H100 = "NVIDIA H100 80GB HBM3"
-ATTENTION_FWD_SM90 = {(128, 128): HopperConfig(128, 2, H100)}
-ATTENTION_DQ_SM90 = {(128, 128): HopperConfig(64, 3, H100)}
-ATTENTION_DKV_SM90 = {(128, 128): HopperConfig(64, 2, H100)}
+ATTENTION_FWD_SM90 = {
+    (64, 64): HopperConfig(128, 4),
+    (128, 128): HopperConfig(128, 2, H100),
+    (256, 256): HopperConfig(64, 2),
+    (64, 128): HopperConfig(128, 2),
+    (128, 64): HopperConfig(128, 2),
+}
+ATTENTION_DQ_SM90 = {
+    (64, 64): HopperConfig(64, 3),
+    (128, 128): HopperConfig(64, 3, H100),
+    (64, 128): HopperConfig(64, 3),
+    (128, 64): HopperConfig(64, 3),
+}
+ATTENTION_DKV_SM90 = {
+    (64, 64): HopperConfig(64, 3),
+    (128, 128): HopperConfig(64, 2, H100),
+    (64, 128): HopperConfig(64, 2),
+    (128, 64): HopperConfig(64, 2),
+}
 
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)
