@@ -165,39 +165,25 @@ def _rows_of(b, starts_ptr, B):
 @triton.jit
 def _sequence(
     t,
-    starts_q_ptr,  # [B + 1]; None: `attention`, whose sequences are all S_q by S_k
+    starts_q_ptr,  # [B + 1]
     starts_k_ptr,  # [B + 1]; None where there are pages
     used_ptr,  # [B], how many of its keys count; None for all
-    S_q,
-    S_k,
     B,
-    first,
-    last,
-    ENDS_MEET: tl.constexpr,  # the band is from where the last query stands at the last key
     OF_KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """What the t-th tile of queries, or of keys, belongs to.
-
-    Returns (sequence, tile of it, its first row of queries and of keys, how many it has of both,
-    first, last).
-    """
-    b = t * 0
-    q_0 = tl.full([], 0, tl.int64)
+    """What the t-th tile of queries, or of keys, belongs to: (sequence, tile of it, its first row
+    of queries and of keys, how many it has of both)."""
+    b, tile = _tile_of(t, starts_k_ptr if OF_KEYS else starts_q_ptr, B, BLOCK, BLOCK_B)
+    q_0, S_q = _rows_of(b, starts_q_ptr, B)
     k_0 = tl.full([], 0, tl.int64)
-    if starts_q_ptr is not None:
-        b, t = _tile_of(t, starts_k_ptr if OF_KEYS else starts_q_ptr, B, BLOCK, BLOCK_B)
-        q_0, S_q = _rows_of(b, starts_q_ptr, B)
-        if starts_k_ptr is not None:
-            k_0, S_k = _rows_of(b, starts_k_ptr, B)
-        if used_ptr is not None:
-            S_k = tl.load(used_ptr + b, mask=b < B, other=0).to(tl.int32)
-        if ENDS_MEET and first is not None:
-            first += S_k - S_q
-        if ENDS_MEET and last is not None:
-            last += S_k - S_q
-    return b, t, q_0, k_0, S_q, S_k, first, last
+    S_k = S_q
+    if starts_k_ptr is not None:
+        k_0, S_k = _rows_of(b, starts_k_ptr, B)
+    if used_ptr is not None:
+        S_k = tl.load(used_ptr + b, mask=b < B, other=0).to(tl.int32)
+    return b, tile, q_0, k_0, S_q, S_k
 
 
 @triton.jit
@@ -298,7 +284,7 @@ def attention_fwd_kernel(
     group,  # N // N_kv
     S_q,
     S_k,
-    starts_q_ptr,  # these three as in `_sequence`
+    starts_q_ptr,  # these three as in `_sequence`; None where no sequences are packed
     starts_k_ptr,
     used_ptr,
     B,  # sequences that lie one behind the other
@@ -328,6 +314,7 @@ def attention_fwd_kernel(
     stride_os,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,  # scale < 0
+    CAUSAL: tl.constexpr,  # last is 0, and known to be when this compiles
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "float"
     WIDE: tl.constexpr,
@@ -341,6 +328,8 @@ def attention_fwd_kernel(
 ):
     # Tiles of one head run side by side and share its K and V in L2; the last one, the longest
     # under the causal rule, starts first.
+    if CAUSAL:
+        last = 0
     tiles = _tiles(starts_q_ptr, S_q, B, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // tiles
@@ -348,18 +337,24 @@ def attention_fwd_kernel(
     n = (head % N).to(tl.int64)
     n_kv = n // group
     lse_ptr += tl.cast(head, tl.int64) * S_q
-    sequence, tile, q_0, k_0, S_q, S_k, first, last = _sequence(
-        tiles - 1 - pid % tiles, starts_q_ptr, starts_k_ptr, used_ptr, S_q, S_k, B, first, last,
-        ENDS_MEET, False, BLOCK_M, BLOCK_B,
-    )  # fmt: skip
+    tile = tiles - 1 - pid % tiles
+    if starts_q_ptr is not None:
+        sequence, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        out_ptr += q_0 * stride_os
+        lse_ptr += q_0
+        if pages_ptr is not None:
+            pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
-    q_ptr += q_0 * stride_qs
-    out_ptr += q_0 * stride_os
-    lse_ptr += q_0
-    k_ptr += k_0 * stride_ks
-    v_ptr += k_0 * stride_vs
-    if pages_ptr is not None:
-        pages_ptr += sequence.to(tl.int64) * pages_row
     factor = _unit_factor(tl.full([], scale, ACC), WIDE)
 
     rows = m + tl.arange(0, BLOCK_M)
@@ -529,6 +524,7 @@ def attention_bwd_dkv_kernel(
     stride_dvs,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -541,6 +537,8 @@ def attention_bwd_dkv_kernel(
     WHOLE_DV: tl.constexpr,
 ):
     # The first keys are seen by the most queries under the causal rule: they start first.
+    if CAUSAL:
+        last = 0
     tiles = _tiles(starts_k_ptr, S_k, B, BLOCK_N)
     pid = tl.program_id(0)
     head_kv = pid // tiles
@@ -548,17 +546,25 @@ def attention_bwd_dkv_kernel(
     b = (head_kv // N_kv).to(tl.int64)
     n_kv = (head_kv % N_kv).to(tl.int64)
     all_q = S_q
-    _, tile, q_0, k_0, S_q, S_k, first, last = _sequence(
-        pid % tiles, starts_q_ptr, starts_k_ptr, used_ptr, S_q, S_k, B, first, last,
-        ENDS_MEET, True, BLOCK_N, BLOCK_B,
-    )  # fmt: skip
+    tile = pid % tiles
+    if starts_q_ptr is not None:
+        _, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, True, BLOCK_N, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        dout_ptr += q_0 * stride_dos
+        lse_ptr += q_0
+        delta_ptr += q_0
+        dk_ptr += k_0 * stride_dks
+        dv_ptr += k_0 * stride_dvs
     key_0 = tile * BLOCK_N
-    q_ptr += q_0 * stride_qs
-    dout_ptr += q_0 * stride_dos
-    k_ptr += k_0 * stride_ks
-    v_ptr += k_0 * stride_vs
-    dk_ptr += k_0 * stride_dks
-    dv_ptr += k_0 * stride_dvs
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
 
@@ -591,7 +597,7 @@ def attention_bwd_dkv_kernel(
         rows_ok = rows < S_q
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        row_0 = (b * N + n) * all_q + q_0
+        row_0 = (b * N + n) * all_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
         mask_rows = mask_ptr
         if MASK != "none":
@@ -734,6 +740,7 @@ def attention_bwd_dq_kernel(
     stride_dqs,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     WIDE: tl.constexpr,
@@ -745,6 +752,8 @@ def attention_bwd_dq_kernel(
     WHOLE_D: tl.constexpr,
     WHOLE_DV: tl.constexpr,
 ):
+    if CAUSAL:
+        last = 0
     tiles = _tiles(starts_q_ptr, S_q, B, BLOCK_M)
     pid = tl.program_id(0)
     head = pid // tiles
@@ -752,16 +761,23 @@ def attention_bwd_dq_kernel(
     n = (head % N).to(tl.int64)
     n_kv = n // group
     at = tl.cast(head, tl.int64) * S_q
-    _, tile, q_0, k_0, S_q, S_k, first, last = _sequence(
-        tiles - 1 - pid % tiles, starts_q_ptr, starts_k_ptr, used_ptr, S_q, S_k, B, first, last,
-        ENDS_MEET, False, BLOCK_M, BLOCK_B,
-    )  # fmt: skip
+    tile = tiles - 1 - pid % tiles
+    if starts_q_ptr is not None:
+        _, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        dout_ptr += q_0 * stride_dos
+        dq_ptr += q_0 * stride_dqs
+        at += q_0
     m = tile * BLOCK_M
-    q_ptr += q_0 * stride_qs
-    dout_ptr += q_0 * stride_dos
-    dq_ptr += q_0 * stride_dqs
-    k_ptr += k_0 * stride_ks
-    v_ptr += k_0 * stride_vs
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
 
@@ -773,7 +789,7 @@ def attention_bwd_dq_kernel(
     dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
     q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
     dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
-    at += q_0 + rows
+    at += rows
     lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
     delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
     k_ptr += b * stride_kb + n_kv * stride_kn
@@ -858,13 +874,17 @@ def _options(
     q: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    band: tuple[int | None, int | None],
     places: Places,
     scale: float,
 ) -> dict[str, object]:
     """The constants of a launch with the block sizes of `tables`."""
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
-    plain = mask is None and D == block_d == D_v
+    causal = band == (None, 0) and places is ONE
+    # Sizes and edges that differ from sequence to sequence take registers of their own.
+    usual = causal or (band == (None, None) and places is ONE)
+    plain = mask is None and usual and D == block_d == D_v
     config = _configs.attention(
         tables, capability(q.device), q.dtype, max(block_d, block_dv), plain
     )
@@ -872,6 +892,7 @@ def _options(
     return {
         "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
         "NEGATIVE": scale < 0,
+        "CAUSAL": causal,
         "ENDS_MEET": places.ends_meet,
         "MASK": kind,
         "WIDE": q.dtype == compute_dtype(q.dtype) or kind == "float",
@@ -982,7 +1003,7 @@ def attention_fwd(
         with on_device_of(q):
             _attention_sm90.attention_fwd_sm90(q, k, v, out, lse, band == (None, 0), scale)
     elif lse.numel() > 0:
-        options = _options(_configs.ATTENTION_FWD, q, v, mask, places, scale)
+        options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale)
         with on_device_of(q):
             attention_fwd_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
                 q,
@@ -1087,7 +1108,7 @@ def attention_bwd(
     if needs[0]:
         dq = _room(q, places)
         if dq.numel() > 0:
-            options = _options(_configs.ATTENTION_DQ, q, v, mask, places, scale)
+            options = _options(_configs.ATTENTION_DQ, q, v, mask, band, places, scale)
             with on_device_of(q):
                 attention_bwd_dq_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
                     q,
@@ -1116,7 +1137,7 @@ def attention_bwd(
     if needs[1] or needs[2]:
         dk, dv = _room(k, places), _room(v, places)
         if dk.numel() > 0:
-            options = _options(_configs.ATTENTION_DKV, q, v, mask, places, scale)
+            options = _options(_configs.ATTENTION_DKV, q, v, mask, band, places, scale)
             with on_device_of(q):
                 attention_bwd_dkv_kernel[(places.tiles(S_k, options["BLOCK_N"]) * B * N_kv,)](
                     q,
