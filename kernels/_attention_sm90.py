@@ -29,12 +29,11 @@ from ._hopper import (
     arrived,
     descriptor,
     expect,
+    grid,
     heads_together,
     matrix,
-    multiprocessors,
     narrow,
     operand,
-    pieces,
     place,
     release,
     ring,
@@ -42,6 +41,9 @@ from ._hopper import (
     tma_load,
     tma_store,
 )
+
+#: Arguments of any value: one program serves them all.
+SIZES = ["S_q", "S_k", "N", "group", "heads", "chunk"]
 
 
 @gluon.jit
@@ -75,24 +77,26 @@ def _load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.constexpr
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
-    while piece < tiles * heads:
+    m, head = place(turn, tiles, heads, chunk, CAUSAL)
+    while head < heads:
         b = head // N
         n = head % N
-        for g in gl.static_range(2):
-            expect(q_bars, g, turn, q_desc.block_type.nbytes)
-            tma_load(q_desc, [b, n, m * BLOCK + g * ROWS, 0], q_bars[0].index(g), qs.index(g))
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
         for i in range(count):
             at = [b, n // group, (count - 1 - i) * BLOCK_N, 0]
             slot = step % STAGES
             expect(k_bars, slot, step // STAGES, k_desc.block_type.nbytes)
             tma_load(k_desc, at, k_bars[0].index(slot), ks.index(slot))
+            if i == 0:  # behind the first keys, which find room before the queries do
+                for g in gl.static_range(2):
+                    row = m * BLOCK + g * ROWS
+                    expect(q_bars, g, turn, q_desc.block_type.nbytes)
+                    tma_load(q_desc, [b, n, row, 0], q_bars[0].index(g), qs.index(g))
             expect(v_bars, slot, step // STAGES, v_desc.block_type.nbytes)
             tma_load(v_desc, at, v_bars[0].index(slot), vs.index(slot))
             step += 1
         turn += 1
-        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
+        m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
 #: The highest score before any, finite so that it may be subtracted from itself.
@@ -119,6 +123,7 @@ def _compute(
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     WHOLE: gl.constexpr,
+    OWN_ROOM: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
     o_desc = descs[3]
@@ -135,8 +140,8 @@ def _compute(
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
-    while piece < tiles * heads:
+    m, head = place(turn, tiles, heads, chunk, CAUSAL)
+    while head < heads:
         row = m * BLOCK + GROUP * ROWS
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
         highest = gl.full([ROWS], _LOWEST, gl.float32, ROW_LAYOUT)
@@ -178,6 +183,8 @@ def _compute(
             release(v_bars, before)
             p = gl.convert_layout(narrow(e, q.dtype), operand(vs.shape[-1]))
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
+        if OWN_ROOM:
+            release(q_bars, GROUP)
         slot = step % STAGES
         acc = warpgroup_mma(p, matrix(vs.index(slot)), acc, is_async=True)
         step += 1
@@ -191,15 +198,20 @@ def _compute(
         acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         release(v_bars, slot)
         acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        matrix(outs.index(GROUP)).store(narrow(acc, q.dtype))
+        out = narrow(acc, q.dtype)
+        if OWN_ROOM:
+            tma.store_wait(0)  # the one before
+        matrix(outs.index(GROUP)).store(out)
         fence_async_shared()
         tma_store(o_desc, [head // N, head % N, row, 0], outs.index(GROUP))
-        tma.store_wait(0)
-        release(q_bars, GROUP)
-        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
+        if not OWN_ROOM:
+            tma.store_wait(0)
+            release(q_bars, GROUP)
+        m, head = place(turn, tiles, heads, chunk, CAUSAL)
+    tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_fwd_sm90_kernel(
     q_desc,  # [B, N, S_q, D] in blocks of ROWS
     k_desc,  # [B, N_kv, S_k, D] in blocks of BLOCK_N
@@ -215,34 +227,34 @@ def attention_fwd_sm90_kernel(
     factor,  # the scale in the units of log2, above zero
     CAUSAL: gl.constexpr,
     WHOLE: gl.constexpr,  # no tile of keys takes a comparison
+    OWN_ROOM: gl.constexpr,  # results have memory of their own: the next queries come earlier
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     qs = room(q_desc, 2)
     ks = room(k_desc, STAGES)
     vs = room(v_desc, STAGES)
-    # A tile of queries makes room for its result where that is as large.
-    outs = qs
-    if o_desc.block_type.shape[3] != q_desc.block_type.shape[3]:
+    outs = qs  # what is as large as a tile of queries may take its place
+    if OWN_ROOM:
         outs = room(o_desc, 2)
     descs = (q_desc, k_desc, v_desc, o_desc)
     slots = (qs, ks, vs, outs)
     bars = (ring(2, 1), ring(STAGES, 2), ring(STAGES, 2))
     fence_async_shared()
-    # An argument that is 1 comes as a constant: all are made numbers here.
-    sizes = (
-        gl.to_tensor(S_q), gl.to_tensor(S_k), gl.to_tensor(N),
-        gl.to_tensor(group), gl.to_tensor(heads), gl.to_tensor(chunk),
-    )  # fmt: skip
+    sizes = (S_q, S_k, N, group, heads, chunk)
     gl.warp_specialize(
         [
-            (_compute, (descs, slots, bars, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, BLOCK_N)),
-            (_compute, (descs, slots, bars, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, BLOCK_N)),
+            (_compute, (
+                descs, slots, bars, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, OWN_ROOM, BLOCK_N
+            )),
+            (_compute, (
+                descs, slots, bars, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, OWN_ROOM, BLOCK_N
+            )),
             (_load, (descs, slots, bars, sizes, CAUSAL, BLOCK_N)),
         ],
         [4, 1],
         [READER_REGISTERS, LOADER_REGISTERS],
-    )
+    )  # fmt: skip
 
 
 def attention_fwd_sm90(
@@ -252,7 +264,8 @@ def attention_fwd_sm90(
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
     config = _configs.ATTENTION_FWD_SM90[D, D_v]
-    attention_fwd_sm90_kernel[(min(pieces(q), multiprocessors(q.device)),)](
+    tiles, programs = grid(q)
+    attention_fwd_sm90_kernel[(programs,)](
         descriptor(q, ROWS.value, D),
         descriptor(k, config.block, D),
         descriptor(v, config.block, D_v),
@@ -263,10 +276,11 @@ def attention_fwd_sm90(
         N,
         N // k.shape[1],
         B * N,
-        heads_together(k, v, N),
+        heads_together(k, v, N, tiles, programs),
         scale * LOG2_E.value,
         CAUSAL=causal,
         WHOLE=not causal and S_k % config.block == 0,
+        OWN_ROOM=D_v != D or D <= 128,  # of 256 there would be more than a multiprocessor has
         BLOCK_N=config.block,
         STAGES=config.num_stages,
         **LAUNCH_SM90,

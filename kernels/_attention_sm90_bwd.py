@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from . import _configs
-from ._attention_sm90 import hide, key_tiles
+from ._attention_sm90 import SIZES, hide, key_tiles
 from ._common import LN_2, LOG2_E, empty_rows_like
 from ._hopper import (
     BLOCK,
@@ -32,12 +32,11 @@ from ._hopper import (
     arrived,
     descriptor,
     expect,
+    grid,
     heads_together,
     matrix,
-    multiprocessors,
     narrow,
     operand,
-    pieces,
     place,
     release,
     ring,
@@ -58,26 +57,27 @@ def _dq_load(descs, slots, bars, sizes, CAUSAL: gl.constexpr, BLOCK_N: gl.conste
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
-    while piece < tiles * heads:
+    m, head = place(turn, tiles, heads, chunk, CAUSAL)
+    while head < heads:
         b = head // N
         n = head % N
-        for g in gl.static_range(2):
-            expect(q_bars, g, turn, Q_BYTES)
-            at = [b, n, m * BLOCK + g * ROWS, 0]
-            tma_load(q_desc, at, q_bars[0].index(g), qs.index(g))
-            tma_load(dout_desc, at, q_bars[0].index(g), douts.index(g))
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
         for i in range(count):
             at = [b, n // group, (count - 1 - i) * BLOCK_N, 0]
             slot = step % STAGES
             expect(k_bars, slot, step // STAGES, k_desc.block_type.nbytes)
             tma_load(k_desc, at, k_bars[0].index(slot), ks.index(slot))
+            if i == 0:  # as in forward
+                for g in gl.static_range(2):
+                    rows = [b, n, m * BLOCK + g * ROWS, 0]
+                    expect(q_bars, g, turn, Q_BYTES)
+                    tma_load(q_desc, rows, q_bars[0].index(g), qs.index(g))
+                    tma_load(dout_desc, rows, q_bars[0].index(g), douts.index(g))
             expect(v_bars, slot, step // STAGES, v_desc.block_type.nbytes)
             tma_load(v_desc, at, v_bars[0].index(slot), vs.index(slot))
             step += 1
         turn += 1
-        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
+        m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
 @gluon.jit
@@ -157,8 +157,8 @@ def _dq_compute(
     tiles = gl.cdiv(S_q, BLOCK)
     step = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
-    while piece < tiles * heads:
+    m, head = place(turn, tiles, heads, chunk, CAUSAL)
+    while head < heads:
         row = m * BLOCK + GROUP * ROWS
         count = key_tiles(m, S_k, CAUSAL, BLOCK_N)
         at = head.to(gl.int64) * tiles * BLOCK + row
@@ -193,10 +193,10 @@ def _dq_compute(
         tma_store(dq_desc, [head // N, head % N, row, 0], qs.index(GROUP))
         tma.store_wait(0)
         release(q_bars, GROUP)
-        piece, m, head = place(turn, tiles, heads, chunk, CAUSAL)
+        m, head = place(turn, tiles, heads, chunk, CAUSAL)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def attention_bwd_dq_sm90_kernel(
     q_desc,  # [B, N, S_q, D] in blocks of ROWS
     dout_desc,  # [B, N, S_q, D_v] in blocks of ROWS
@@ -221,11 +221,7 @@ def attention_bwd_dq_sm90_kernel(
     slots = (room(q_desc, 2), room(dout_desc, 2), room(k_desc, STAGES), room(v_desc, STAGES))
     bars = (ring(2, 1), ring(STAGES, 2), ring(STAGES, 2))
     fence_async_shared()
-    # An argument that is 1 comes as a constant: all are made numbers here.
-    sizes = (
-        gl.to_tensor(S_q), gl.to_tensor(S_k), gl.to_tensor(N),
-        gl.to_tensor(group), gl.to_tensor(heads), gl.to_tensor(chunk),
-    )  # fmt: skip
+    sizes = (S_q, S_k, N, group, heads, chunk)
     gl.warp_specialize(
         [
             (_dq_compute, (
@@ -348,7 +344,7 @@ def _dkv_compute(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["S_q", "N", "group"])
 def attention_bwd_dkv_sm90_kernel(
     k_desc,  # [B, N_kv, S_k, D] in blocks of ROWS
     v_desc,  # [B, N_kv, S_k, D_v] in blocks of ROWS
@@ -374,7 +370,7 @@ def attention_bwd_dkv_sm90_kernel(
     numbers.store(gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [4], [0])))
     bars = (ring(2, 1), ring(STAGES, 2), ring(STAGES, 2))
     fence_async_shared()
-    sizes = (gl.to_tensor(S_q), gl.to_tensor(N), gl.to_tensor(group))
+    sizes = (S_q, N, group)
     gl.warp_specialize(
         [
             (_dkv_compute, (
@@ -397,7 +393,8 @@ def _dq(
     S_k, D_v = v.shape[2:]
     config = _configs.ATTENTION_DQ_SM90[D, D_v]
     dq = empty_rows_like(q)
-    attention_bwd_dq_sm90_kernel[(min(pieces(q), multiprocessors(q.device)),)](
+    tiles, programs = grid(q)
+    attention_bwd_dq_sm90_kernel[(programs,)](
         descriptor(q, ROWS.value, D),
         descriptor(dout, ROWS.value, D_v),
         descriptor(k, config.block, D),
@@ -410,7 +407,7 @@ def _dq(
         N,
         N // k.shape[1],
         B * N,
-        heads_together(k, v, N),
+        heads_together(k, v, N, tiles, programs),
         factor,
         CAUSAL=causal,
         WHOLE=not causal and S_k % config.block == 0,

@@ -212,7 +212,7 @@ ATTENTION_DQ = {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2)),
             64: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 8, 2)),
-            128: (AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 4, 2)),
+            128: (AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 8, 2)),
             256: (AttentionConfig(32, 32, 4, 1), AttentionConfig(16, 32, 8, 1)),
         },
         **_WIDE_DQ,
@@ -265,9 +265,25 @@ ATTENTION_DKV = {
 #: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
 #: No interpreter runs them, so an entry stands here once its values were compared on a GPU.
 H100 = "NVIDIA H100 80GB HBM3"
-ATTENTION_FWD_SM90 = {(128, 128): HopperConfig(128, 2, H100)}
-ATTENTION_DQ_SM90 = {(128, 128): HopperConfig(64, 3, H100)}
-ATTENTION_DKV_SM90 = {(128, 128): HopperConfig(64, 2, H100)}
+ATTENTION_FWD_SM90 = {
+    (64, 64): HopperConfig(128, 4, H100),
+    (128, 128): HopperConfig(128, 2, H100),
+    (256, 256): HopperConfig(64, 2, H100),
+    (64, 128): HopperConfig(128, 2, H100),
+    (128, 64): HopperConfig(128, 2, H100),
+}
+ATTENTION_DQ_SM90 = {
+    (64, 64): HopperConfig(64, 3, H100),
+    (128, 128): HopperConfig(64, 3, H100),
+    (64, 128): HopperConfig(64, 3, H100),
+    (128, 64): HopperConfig(64, 3, H100),
+}
+ATTENTION_DKV_SM90 = {
+    (64, 64): HopperConfig(64, 3, H100),
+    (128, 128): HopperConfig(64, 2, H100),
+    (64, 128): HopperConfig(64, 2, H100),
+    (128, 64): HopperConfig(64, 2, H100),
+}
 
 #: Rows of out and dout that one program of the delta kernel takes.
 ATTENTION_DELTA = DeltaConfig(16, 8)

@@ -80,23 +80,31 @@ def release(bars, slot):
 
 @gluon.jit
 def place(turn, tiles, heads, chunk, LAST_FIRST: gl.constexpr):
-    """What a persistent program does in its turn-th turn: (piece, tile, head of all batches).
+    """What a persistent program does in its turn-th turn: (tile, head of all batches).
 
-    A `chunk` of heads, whose keys and values L2 holds, is done tile by tile, the longest first.
-    Programs go through the pieces forth and back, so that all get alike: who has the longest
-    piece of one turn has the shortest of the next.
+    There is nothing left where head >= heads. Tiles that cost the same go head by head. Where the
+    last ones cost the most, a `chunk` of heads, whose keys and values L2 holds, is done tile by
+    tile, the longest first. Programs go through the pieces of a chunk forth and back, so that who
+    has the longest of one lap has the shortest of the next, or none where the chunk ends. Each
+    chunk starts with a lap of its own: if all were one row of pieces, their period and that of the
+    laps would give the same programs the longest pieces again and again.
     """
     programs = gl.num_programs(0)
     pid = gl.program_id(0)
-    piece = turn * programs + gl.where(turn % 2 == 0, pid, programs - 1 - pid)
-    first = piece // (chunk * tiles) * chunk
-    size = gl.minimum(chunk, heads - first)
-    rest = piece - first * tiles
-    tile = rest // size
-    head = first + rest % size
     if LAST_FIRST:
-        tile = tiles - 1 - tile
-    return piece, tile, head
+        laps = chunk * tiles // programs  # of all programs; the last one is of some
+        last = gl.where(laps % 2 == 0, pid, programs - 1 - pid)
+        turns = laps + gl.where(last < chunk * tiles % programs, 1, 0)
+        lap = turn % turns
+        first = turn // turns * chunk
+        size = gl.minimum(chunk, heads - first)
+        piece = lap * programs + gl.where(lap % 2 == 0, pid, programs - 1 - pid)
+        over = piece >= size * tiles  # the last chunk may be smaller
+        size = gl.maximum(size, 1)
+        return tiles - 1 - piece // size, gl.where(over, heads, first + piece % size)
+    else:
+        piece = turn * programs + pid
+        return piece % tiles, piece // tiles
 
 
 @gluon.jit
@@ -173,14 +181,17 @@ def multiprocessors(device: torch.device) -> int:
 _REREAD = 16 * 2**20
 
 
-def heads_together(k: Tensor, v: Tensor, N: int) -> int:
-    """How many query heads' keys and values [B, N_kv, S_k, D] and [..., D_v] L2 holds at a time."""
+def heads_together(k: Tensor, v: Tensor, N: int, tiles: int, programs: int) -> int:
+    """How many query heads, of so many tiles each, `place` does at a time: those whose keys and
+    values [B, N_kv, S_k, D] and [..., D_v] L2 holds, for an even number of laps."""
     B, N_kv, S_k, D = k.shape
     head = S_k * (D + v.shape[-1]) * k.element_size()
-    return min(max(_REREAD // head, 1) * (N // N_kv), B * N)
+    laps = _REREAD // head * (N // N_kv) * tiles // programs
+    return min(max(max(laps // 2, 1) * 2 * programs // tiles, 1), B * N)
 
 
-def pieces(q: Tensor) -> int:
-    """How many tiles of BLOCK queries there are."""
+def grid(q: Tensor) -> tuple[int, int]:
+    """How many tiles of BLOCK queries [B, N, S_q, D] a head has, and how many programs do them."""
     B, N, S_q, _ = q.shape
-    return triton.cdiv(S_q, BLOCK.value) * B * N
+    tiles = triton.cdiv(S_q, BLOCK.value)
+    return tiles, min(tiles * B * N, multiprocessors(q.device))

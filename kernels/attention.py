@@ -2,8 +2,9 @@
 
     S = scale * Q K^T + mask    lse_i = log sum_j exp(S_ij)    P = exp(S - lse)    out = P V
 
-The scores exist one tile at a time and never in memory. Tiles that the causal rule hides are never
-computed, and of the rest only those that the diagonal or the end of the keys crosses pay for a
+The scores exist one tile at a time and never in memory. Query i sees key j where j - i is in a
+band, `first` to `last`, each None for no bound: the causal rule has last = 0. Tiles outside it are
+never computed, and of the rest only those that its edges or the end of the keys cross pay for a
 comparison (in the kernel of dK and dV, all: a second loop costs it more registers than that).
 Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
 one order, so two runs agree bit for bit.
@@ -13,6 +14,8 @@ not wide they are S * log2(e), so that an exponential is one fused multiply-add 
 ones are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse, and make
 -inf of a mask's most negative number.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -42,7 +45,7 @@ except (AttributeError, ImportError):  # Gluon is experimental: a later Triton m
     _hopper = None  # type: ignore[assignment]
 
 DTYPES = _common.DTYPES
-FEATURES = frozenset({"v_head_dim"})
+FEATURES = frozenset({"v_head_dim", "window"})
 
 #: The smallest block of head dims.
 LEAST_BLOCK_D = 32
@@ -109,14 +112,84 @@ def _minus(s, factor, offset, MASK: tl.constexpr):
 
 
 @triton.jit
-def _key_ranges(m, S_k, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For queries m ... m + BLOCK_M - 1: keys [0, full) need no comparison, [full, end) do."""
+def _in_band(seen, keys, rows, first, last):
+    """`seen` [M, N], and that the band has the pair; keys and rows are [1, N] and [M, 1], or the
+    other way around."""
+    if last is not None:
+        seen = seen & (keys <= rows + last)
+    if first is not None:
+        seen = seen & (keys >= rows + first)
+    return seen
+
+
+@triton.jit
+def _key_ranges(m, S_k, first, last, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """For queries m ... m + BLOCK_M - 1: keys [full, edge) need no comparison, those before, from
+    `start` on, and those behind, up to `end`, do."""
+    start = 0
+    full = 0
     end = S_k
-    full = S_k // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        end = tl.minimum(S_k, m + BLOCK_M)
-        full = tl.minimum(full, (m + 1) // BLOCK_N * BLOCK_N)
-    return full, end
+    edge = S_k // BLOCK_N * BLOCK_N
+    if last is not None:
+        end = tl.minimum(S_k, tl.maximum(m + BLOCK_M + last, 0))
+        edge = tl.minimum(edge, tl.maximum(m + 1 + last, 0) // BLOCK_N * BLOCK_N)
+    if first is not None:
+        start = tl.maximum(m + first, 0) // BLOCK_N * BLOCK_N
+        full = tl.cdiv(tl.maximum(m + BLOCK_M - 1 + first, 0), BLOCK_N) * BLOCK_N
+        full = tl.maximum(tl.minimum(full, tl.cdiv(end, BLOCK_N) * BLOCK_N), start)
+        edge = tl.maximum(edge, full)
+    return start, full, edge, end
+
+
+@triton.jit
+def _tile_of(t, starts_ptr, B, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The t-th tile of BLOCK rows of B sequences one behind the other: (sequence, tile of it), and
+    a sequence from B on where there is none."""
+    bs = tl.arange(0, BLOCK_B)
+    begin = tl.load(starts_ptr + bs, mask=bs < B, other=0)
+    end = tl.load(starts_ptr + bs + 1, mask=bs < B, other=0)
+    tiles = tl.cdiv((end - begin).to(tl.int32), BLOCK)
+    up_to = tl.cumsum(tiles, 0)
+    b = tl.sum((up_to <= t).to(tl.int32), 0)
+    return b, t - tl.sum(tl.where(bs == b, up_to - tiles, 0), 0)
+
+
+@triton.jit
+def _rows_of(b, starts_ptr, B):
+    """(first row, rows) of sequence b; no rows behind the last one."""
+    begin = tl.load(starts_ptr + b, mask=b < B, other=0).to(tl.int64)
+    end = tl.load(starts_ptr + b + 1, mask=b < B, other=0)
+    return begin, (end - begin).to(tl.int32)
+
+
+@triton.jit
+def _sequence(
+    t,
+    starts_q_ptr,  # [B + 1]
+    starts_k_ptr,  # [B + 1]; None where there are pages
+    used_ptr,  # [B], how many of its keys count; None for all
+    B,
+    OF_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """What the t-th tile of queries, or of keys, belongs to: (sequence, tile of it, its first row
+    of queries and of keys, how many it has of both)."""
+    b, tile = _tile_of(t, starts_k_ptr if OF_KEYS else starts_q_ptr, B, BLOCK, BLOCK_B)
+    q_0, S_q = _rows_of(b, starts_q_ptr, B)
+    k_0 = tl.full([], 0, tl.int64)
+    S_k = S_q
+    if starts_k_ptr is not None:
+        k_0, S_k = _rows_of(b, starts_k_ptr, B)
+    if used_ptr is not None:
+        S_k = tl.load(used_ptr + b, mask=b < B, other=0).to(tl.int32)
+    return b, tile, q_0, k_0, S_q, S_k
+
+
+@triton.jit
+def _tiles(starts_ptr, S, B, BLOCK: tl.constexpr):
+    """How many tiles of a head there may be: of each sequence, one may be half empty."""
+    return tl.cdiv(S, BLOCK) if starts_ptr is None else S // BLOCK + B
 
 
 @triton.jit
@@ -135,13 +208,16 @@ def _fwd_keys(
     S_k,
     D,
     D_V,
+    first,
+    last,
+    pages_ptr,
+    page_size,
     stride_ks,
     stride_vs,
     stride_mask_k,
     factor,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -157,12 +233,15 @@ def _fwd_keys(
     for n in range(start, stop, BLOCK_N):
         keys = n + tl.arange(0, BLOCK_N)
         keys_ok = keys < S_k
-        k_ptrs = _rows(k_ptr, keys, stride_ks, ds)
+        places = keys
+        if pages_ptr is not None:
+            pages = tl.load(pages_ptr + keys // page_size, mask=keys_ok, other=0).to(tl.int64)
+            places = pages * page_size + keys % page_size
+        k_ptrs = _rows(k_ptr, places, stride_ks, ds)
         k = load_tile(k_ptrs, keys_ok[:, None], (ds < D)[None, :], EDGE, not WHOLE_D)
         visible = keys_ok[None, :]
         inside = (rows < S_q)[:, None] & visible
-        if CAUSAL:
-            visible = visible & (keys[None, :] <= rows[:, None])
+        visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         s = _scores(
             q,
@@ -186,7 +265,7 @@ def _fwd_keys(
         p = _exp(_minus(s, factor, anchor[:, None], MASK), WIDE)
         fade = _exp(highest - anchor, WIDE)
         total = total * fade + tl.sum(p, 1)
-        v_ptrs = _rows(v_ptr, keys, stride_vs, dvs)
+        v_ptrs = _rows(v_ptr, places, stride_vs, dvs)
         v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
         acc = dot(to_storage(p, v.dtype), v, acc * fade[:, None])
         highest = highest_now
@@ -205,6 +284,15 @@ def attention_fwd_kernel(
     group,  # N // N_kv
     S_q,
     S_k,
+    starts_q_ptr,  # these three as in `_sequence`; None where no sequences are packed
+    starts_k_ptr,
+    used_ptr,
+    B,  # sequences that lie one behind the other
+    first,
+    last,
+    pages_ptr,  # [B, pages_row]: key j is row j % page_size of page j // page_size; None: in order
+    pages_row,
+    page_size,
     D,
     D_V,
     scale: tl.float64,
@@ -226,25 +314,47 @@ def attention_fwd_kernel(
     stride_os,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,  # scale < 0
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr,  # last is 0, and known to be when this compiles
+    ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "float"
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     WHOLE_D: tl.constexpr,  # D == BLOCK_D
     WHOLE_DV: tl.constexpr,
 ):
     # Tiles of one head run side by side and share its K and V in L2; the last one, the longest
     # under the causal rule, starts first.
-    tiles = tl.cdiv(S_q, BLOCK_M)
+    if CAUSAL:
+        last = 0
+    tiles = _tiles(starts_q_ptr, S_q, B, BLOCK_M)
     pid = tl.program_id(0)
-    m = (tiles - 1 - pid % tiles) * BLOCK_M
     head = pid // tiles
     b = (head // N).to(tl.int64)
     n = (head % N).to(tl.int64)
     n_kv = n // group
+    lse_ptr += tl.cast(head, tl.int64) * S_q
+    tile = tiles - 1 - pid % tiles
+    if starts_q_ptr is not None:
+        sequence, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        out_ptr += q_0 * stride_os
+        lse_ptr += q_0
+        if pages_ptr is not None:
+            pages_ptr += sequence.to(tl.int64) * pages_row
+    m = tile * BLOCK_M
     factor = _unit_factor(tl.full([], scale, ACC), WIDE)
 
     rows = m + tl.arange(0, BLOCK_M)
@@ -263,8 +373,8 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     highest = tl.full([BLOCK_M], float("-inf"), ACC)
-    full, end = _key_ranges(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
-    for edge in tl.static_range(2):
+    start, full, edge, end = _key_ranges(m, S_k, first, last, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(1 if first is None else 0, 3):
         acc, total, highest = _fwd_keys(
             acc,
             total,
@@ -274,21 +384,24 @@ def attention_fwd_kernel(
             v_ptr,
             mask_rows,
             rows,
-            full if edge else 0,
-            end if edge else full,
+            start if part == 0 else full if part == 1 else edge,
+            full if part == 0 else edge if part == 1 else end,
             S_q,
             S_k,
             D,
             D_V,
+            first,
+            last,
+            pages_ptr,
+            page_size,
             stride_ks,
             stride_vs,
             stride_mask_k,
             factor,
             ACC=ACC,
             NEGATIVE=NEGATIVE,
-            CAUSAL=CAUSAL,
             MASK=MASK,
-            EDGE=edge == 1,
+            EDGE=part != 1,
             WIDE=WIDE,
             BLOCK_N=BLOCK_N,
             BLOCK_D=BLOCK_D,
@@ -304,7 +417,7 @@ def attention_fwd_kernel(
     out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
     out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
-    tl.store(lse_ptr + tl.cast(head, tl.int64) * S_q + rows, lse, mask=rows < S_q)
+    tl.store(lse_ptr + rows, lse, mask=rows < S_q)
 
 
 @triton.jit
@@ -378,6 +491,12 @@ def attention_bwd_dkv_kernel(
     group,
     S_q,
     S_k,
+    starts_q_ptr,
+    starts_k_ptr,
+    used_ptr,
+    B,  # sequences that lie one behind the other
+    first,
+    last,
     D,
     D_V,
     scale: tl.float64,
@@ -406,27 +525,50 @@ def attention_bwd_dkv_kernel(
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     WHOLE_D: tl.constexpr,
     WHOLE_DV: tl.constexpr,
 ):
     # The first keys are seen by the most queries under the causal rule: they start first.
-    tiles = tl.cdiv(S_k, BLOCK_N)
+    if CAUSAL:
+        last = 0
+    tiles = _tiles(starts_k_ptr, S_k, B, BLOCK_N)
     pid = tl.program_id(0)
-    first = pid % tiles * BLOCK_N
     head_kv = pid // tiles
     N_kv = N // group
     b = (head_kv // N_kv).to(tl.int64)
     n_kv = (head_kv % N_kv).to(tl.int64)
+    all_q = S_q
+    tile = pid % tiles
+    if starts_q_ptr is not None:
+        _, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, True, BLOCK_N, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        dout_ptr += q_0 * stride_dos
+        lse_ptr += q_0
+        delta_ptr += q_0
+        dk_ptr += k_0 * stride_dks
+        dv_ptr += k_0 * stride_dvs
+    key_0 = tile * BLOCK_N
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
 
-    keys = first + tl.arange(0, BLOCK_N)
+    keys = key_0 + tl.arange(0, BLOCK_N)
     ds = tl.arange(0, BLOCK_D)
     dvs = tl.arange(0, BLOCK_DV)
     keys_ok = (keys < S_k)[:, None]
@@ -439,8 +581,14 @@ def attention_bwd_dkv_kernel(
     # ahead during the last products of another. Tiles of scores are transposed, keys by queries:
     # both sums over queries have their left operand in registers. Keys past S_k gather rubbish,
     # each in a row of its own that is not stored.
-    start = first // BLOCK_M * BLOCK_M if CAUSAL else 0
-    steps = tl.maximum(tl.cdiv(S_q - start, BLOCK_M), 0)
+    start = 0
+    end = S_q
+    if last is not None:
+        start = tl.maximum(key_0 - last, 0) // BLOCK_M * BLOCK_M
+    if first is not None:
+        end = tl.minimum(S_q, key_0 + BLOCK_N - first)
+    steps = tl.cdiv(tl.maximum(end - start, 0), BLOCK_M)
+    banded: tl.constexpr = first is not None or last is not None
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
     for step in range(group * steps):
@@ -449,7 +597,7 @@ def attention_bwd_dkv_kernel(
         rows_ok = rows < S_q
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        row_0 = (b * N + n) * S_q
+        row_0 = (b * N + n) * all_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
         mask_rows = mask_ptr
         if MASK != "none":
@@ -457,9 +605,9 @@ def attention_bwd_dkv_kernel(
             mask_rows = mask_rows + keys.to(tl.int64)[:, None] * stride_mask_k
         mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
         inside = keys_ok & rows_ok[None, :]
-        visible = keys[:, None] <= rows[None, :]
+        visible = _in_band(keys_ok, keys[:, None], rows[None, :], first, last)
         st = _scores(
-            k, q, factor, mask_rows, mask_cols, visible, inside, ACC, NEGATIVE, MASK, CAUSAL, WIDE
+            k, q, factor, mask_rows, mask_cols, visible, inside, ACC, NEGATIVE, MASK, banded, WIDE
         )
         pt = _exp(_minus(st, factor, lse[None, :], MASK), WIDE)
         dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
@@ -495,13 +643,14 @@ def _bwd_keys(
     S_k,
     D,
     D_V,
+    first,
+    last,
     stride_ks,
     stride_vs,
     stride_mask_k,
     factor,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -524,8 +673,7 @@ def _bwd_keys(
         v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
         visible = keys_ok[None, :]
         inside = (rows < S_q)[:, None] & visible
-        if CAUSAL:
-            visible = visible & (keys[None, :] <= rows[:, None])
+        visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         s = _scores(
             q,
@@ -562,6 +710,12 @@ def attention_bwd_dq_kernel(
     group,
     S_q,
     S_k,
+    starts_q_ptr,
+    starts_k_ptr,
+    used_ptr,
+    B,  # sequences that lie one behind the other
+    first,
+    last,
     D,
     D_V,
     scale: tl.float64,
@@ -587,22 +741,43 @@ def attention_bwd_dq_kernel(
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     WHOLE_D: tl.constexpr,
     WHOLE_DV: tl.constexpr,
 ):
-    tiles = tl.cdiv(S_q, BLOCK_M)
+    if CAUSAL:
+        last = 0
+    tiles = _tiles(starts_q_ptr, S_q, B, BLOCK_M)
     pid = tl.program_id(0)
-    m = (tiles - 1 - pid % tiles) * BLOCK_M
     head = pid // tiles
     b = (head // N).to(tl.int64)
     n = (head % N).to(tl.int64)
     n_kv = n // group
+    at = tl.cast(head, tl.int64) * S_q
+    tile = tiles - 1 - pid % tiles
+    if starts_q_ptr is not None:
+        _, tile, q_0, k_0, S_q, S_k = _sequence(
+            tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
+        )
+        if ENDS_MEET:
+            if first is not None:
+                first += S_k - S_q
+            if last is not None:
+                last += S_k - S_q
+        q_ptr += q_0 * stride_qs
+        k_ptr += k_0 * stride_ks
+        v_ptr += k_0 * stride_vs
+        dout_ptr += q_0 * stride_dos
+        dq_ptr += q_0 * stride_dqs
+        at += q_0
+    m = tile * BLOCK_M
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
 
@@ -614,7 +789,7 @@ def attention_bwd_dq_kernel(
     dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
     q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
     dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
-    at = tl.cast(head, tl.int64) * S_q + rows
+    at += rows
     lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
     delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
     k_ptr += b * stride_kb + n_kv * stride_kn
@@ -625,8 +800,8 @@ def attention_bwd_dq_kernel(
         mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    full, end = _key_ranges(m, S_k, CAUSAL, BLOCK_M, BLOCK_N)
-    for edge in tl.static_range(2):
+    start, full, edge, end = _key_ranges(m, S_k, first, last, BLOCK_M, BLOCK_N)
+    for part in tl.static_range(1 if first is None else 0, 3):
         dq = _bwd_keys(
             dq,
             q,
@@ -637,21 +812,22 @@ def attention_bwd_dq_kernel(
             v_ptr,
             mask_rows,
             rows,
-            full if edge else 0,
-            end if edge else full,
+            start if part == 0 else full if part == 1 else edge,
+            full if part == 0 else edge if part == 1 else end,
             S_q,
             S_k,
             D,
             D_V,
+            first,
+            last,
             stride_ks,
             stride_vs,
             stride_mask_k,
             factor,
             ACC=ACC,
             NEGATIVE=NEGATIVE,
-            CAUSAL=CAUSAL,
             MASK=MASK,
-            EDGE=edge == 1,
+            EDGE=part != 1,
             WIDE=WIDE,
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
@@ -666,18 +842,49 @@ def attention_bwd_dq_kernel(
     tl.store(dq_ptrs, dq, mask=rows_ok & (ds < D)[None, :])
 
 
+class Places(NamedTuple):
+    """Where sequences lie one behind the other in q, k and v of batch size 1, contiguous integers.
+
+    None of them: each batch has one sequence of all its rows.
+    """
+
+    starts_q: Tensor | None = None  # [B + 1]
+    starts_k: Tensor | None = None  # [B + 1]; None where there are pages
+    used: Tensor | None = None  # [B], how many of its keys count; None for all
+    pages: Tensor | None = None  # [B, most pages of a sequence]; None where keys are in order
+    page_size: int = 0
+    ends_meet: bool = False  # the band is from where the last query stands at the last key
+
+    @property
+    def sequences(self) -> int:
+        return 0 if self.starts_q is None else self.starts_q.shape[0] - 1
+
+    def tiles(self, rows: int, block: int) -> int:
+        """`_tiles` of as many rows."""
+        packed = self.starts_q is not None
+        return rows // block + self.sequences if packed else triton.cdiv(rows, block)
+
+
+#: One sequence in each batch.
+ONE = Places()
+
+
 def _options(
     tables: dict,
     q: Tensor,
     v: Tensor,
     mask: Tensor | None,
     band: tuple[int | None, int | None],
+    places: Places,
     scale: float,
 ) -> dict[str, object]:
     """The constants of a launch with the block sizes of `tables`."""
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
-    plain = mask is None and D == block_d == D_v
+    causal = band == (None, 0) and places is ONE
+    # Sizes and edges that differ from sequence to sequence take registers of their own.
+    usual = causal or (band == (None, None) and places is ONE)
+    plain = mask is None and usual and D == block_d == D_v
     config = _configs.attention(
         tables, capability(q.device), q.dtype, max(block_d, block_dv), plain
     )
@@ -685,13 +892,15 @@ def _options(
     return {
         "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
         "NEGATIVE": scale < 0,
-        "CAUSAL": band == (None, 0),
+        "CAUSAL": causal,
+        "ENDS_MEET": places.ends_meet,
         "MASK": kind,
         "WIDE": q.dtype == compute_dtype(q.dtype) or kind == "float",
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
+        "BLOCK_B": triton.next_power_of_2(max(places.sequences, 1)),
         "WHOLE_D": block_d == D,
         "WHOLE_DV": block_dv == D_v,
         "num_warps": config.num_warps,
@@ -718,9 +927,16 @@ def _operands(
     return q, k, v, mask, (*steps, *mask.stride())
 
 
-def _on_hopper(table: dict, scale: float, attn_mask: Tensor | None, *tensors: Tensor) -> bool:
+def _on_hopper(
+    table: dict,
+    scale: float,
+    attn_mask: Tensor | None,
+    band: tuple[int | None, int | None],
+    places: Places,
+    *tensors: Tensor,
+) -> bool:
     """Whether the kernels in Gluon run a call on q, k, v (and dout): 16-bit floats on sm_90 of the
-    head dims in `table`, no mask, all within reach of the copy engine.
+    head dims in `table`, no mask but the causal one, all within reach of the copy engine.
 
     All else runs on the kernels of this file.
     """
@@ -731,9 +947,17 @@ def _on_hopper(table: dict, scale: float, attn_mask: Tensor | None, *tensors: Te
         and _configs.storage(q.dtype) == torch.float16
         and (q.shape[-1], v.shape[-1]) in table
         and attn_mask is None
+        and band in ((None, None), (None, 0))
+        and places.starts_q is None
         and scale > 0
         and all(map(_hopper.reachable, tensors))
     )
+
+
+def _room(like: Tensor, places: Places) -> Tensor:
+    """Where a gradient goes: zeros where rows may belong to no sequence."""
+    made = empty_rows_like(like)
+    return made if places is ONE else made.zero_()
 
 
 def attention_fwd(
@@ -748,6 +972,7 @@ def attention_fwd(
     band: tuple[int | None, int | None],
     scale: float,
     keep: bool = True,
+    places: Places = ONE,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """Attention and the log-sum-exp of the scores.
 
@@ -757,11 +982,12 @@ def attention_fwd(
         v: [B, N_kv, S_k, D_v].
         attn_mask: None, or [B, N, S_q, S_k] of any strides, bool (True: attend) or added to the
             scores.
-        band: (None, 0), where query i sees keys j <= i, or (None, None).
+        band: the first and last j - i at which query i sees key j; None for no bound.
         scale: what the scores are multiplied by.
+        places: where sequences are packed.
 
     Returns:
-        ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``.
+        ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``; 0 and -inf in rows of no sequence.
     """
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
@@ -770,13 +996,16 @@ def attention_fwd(
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
-    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, q, k, v):
+    if places is not ONE:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, band, places, q, k, v):
         with on_device_of(q):
             _attention_sm90.attention_fwd_sm90(q, k, v, out, lse, band == (None, 0), scale)
     elif lse.numel() > 0:
-        options = _options(_configs.ATTENTION_FWD, q, v, mask, band, scale)
+        options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale)
         with on_device_of(q):
-            attention_fwd_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
+            attention_fwd_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
                 q,
                 k,
                 v,
@@ -787,6 +1016,12 @@ def attention_fwd(
                 N // max(k.shape[1], 1),
                 S_q,
                 S_k,
+                *places[:3],
+                places.sequences,
+                *band,
+                places.pages,
+                0 if places.pages is None else places.pages.shape[1],
+                places.page_size,
                 D,
                 D_v,
                 scale,
@@ -809,6 +1044,7 @@ def attention_bwd(
     band: tuple[int | None, int | None],
     scale: float,
     needs: tuple[bool, ...],
+    places: Places = ONE,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v.
 
@@ -816,7 +1052,7 @@ def attention_bwd(
         saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, None, None, None,
             out, lse).
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
-        band, scale: as in `attention_fwd`.
+        band, scale, places: as in `attention_fwd`.
         needs: which of the gradients are wanted; those of q, k and v are served.
 
     Returns:
@@ -831,7 +1067,8 @@ def attention_bwd(
     out = with_dense_rows(out)
     dout = torch.zeros_like(out) if dout is None else with_dense_rows(dout)
 
-    on_hopper = _on_hopper(_configs.ATTENTION_DQ_SM90, scale, mask, q, k, v, dout)
+    table = _configs.ATTENTION_DQ_SM90
+    on_hopper = _on_hopper(table, scale, mask, band, places, q, k, v, dout)
     # units[0] is lse as kernels on Hopper take it, units[1] is delta; there, whole tiles of both.
     rows = triton.cdiv(S_q, _hopper.BLOCK.value) * _hopper.BLOCK.value if on_hopper else S_q
     units = torch.empty(1 + on_hopper, B, N, rows, dtype=lse.dtype, device=lse.device)
@@ -869,11 +1106,11 @@ def attention_bwd(
 
     dq = dk = dv = None
     if needs[0]:
-        dq = empty_rows_like(q)
+        dq = _room(q, places)
         if dq.numel() > 0:
-            options = _options(_configs.ATTENTION_DQ, q, v, mask, band, scale)
+            options = _options(_configs.ATTENTION_DQ, q, v, mask, band, places, scale)
             with on_device_of(q):
-                attention_bwd_dq_kernel[(triton.cdiv(S_q, options["BLOCK_M"]) * B * N,)](
+                attention_bwd_dq_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
                     q,
                     k,
                     v,
@@ -886,6 +1123,9 @@ def attention_bwd(
                     group,
                     S_q,
                     S_k,
+                    *places[:3],
+                    places.sequences,
+                    *band,
                     D,
                     D_v,
                     scale,
@@ -895,11 +1135,11 @@ def attention_bwd(
                     **options,
                 )
     if needs[1] or needs[2]:
-        dk, dv = empty_rows_like(k), empty_rows_like(v)
+        dk, dv = _room(k, places), _room(v, places)
         if dk.numel() > 0:
-            options = _options(_configs.ATTENTION_DKV, q, v, mask, band, scale)
+            options = _options(_configs.ATTENTION_DKV, q, v, mask, band, places, scale)
             with on_device_of(q):
-                attention_bwd_dkv_kernel[(triton.cdiv(S_k, options["BLOCK_N"]) * B * N_kv,)](
+                attention_bwd_dkv_kernel[(places.tiles(S_k, options["BLOCK_N"]) * B * N_kv,)](
                     q,
                     k,
                     v,
@@ -913,6 +1153,9 @@ def attention_bwd(
                     group,
                     S_q,
                     S_k,
+                    *places[:3],
+                    places.sequences,
+                    *band,
                     D,
                     D_v,
                     scale,

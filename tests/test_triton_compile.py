@@ -80,6 +80,7 @@ class Case:
     everything: bool = False  # what linear_cross_entropy can be asked for
     size_v: int | None = None  # D_v, where it is not D
     gluon: bool = True  # False: as with a Triton that has no Gluon, or not this one
+    packed: bool = False  # attention_varlen, in a window
 
     @property
     def id(self):
@@ -93,7 +94,7 @@ class Case:
             words += [self.mask] * (self.mask != "none") + ["causal"] * self.is_causal
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
             words += [f"v{self.size_v}"] * (self.size_v is not None)
-            words += ["triton"] * (not self.gluon)
+            words += ["triton"] * (not self.gluon) + ["packed"] * self.packed
         return "-".join(words)
 
     @property
@@ -103,7 +104,8 @@ class Case:
         sizes = self.size, self.size_v or self.size
         for triton, (gluon, table) in GLUON.items():
             runs = self.chip == 90 and self.dtype in (HALF, BRAIN) and self.mask == "none"
-            names.discard(triton if runs and self.gluon and sizes in table else gluon)
+            runs = runs and self.gluon and not self.packed
+            names.discard(triton if runs and sizes in table else gluon)
         return names
 
 
@@ -145,7 +147,9 @@ def attention_cases():
         yield Case("attention", chip, DOUBLE, 64, mask="bool")
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
+        yield Case("attention", chip, HALF, 128, packed=True)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
+    yield Case("attention", 90, DOUBLE, 64, packed=True)
     for size, size_v in _configs.ATTENTION_FWD_SM90:
         for dtype, is_causal in ((HALF, False), (HALF, True), (BRAIN, True)):
             yield Case("attention", 90, dtype, size, size_v=size_v, is_causal=is_causal)
@@ -266,9 +270,22 @@ def launch_recurrent(case, dtype):
 
 
 def launch_attention(case, dtype):
-    from pykernels.kernels import _hopper, attention
+    from pykernels.kernels import _hopper, attention, attention_varlen
 
     attention._hopper = _hopper if case.gluon else None
+    if case.packed:
+        q, k = (torch.zeros(64, n, case.size, dtype=dtype) for n in (case.heads, 2))
+        starts, used = torch.tensor([0, 30, 64]), torch.tensor([9, 34])
+        options = {"band": (-20, 0), "ends_meet": True, "scale": 0.125}
+        run = attention_varlen.attention_varlen_fwd
+        places = (starts, starts, used, None)
+        outputs, saved = run(q, k, k, None, None, None, *places, **options)
+        needs = (True, True, True, False)
+        attention_varlen.attention_varlen_bwd(saved, outputs, needs=needs, **options)
+        pages = k.reshape(4, 16, *k.shape[1:])
+        places = (starts, None, used, torch.tensor([[0, 1, 2], [3, 0, 1]], dtype=torch.int32))
+        run(q, pages, pages, None, None, None, *places, **options)
+        return
     q = torch.zeros(1, case.heads, case.queries, case.size, dtype=dtype)
     k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
     v = torch.zeros(1, 2, 64, case.size_v or case.size, dtype=dtype)

@@ -135,6 +135,56 @@ def test_scale_of_any_sign(dtype, scale):
     evaluate.check(spec, dtype, "triton", DEVICE)
 
 
+class Programs:
+    """As much of Gluon's language as says which program has what to do."""
+
+    minimum, maximum, where = min, max, staticmethod(lambda which, a, b: a if which else b)
+
+    def __init__(self, programs, pid):
+        self.num_programs, self.program_id = lambda axis: programs, lambda axis: pid
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(
+    ("heads", "S", "D"),
+    [
+        (512, 512, 128),
+        (32, 8192, 128),
+        (64, 2048, 256),
+        (64, 8192, 64),
+        (12, 1000, 128),
+        (4, 65536, 64),
+    ],
+)
+def test_tiles_of_persistent_programs(heads, S, D, group, last_first, monkeypatch):
+    """Each tile of each head is done once, and all programs of a full GPU get about the same."""
+    hopper = pytest.importorskip(
+        "pykernels.kernels._hopper", exc_type=(AttributeError, ImportError)
+    )
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
+    q, k = (
+        torch.empty(1, n, S, D, dtype=torch.float16, device="meta") for n in (heads, heads // group)
+    )
+    tiles, programs = hopper.grid(q)
+    chunk = hopper.heads_together(k, k, heads, tiles, programs)
+    done, work = set(), [0] * programs
+    for pid in range(programs):
+        monkeypatch.setattr(hopper, "gl", Programs(programs, pid))
+        for turn in range(tiles * heads):
+            tile, head = hopper.place.fn(turn, tiles, heads, chunk, last_first)
+            if head >= heads:
+                break
+            assert 0 <= tile < tiles
+            assert (tile, head) not in done
+            done.add((tile, head))
+            # two tiles of keys are about what a start and an end take
+            work[pid] += 2 + (tile + 1 if last_first else tiles)
+    assert len(done) == tiles * heads
+    if len(done) > 3 * programs:
+        assert sum(work) / programs >= 0.9 * max(work)
+
+
 @pytest.mark.parametrize("K", [0, 1, _configs.SPLIT_LEAST, _configs.SPLIT_MOST + 3])
 @pytest.mark.parametrize("dtype", EVERY)
 def test_split_sums(dtype, K):

@@ -86,7 +86,7 @@ def attention_varlen(
             ``j % page_size`` of page ``block_table[b, j // page_size]``, as in a cache that
             grows page by page (W. Kwon et al., "PagedAttention", 2023). No gradients.
         return_lse: return ``(out, lse)``.
-        backend: "cpp" or "reference"; None takes the fastest that serves the call.
+        backend: "cpp", "triton" or "reference"; None takes the fastest that serves the call.
 
     Returns:
         ``out`` [T_q, N, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [N, T_q] in float32
