@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import math
 import signal
 import sys
@@ -110,6 +112,9 @@ def peak_memory(device: str) -> Iterator[Callable[[], float]]:
         before = torch.cuda.memory_allocated()
         yield lambda: torch.cuda.max_memory_allocated() - before
         return
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed but kept would be taken again unseen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = resident("VmRSS")

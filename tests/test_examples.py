@@ -72,6 +72,15 @@ def test_vocabulary_sweep_quick(capsys, output):
     assert (output / "vocabulary.png").stat().st_size > 10_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak")
+def test_peak_memory_sees_what_was_freed_before():
+    for _ in range(2):
+        with program.peak_memory("cpu") as peak:
+            small = [torch.ones(4096) for _ in range(4000)]  # 64 MB that an allocator may keep
+            del small
+            assert 50e6 < peak() < 100e6
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["rnn", "transformer"])
 def test_words_added_later(kind, tied, output):
