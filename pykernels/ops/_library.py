@@ -95,7 +95,7 @@ class Operator:
         extras: str = "",
         saves: int = 1,
         last_if: str = "",
-        empty: Callable[..., tuple[Tensor, ...]],
+        empty: Callable[..., Tensors],
         formula: Callable[..., tuple[Tensor, ...]],
         axes: Callable[..., tuple[Axes, Axes] | None],
         check: Callable[..., None] = _no_check,
@@ -111,7 +111,7 @@ class Operator:
             outputs: of what its ``<op>_extras(*tensors, **options)`` makes, uninitialised.
         saves: how many of the outputs every backend saves.
         last_if: an option without which there is no last output.
-        empty: ``(*tensors, **options)`` -> the outputs, uninitialised.
+        empty: ``(*tensors, **options)`` -> the outputs, uninitialised; None for what is not there.
         formula: ``(*tensors, **options)`` -> the outputs by the reference's formula, which can be
             differentiated in every way.
         axes: ``(*tensors, **options)`` -> the batch axis of each tensor, and that of each output
