@@ -173,7 +173,8 @@ def loss_cases():
 def amd_cases():
     """Every kernel once: that they lower to AMD's instructions, and fit."""
     yield Case("recurrent", GFX, HALF, 64)
-    yield Case("recurrent", GFX, SINGLE, 301, 160, "gru")
+    if RELEASE >= (3, 7):  # a pass of 3.6 for AMD fails where a pointer is into one of two tensors
+        yield Case("recurrent", GFX, SINGLE, 301, 160, "gru")
     yield Case("attention", GFX, HALF, 64, is_causal=True)
     yield Case("linear_cross_entropy", GFX, HALF, 64, batch=160)
 
