@@ -141,8 +141,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 #: Options of every launch. Products and polynomials count on fused multiply-adds, whatever the
 #: default of a Triton release is. The bound on registers is the hardware's own: without one the
-#: assembler spills to make room for a second program on a multiprocessor.
-LAUNCH = {"enable_fp_fusion": True, "maxnreg": 255}
+#: assembler spills to make room for a second program on a multiprocessor. On AMD there is none.
+AMD = torch.version.hip is not None
+LAUNCH = {"enable_fp_fusion": True} | ({} if AMD else {"maxnreg": 255})
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -172,8 +173,8 @@ def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """The compute capability, 90 for sm_90; where interpreted 80, the lowest served."""
-    if device.type != "cuda":
+    """The compute capability, 90 for sm_90; where interpreted, or AMD's, 80, the lowest served."""
+    if device.type != "cuda" or AMD:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

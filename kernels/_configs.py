@@ -9,6 +9,7 @@ consumer chips (sm_86, sm_89, sm_120) included; the "sm_90" tables use the 227 K
 chips sm_90 and sm_100.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +152,10 @@ TOGETHER = {
 }
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
+        # few rows: twice as many programs each multiply half as much, and read less at once
+        RecurrenceConfig(
+            16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on="NVIDIA H100 80GB HBM3"
+        ),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
@@ -359,13 +364,13 @@ def recurrence(
         for config in ALONE[table(capability)]:
             if config.block_n >= H and size * config.block_k * config.block_n <= config.held:
                 return "alone", config
-    best, fewest = None, 0
+    best, fewest = None, math.inf
     for config in TOGETHER[table(capability)][dtype]:
         deep = -(-H // config.block_k) * config.block_k
         if config.held and size * deep * config.block_n > config.held:
             continue
         groups = programs // -(-H // config.block_n)  # of programs, each with a tile of the batch
-        rounds = -(-B // (groups * config.block_b)) if groups else B
+        rounds = -(-B // (groups * config.block_b)) if groups else math.inf
         if best is None or rounds < fewest:
             best, fewest = config, rounds
     form = "together" if programs >= -(-H // best.block_n) else "steps"

@@ -32,6 +32,7 @@ from torch.nn.functional import pad
 
 from . import _configs
 from ._common import (
+    AMD,
     LAUNCH,
     TRITON_DTYPES,
     block_size,
@@ -409,6 +410,7 @@ def walk(
     if more_n or more_k:
         m = pad(m, (0, more_n, 0, more_k) if backward else (0, more_k, 0, more_n))
     strides = (m.stride(0), m.stride(k_axis), m.stride(n_axis))
+    registers = {} if AMD else {"maxnreg": min(255, 2048 // config.num_warps)}
     with on_device_of(state):
         for row0 in range(0, B, rows):
             grid = (tiles_n * min(tiles_b, cdiv(B - row0, block_b)),)
@@ -444,5 +446,5 @@ def walk(
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                     launch_cooperative_grid=form == "together",
-                    **LAUNCH | {"maxnreg": min(255, 2048 // config.num_warps)},
+                    **LAUNCH | registers,
                 )

@@ -27,6 +27,7 @@ import torch
 
 _configs = pytest.importorskip("pykernels.kernels._configs", exc_type=ImportError)
 
+TOGETHER = _configs.TOGETHER
 RELEASE = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 
 #: Which case launches each kernel; a new kernel must be named here, and its case launch it.
@@ -58,6 +59,9 @@ SHARED = {"product_kernel"}
 
 #: The chips that each table of block sizes serves, as far as they are compiled for here.
 CHIPS = {"sm_80": (80,), "sm_90": (90, 100)}
+#: An AMD chip, as its number follows "gfx", and the bytes of shared memory that a block may use.
+GFX = 942
+GFX_SHARED = 64 * 1024
 #: The instructions of tensor cores, all and those of sm_90 and sm_100.
 PRODUCTS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 HALF, BRAIN, SINGLE, DOUBLE = "float16", "bfloat16", "float32", "float64"
@@ -73,6 +77,7 @@ class Case:
     size: int  # recurrent: H; attention: D; linear_cross_entropy: H
     batch: int = 1
     cell: str = "lstm"
+    entry: int = -1  # of the table of shared units, in place of the one that a call would choose
     mask: str = "none"
     is_causal: bool = False
     heads: int = 4  # of queries, on two of keys and values
@@ -87,7 +92,7 @@ class Case:
         words = [self.op, f"sm{self.chip}", self.dtype, f"{self.size}"]
         if self.op == "recurrent":
             words[0] = self.cell
-            words += [f"b{self.batch}"]
+            words += [f"b{self.batch}"] + [f"entry{self.entry}"] * (self.entry >= 0)
         elif self.op == "linear_cross_entropy":
             words += [f"n{self.batch}"] + ["everything"] * self.everything
         else:
@@ -116,12 +121,16 @@ def recurrent_cases():
                 cell = "lstm" if 4 * 2 * entry.block_n**2 <= entry.held else "rnn"
                 # one row a program; as many as may be, of a size that fits no vector load
                 yield Case("recurrent", chip, HALF, entry.block_n, 1, cell)
-                yield Case("recurrent", chip, HALF, entry.block_n - 1, 132 * entry.block_b, cell)
+                if chip != 100:  # whose products here are those of sm_90
+                    rows = 132 * entry.block_b
+                    yield Case("recurrent", chip, HALF, entry.block_n - 1, rows, cell)
             for dtype, entries in _configs.TOGETHER[table].items():
-                for entry in entries:
+                for index, entry in enumerate(entries):
                     # the largest whose slice fits, or more than fits any
-                    size = entry.held // (4 * dtype.itemsize * entry.block_n) or 1200
-                    yield Case("recurrent", chip, str(dtype)[6:], size, entry.block_b)
+                    size = entry.held // (4 * dtype.itemsize * entry.block_n)
+                    size = size // entry.block_k * entry.block_k or 1200
+                    name, rows = str(dtype)[6:], entry.block_b
+                    yield Case("recurrent", chip, name, size, rows, entry=index)
     for chip in (80, 90, 100):
         for cell, dtype in (("rnn", BRAIN), ("gru", HALF), ("gru", SINGLE), ("gru", DOUBLE)):
             # enough rows for the large tiles of the products
@@ -165,7 +174,16 @@ def loss_cases():
         yield Case("linear_cross_entropy", chip, BRAIN, 67, batch=160, everything=True)
 
 
-CASES = [*recurrent_cases(), *attention_cases(), *loss_cases()]
+def amd_cases():
+    """Every kernel once: that they lower to AMD's instructions, and fit."""
+    yield Case("recurrent", GFX, HALF, 64)
+    if RELEASE >= (3, 7):  # a pass of 3.6 for AMD fails where a pointer is into one of two tensors
+        yield Case("recurrent", GFX, SINGLE, 301, 160, "gru")
+    yield Case("attention", GFX, HALF, 64, is_causal=True)
+    yield Case("linear_cross_entropy", GFX, HALF, 64, batch=160)
+
+
+CASES = [*recurrent_cases(), *attention_cases(), *loss_cases(), *amd_cases()]
 
 
 def test_every_kernel_is_listed():
@@ -213,14 +231,17 @@ def test_compiles(case, compiler):
     kernels = answer["kernels"]
     launched = {kernel["name"] for kernel in kernels}
     assert launched | SHARED == case.launched | SHARED
-    limit = _configs.SHARED_MEMORY[_configs.table(case.chip)]
+    amd = case.chip == GFX
+    limit = GFX_SHARED if amd else _configs.SHARED_MEMORY[_configs.table(case.chip)]
     for kernel in kernels:
         assert kernel["stack"] == 0, f"spills: {kernel}"
         assert kernel["shared"] <= limit, (
             f"needs more than {limit} bytes of shared memory: {kernel}"
         )
         products = "".join(kernel["products"])
-        if kernel["rows"] == 0:
+        if amd:
+            assert case.dtype != HALF or bool(products) == (kernel["rows"] >= 16), kernel
+        elif kernel["rows"] == 0:
             assert not products
         elif case.dtype == SINGLE:
             assert not products, f"float32 must not be rounded to TF32: {kernel}"
@@ -252,6 +273,8 @@ class Driver:
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
+        if self.chip == GFX:
+            return GPUTarget("hip", f"gfx{GFX}", 64)
         return GPUTarget("cuda", self.chip, 32)
 
 
@@ -264,6 +287,12 @@ def launch_recurrent(case, dtype):
     w_ih, w_hh, b = (torch.zeros(gates * H, *more, dtype=dtype) for more in ((I,), (H,), ()))
     own = {"rnn": {"nonlinearity": "tanh"}, "lstm": {"return_cell_states": True}}.get(op, {})
     states = (h0, h0, None) if op == "lstm" else (h0,)
+    if case.entry >= 0:
+        storage, entries = _configs.storage(dtype), TOGETHER[_configs.table(case.chip)]
+        only = {storage: (entries[storage][case.entry],)}
+        _configs.TOGETHER = {_configs.table(case.chip): only}
+    else:
+        _configs.TOGETHER = TOGETHER
     forward, backward = getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd")
     outputs, saved = forward(x, w_ih, w_hh, b, b, *states, reverse=False, **own)
     backward(saved, outputs, needs=(True,) * (5 + len(states)), reverse=False, **own)
@@ -323,29 +352,43 @@ def launch_linear_cross_entropy(case, dtype):
     run(saved, (loss, lse, None), needs=needs, **options)
 
 
-def resources(name, compiled, constants):
-    """What cuobjdump reads from the machine code, and what Triton says itself."""
+def usage(compiled):
+    """The registers and the bytes of stack of a thread, and the instructions of tensor cores."""
     import triton
 
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        registers, stack = (
+            int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        return registers, stack, re.findall(r"\bv_mfma", code)
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         command = [cuobjdump, "--dump-resource-usage", file.name]
-        usage = subprocess.check_output(command, text=True)
+        found = subprocess.check_output(command, text=True)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", found)[1]) for name in ("REG", "STACK"))
+    return registers, stack, re.findall(PRODUCTS, compiled.asm["ptx"])
+
+
+def resources(name, compiled, constants):
+    """What is read from the machine code, and what Triton says itself."""
+    registers, stack, products = usage(compiled)
     tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "BLOCK_B" in constants else "BLOCK_M"
     hopper = "sm90" in name  # a warpgroup has 64 rows
     multiplies = "delta" not in name and (hopper or tile in constants)
     return {
         "name": name,
         "warps": compiled.metadata.num_warps,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": registers,
+        "stack": stack,
         "shared": compiled.metadata.shared,
         # the rows of a tile of scores, states or products; the newest instructions want 64 or more
         # and 0 where there is no product
         "rows": (64 if hopper else constants[tile]) if multiplies else 0,
-        "products": sorted(set(re.findall(PRODUCTS, compiled.asm["ptx"]))),
+        "products": sorted(set(products)),
     }
 
 
@@ -361,6 +404,8 @@ def serve():
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
+        if driver.active.chip == GFX:
+            del options["maxnreg"]  # as `LAUNCH` has none on a torch for AMD
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         if kernel.hash not in known:
             known[kernel.hash] = resources(self.__name__, kernel, options)
@@ -374,7 +419,8 @@ def serve():
             if hasattr(module, "on_device_of"):
                 module.on_device_of = lambda tensor: contextlib.nullcontext()
             if hasattr(module, "capability"):
-                module.capability = lambda device, chip=case.chip: chip
+                # AMD's chips have the tables of the lowest
+                module.capability = lambda device, chip=case.chip: 80 if chip == GFX else chip
             if hasattr(module, "multiprocessors"):
                 module.multiprocessors = lambda device: 132
         used.clear()
