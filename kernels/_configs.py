@@ -273,7 +273,6 @@ H100 = "NVIDIA H100 80GB HBM3"
 ATTENTION_FWD_SM90 = {
     (64, 64): HopperConfig(128, 4, H100),
     (128, 128): HopperConfig(128, 2, H100),
-    (256, 256): HopperConfig(64, 2, H100),
     (64, 128): HopperConfig(128, 2, H100),
     (128, 64): HopperConfig(128, 2, H100),
 }
