@@ -114,7 +114,7 @@ class Case:
         return names
 
 
-def recurrent_cases():
+def recurrent_entries():
     for table, chips in CHIPS.items():
         for chip in chips:
             for entry in _configs.ALONE[table]:
@@ -131,6 +131,9 @@ def recurrent_cases():
                     size = size // entry.block_k * entry.block_k or 1200
                     name, rows = str(dtype)[6:], entry.block_b
                     yield Case("recurrent", chip, name, size, rows, entry=index)
+
+
+def recurrent_cases():
     for chip in (80, 90, 100):
         for cell, dtype in (("rnn", BRAIN), ("gru", HALF), ("gru", SINGLE), ("gru", DOUBLE)):
             # enough rows for the large tiles of the products
@@ -138,7 +141,7 @@ def recurrent_cases():
         yield Case("recurrent", chip, SINGLE, 64, 1, "rnn")
 
 
-def attention_cases():
+def attention_entries():
     for table, chips in CHIPS.items():
         for dtype, blocks in _configs.ATTENTION_FWD[table].items():
             name = str(dtype)[6:]
@@ -151,6 +154,9 @@ def attention_cases():
                     # A mask, and a head dim that does not fill its block, take the most registers.
                     # Of 16-bit floats they have entries of their own in the tables.
                     yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
+
+
+def attention_cases():
     for chip in (80, 90, 100):
         yield Case("attention", chip, BRAIN, 64, mask="bool")
         yield Case("attention", chip, DOUBLE, 64, mask="bool")
@@ -184,6 +190,8 @@ def amd_cases():
 
 
 CASES = [*recurrent_cases(), *attention_cases(), *loss_cases(), *amd_cases()]
+#: Every entry of the tables: minutes, so that they are compiled where `-m sweep` asks for them.
+ENTRIES = [*recurrent_entries(), *attention_entries()]
 
 
 def test_every_kernel_is_listed():
@@ -224,7 +232,11 @@ def compiler(tmp_path_factory):
     process.wait(timeout=60)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in ENTRIES)],
+    ids=lambda case: case.id,
+)
 def test_compiles(case, compiler):
     answer = compiler(case)
     assert "error" not in answer, answer["error"]
