@@ -152,7 +152,8 @@ TOGETHER = {
 }
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
-        # few rows: twice as many programs each multiply half as much, and read less at once
+        # Few rows: twice as many programs each multiply half as much, and read less at once. A step
+        # of an lstm, H = 768 on 16 rows, takes 3.7 us, 6.0 backward; by the next entry 3.9, 10.1.
         RecurrenceConfig(
             16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on="NVIDIA H100 80GB HBM3"
         ),
