@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # of that gradient, before it is cut
     seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Run:
@@ -45,12 +46,17 @@ class Run:
         self.losses.append(loss.item())  # waits for the device, so that the clock sees all
         self.norms.append(norm.item())
         self.seconds.append(time.perf_counter() - start)
-        self.tokens += int((targets != IGNORED).sum())
+        self.tokens.append(int((targets != IGNORED).sum()))
 
     @property
     def tokens_a_second(self) -> float:
-        """Of whole steps: the layers, all around them and the optimizer; padding is not counted."""
-        return self.tokens / sum(self.seconds)
+        """Of the median step: the layers, all around them and the optimizer, padding not counted.
+
+        Of a sum the first steps would be much on a GPU, where kernels are compiled in them.
+        """
+        return statistics.median(
+            tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)
+        )
 
 
 def train(
