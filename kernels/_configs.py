@@ -164,8 +164,9 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     ),
 }
 
-#: By table, dtype and block of head dims: the entry for whole heads without a mask, and the one for
-#: the rest. A mask, or a head dim that does not fill its block, takes registers of its own.
+#: By table, dtype and block of head dims: the entry for whole heads without a mask, the one for the
+#: rest, and, where it is not that, the one for whole heads of packed sequences or in a window. A
+#: mask, a head dim that does not fill its block, or lengths of its own take registers.
 _WIDE_FWD = {
     torch.float32: {
         32: _both(64, 32, 8, 2),
@@ -192,8 +193,16 @@ ATTENTION_FWD = {
     "sm_90": {
         torch.float16: {
             32: (AttentionConfig(128, 128, 8, 3), AttentionConfig(128, 64, 8, 2)),
-            64: (AttentionConfig(128, 128, 8, 3), AttentionConfig(128, 64, 8, 2)),
-            128: (AttentionConfig(128, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
+            64: (
+                AttentionConfig(128, 128, 8, 3),
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 3),
+            ),
+            128: (
+                AttentionConfig(128, 128, 8, 2),
+                AttentionConfig(64, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 3),
+            ),
             256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
         **_WIDE_FWD,
@@ -226,8 +235,16 @@ ATTENTION_DQ = {
     "sm_90": {
         torch.float16: {
             32: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
-            64: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 32, 4, 2)),
-            128: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 32, 8, 2)),
+            64: (
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(64, 32, 4, 2),
+                AttentionConfig(128, 64, 8, 2),
+            ),
+            128: (
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(64, 32, 8, 2),
+                AttentionConfig(128, 64, 8, 2),
+            ),
             256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
         **_WIDE_DQ,
@@ -260,8 +277,16 @@ ATTENTION_DKV = {
     "sm_90": {
         torch.float16: {
             32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
-            64: (AttentionConfig(64, 128, 8, 2), AttentionConfig(32, 64, 8, 2)),
-            128: (AttentionConfig(64, 64, 8, 2), AttentionConfig(16, 64, 8, 2)),
+            64: (
+                AttentionConfig(64, 128, 8, 2),
+                AttentionConfig(32, 64, 8, 2),
+                AttentionConfig(64, 128, 8, 2),
+            ),
+            128: (
+                AttentionConfig(64, 64, 8, 2),
+                AttentionConfig(16, 64, 8, 2),
+                AttentionConfig(64, 64, 8, 2),
+            ),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
         **_WIDE_DKV,
@@ -378,14 +403,19 @@ def recurrence(
 
 
 def attention(
-    tables: dict[str, dict[torch.dtype, dict[int, tuple[AttentionConfig, AttentionConfig]]]],
+    tables: dict[str, dict[torch.dtype, dict[int, tuple[AttentionConfig, ...]]]],
     capability: int,
     dtype: torch.dtype,
     block_d: int,
     plain: bool,
+    packed: bool,
 ) -> AttentionConfig:
     """Block sizes from ATTENTION_FWD, _DQ or _DKV for head dims that round up to `block_d`.
 
-    `plain`: there is no mask, and the head dims are `block_d` exactly.
+    `plain`: there is no mask, and the head dims are `block_d` exactly; `packed`: sequences lie one
+    behind the other, or there is a window.
     """
-    return tables[table(capability)][storage(dtype)][block_d][0 if plain else 1]
+    first, rest, *more = tables[table(capability)][storage(dtype)][block_d]
+    if not plain:
+        return rest
+    return (*more, rest)[0] if packed else first

@@ -882,11 +882,10 @@ def _options(
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
     causal = band == (None, 0) and places is ONE
-    # Sizes and edges that differ from sequence to sequence take registers of their own.
-    usual = causal or (band == (None, None) and places is ONE)
-    plain = mask is None and usual and D == block_d == D_v
+    packed = places is not ONE or band not in ((None, None), (None, 0))
+    plain = mask is None and D == block_d == D_v
     config = _configs.attention(
-        tables, capability(q.device), q.dtype, max(block_d, block_dv), plain
+        tables, capability(q.device), q.dtype, max(block_d, block_dv), plain, packed
     )
     kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
     return {
