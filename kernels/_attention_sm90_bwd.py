@@ -8,7 +8,6 @@ which stay in registers. lse and delta come in `units`, padded to whole tiles: w
 last query has lse = +inf, so that its P is 0.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from . import _configs
 from ._attention_sm90 import SIZES, hide, key_tiles
-from ._common import LN_2, LOG2_E, empty_rows_like
+from ._common import LN_2, LOG2_E, cdiv, empty_rows_like
 from ._hopper import (
     BLOCK,
     LAUNCH_SM90,
@@ -425,7 +424,7 @@ def _dkv(
     N_kv, S_k, D_v = v.shape[1:]
     config = _configs.ATTENTION_DKV_SM90[D, D_v]
     dk, dv = empty_rows_like(k), empty_rows_like(v)
-    attention_bwd_dkv_sm90_kernel[(triton.cdiv(S_k, BLOCK.value), N_kv, B)](
+    attention_bwd_dkv_sm90_kernel[(cdiv(S_k, BLOCK.value), N_kv, B)](
         descriptor(k, ROWS.value, D),
         descriptor(v, ROWS.value, D_v),
         descriptor(q, config.block, D),

@@ -10,14 +10,13 @@ lap, the round through the ring that a slot is on.
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._common import LAUNCH
+from ._common import LAUNCH, cdiv
 
 # Triton 3.9 renamed both.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -193,5 +192,5 @@ def heads_together(k: Tensor, v: Tensor, N: int, tiles: int, programs: int) -> i
 def grid(q: Tensor) -> tuple[int, int]:
     """How many tiles of BLOCK queries [B, N, S_q, D] a head has, and how many programs do them."""
     B, N, S_q, _ = q.shape
-    tiles = triton.cdiv(S_q, BLOCK.value)
+    tiles = cdiv(S_q, BLOCK.value)
     return tiles, min(tiles * B * N, multiprocessors(q.device))

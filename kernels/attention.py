@@ -862,7 +862,7 @@ class Places(NamedTuple):
     def tiles(self, rows: int, block: int) -> int:
         """`_tiles` of as many rows."""
         packed = self.starts_q is not None
-        return rows // block + self.sequences if packed else triton.cdiv(rows, block)
+        return rows // block + self.sequences if packed else _common.cdiv(rows, block)
 
 
 #: One sequence in each batch.
@@ -899,7 +899,7 @@ def _options(
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "BLOCK_B": triton.next_power_of_2(max(places.sequences, 1)),
+        "BLOCK_B": _common.block_size(max(places.sequences, 1)),
         "WHOLE_D": block_d == D,
         "WHOLE_DV": block_dv == D_v,
         "num_warps": config.num_warps,
@@ -1069,14 +1069,14 @@ def attention_bwd(
     table = _configs.ATTENTION_DQ_SM90
     on_hopper = _on_hopper(table, scale, mask, band, places, q, k, v, dout)
     # units[0] is lse as kernels on Hopper take it, units[1] is delta; there, whole tiles of both.
-    rows = triton.cdiv(S_q, _hopper.BLOCK.value) * _hopper.BLOCK.value if on_hopper else S_q
+    rows = _common.cdiv(S_q, _hopper.BLOCK.value) * _hopper.BLOCK.value if on_hopper else S_q
     units = torch.empty(1 + on_hopper, B, N, rows, dtype=lse.dtype, device=lse.device)
     delta = units[-1]
     if delta.numel() > 0:
         block_dv = block_size(D_v, LEAST_BLOCK_D)
         config = _configs.ATTENTION_DELTA
         with on_device_of(q):
-            attention_bwd_delta_kernel[(triton.cdiv(rows, config.block_m) * B * N,)](
+            attention_bwd_delta_kernel[(_common.cdiv(rows, config.block_m) * B * N,)](
                 out,
                 dout,
                 lse,

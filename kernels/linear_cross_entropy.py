@@ -377,7 +377,7 @@ def linear_cross_entropy_bwd(
 def _scale(grad: Maybe, scale: Tensor) -> None:
     if grad is not None and grad.numel() > 0:
         with on_device_of(grad):
-            linear_cross_entropy_scale_kernel[(triton.cdiv(grad.numel(), 4096),)](
+            linear_cross_entropy_scale_kernel[(_common.cdiv(grad.numel(), 4096),)](
                 grad, scale, grad.numel(), BLOCK=4096, num_warps=8, **LAUNCH
             )
 
@@ -454,7 +454,7 @@ class _Call:
         parts = _parts(N, H)
         fill = self.x.new_empty if N else self.x.new_zeros  # no row adds nothing to them
         # rows start at multiples of 16 bytes, as descriptors want
-        room = self.x.new_empty(max(map(len, parts), default=0), triton.cdiv(V, 16) * 16)
+        room = self.x.new_empty(max(map(len, parts), default=0), _common.cdiv(V, 16) * 16)
         dx = fill(N, H, dtype=self.held) if needs[0] else None
         dw = fill(V, H, dtype=self.held) if needs[1] else None
         rest = None
@@ -498,7 +498,7 @@ class _Call:
         hit, *tiles = self._logits(at, z, True, argmax is not None)
         config = _configs.LOSS_SUMS
         with on_device_of(self.x):
-            linear_cross_entropy_rows_kernel[(triton.cdiv(rows, config.block_r),)](
+            linear_cross_entropy_rows_kernel[(_common.cdiv(rows, config.block_r),)](
                 hit,
                 *tiles,
                 self.target[at],
@@ -538,7 +538,7 @@ class _Call:
         crowded = smooth or argmax or (sums and self.bias is not None)
         given, constants = operands(x, weight, *outputs, crowded=crowded)
         a, b, *written = given
-        tiles = triton.cdiv(V, constants["BLOCK_N"])
+        tiles = _common.cdiv(V, constants["BLOCK_N"])
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
@@ -551,7 +551,7 @@ class _Call:
             room(argmax, tiles, rows, dtype=torch.int32),
         )
         with on_device_of(x):
-            linear_cross_entropy_logits_kernel[(triton.cdiv(rows, constants["BLOCK_M"]) * tiles,)](
+            linear_cross_entropy_logits_kernel[(_common.cdiv(rows, constants["BLOCK_M"]) * tiles,)](
                 a,
                 b,
                 self.bias,
@@ -588,10 +588,10 @@ class _Call:
         (rows, V), softmax = z.shape, softmax[:, at]
         config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
         split = _configs.LOSS_SPLIT
-        splits = triton.cdiv(rows, split)
+        splits = _common.cdiv(rows, split)
         dbias = self.x.new_empty(splits, V, dtype=self.dtype) if sums else None
         with on_device_of(z):
-            linear_cross_entropy_gradient_kernel[(triton.cdiv(V, config.block_v), splits)](
+            linear_cross_entropy_gradient_kernel[(_common.cdiv(V, config.block_v), splits)](
                 z,
                 softmax,
                 self.target[at],
@@ -620,6 +620,6 @@ class _Call:
 
 def _parts(N: int, H: int) -> list[range]:
     """Chunks of rows, of about the same size; see `_configs.LOSS_ROWS`."""
-    count = triton.cdiv(N, max(_configs.LOSS_ROWS, H))
-    rows = triton.cdiv(N, 128 * max(count, 1)) * 128
+    count = _common.cdiv(N, max(_configs.LOSS_ROWS, H))
+    rows = _common.cdiv(N, 128 * max(count, 1)) * 128
     return [range(start, min(N, start + rows)) for start in range(0, N, max(rows, 1))]
