@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.nn import functional as stock
 
 from pykernels import functional
-from pykernels.cpp import attention, attention_varlen, gru, linear_cross_entropy, lstm, rnn
+from pykernels.cpp import (
+    attention,
+    attention_backward,
+    attention_varlen,
+    gru,
+    linear_cross_entropy,
+    lstm,
+    rnn,
+)
 
 SECONDS = 1.5
 #: What a call may cost beside its kernel, microseconds.
@@ -91,6 +99,12 @@ def calls(grad: bool) -> dict[str, tuple[Call, Call, tuple[object, str]]]:
     launch = (attention, "attention_fwd")
     found["attention"] = functools.partial(functional.attention, q, q, q), sdpa, launch
     found["scaled_dot_product_attention"] = functools.partial(own, q, q, q), sdpa, launch
+    lse = made(1, 1, 1)
+    found["attention_backward"] = (
+        functools.partial(functional.attention_backward, q, q, q, q, q, lse),
+        sdpa,  # torch keeps its own to itself
+        (attention_backward, "attention_backward_fwd"),
+    )
     found["attention_varlen"] = (
         functools.partial(functional.attention_varlen, rows, rows, rows, torch.tensor([0, 1])),
         sdpa,  # torch has its varlen on GPUs alone

@@ -215,7 +215,11 @@ PAGED = {
             ValueError,
             "`block_table` must be None where a gradient is wanted",
         ),
-        ({"backend": "triton"}, ValueError, "backend 'triton' cannot serve this call"),
+        (
+            {"backend": "triton", "softcap": 5.0},
+            ValueError,
+            "backend 'triton' cannot serve this call",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -388,7 +388,7 @@ def usage(compiled):
 def resources(name, compiled, constants):
     """What is read from the machine code, and what Triton says itself."""
     registers, stack, products = usage(compiled)
-    tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "BLOCK_B" in constants else "BLOCK_M"
+    tile = "BLOCK_N" if "dkv" in name else "BLOCK_B" if "recurrence" in name else "BLOCK_M"
     hopper = "sm90" in name  # a warpgroup has 64 rows
     multiplies = "delta" not in name and (hopper or tile in constants)
     return {
