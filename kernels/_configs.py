@@ -337,6 +337,7 @@ DESCRIBED_LEAST = 65
 #: time, or of as many as the hidden size if that is more: then they take no more memory than the
 #: weight. With fewer rows, reading and writing the weight's gradient for each chunk would take as
 #: long as the product that is added to it.
+#: `_parts` of the op says when one chunk takes no more than several with what adds them up.
 LOSS_ROWS = 2048
 
 #: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become

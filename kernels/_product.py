@@ -157,6 +157,7 @@ def product_kernel(
     HAS_BIAS1: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_REST: tl.constexpr,
+    KEEP_REST: tl.constexpr,  # or only add what it holds
     ADD: tl.constexpr,  # to what c, and rest, hold
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -206,7 +207,7 @@ def product_kernel(
     storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
     rounded = to_storage(acc, storage)
     _store_c(c, rounded, m, n, M, N, stride_cm, HAS_REST)
-    if HAS_REST:
+    if KEEP_REST:
         _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, HAS_REST)
 
 
@@ -277,6 +278,7 @@ def _launch(
     scale: Tensor | None = None,
     rest: Tensor | None = None,
     add: bool = False,
+    final: bool = False,
 ) -> None:
     splits, M, N = c.shape
     if c.numel() == 0:
@@ -305,6 +307,7 @@ def _launch(
             HAS_BIAS1=bias1 is not None,
             HAS_SCALE=scale is not None,
             HAS_REST=rest is not None,
+            KEEP_REST=rest is not None and not final,
             ADD=add,
             **constants,
         )
@@ -320,6 +323,7 @@ def product(
     scale: Tensor | None = None,
     rest: Tensor | None = None,
     add: bool = False,
+    final: bool = False,
 ) -> Tensor:
     """``out = (a @ b + bias0 + bias1) * scale``, summed in the compute dtype and rounded once.
 
@@ -332,8 +336,9 @@ def product(
         rest: [M, N] as `out`, or None; served if `can_describe`. It gets what rounding takes from
             `out`: the two together hold a sum of products twice as precisely as `out` alone.
         add: to what `out` holds, and `rest`.
+        final: nothing is to be added to `out` any more, and `rest` is left as it is.
     """
-    _launch(a, b, out[None], a.shape[1], bias0, bias1, scale, rest, add)
+    _launch(a, b, out[None], a.shape[1], bias0, bias1, scale, rest, add, final)
     return out
 
 

@@ -451,7 +451,7 @@ class _Call:
         (N, H), V = self.x.shape, len(self.weight)
         lse_rate = 2 * self.z_loss * z_rate if self.z_loss else None
         dlse = None if dlse is None else dlse.contiguous()
-        parts = _parts(N, H)
+        parts = _parts(N, H, exact=self.held == self.dtype)
         fill = self.x.new_empty if N else self.x.new_zeros  # no row adds nothing to them
         # rows start at multiples of 16 bytes, as descriptors want
         room = self.x.new_empty(max(map(len, parts), default=0), _common.cdiv(V, 16) * 16)
@@ -475,8 +475,16 @@ class _Call:
             if needs[0]:
                 deep_product(z, self.weight, dx[at], scale)
             if needs[1]:
-                last = scale if part.stop == N else None
-                product(z.t(), self.x[at], dw, scale=last, rest=rest, add=part.start > 0)
+                final = part.stop == N
+                product(
+                    z.t(),
+                    self.x[at],
+                    dw,
+                    scale=scale if final else None,
+                    rest=rest,
+                    add=part.start > 0,
+                    final=final,
+                )
         dbias = None
         if needs[3]:
             dbias = torch.cat(db).sum(0) if N else self.x.new_zeros(V, dtype=self.dtype)
@@ -618,8 +626,14 @@ class _Call:
         return dbias
 
 
-def _parts(N: int, H: int) -> list[range]:
-    """Chunks of rows, of about the same size; see `_configs.LOSS_ROWS`."""
+def _parts(N: int, H: int, exact: bool) -> list[range]:
+    """Chunks of rows, of about the same size; see `_configs.LOSS_ROWS`.
+
+    Not `exact`: sums over chunks keep as much again as the weight, [V, H], beside its gradient.
+    Where the logits of all rows take no more than that and one chunk's, one chunk is all.
+    """
     count = _common.cdiv(N, max(_configs.LOSS_ROWS, H))
     rows = _common.cdiv(N, 128 * max(count, 1)) * 128
+    if not exact and N - rows <= H:
+        rows = N
     return [range(start, min(N, start + rows)) for start in range(0, N, max(rows, 1))]

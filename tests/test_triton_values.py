@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 _common = pytest.importorskip("pykernels.kernels._common", exc_type=ImportError)
 
-from pykernels.kernels import _configs, _product  # noqa: E402
+from pykernels.kernels import _configs, _product, linear_cross_entropy  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -253,13 +253,27 @@ def test_sum_with_a_rest(described):
     truth = a.double() @ b.double()
     assert (out.double() - truth).abs().max() < 2**-7 * truth.abs().max()
     assert ((out.double() + rest.double()) - truth).abs().max() < 2**-8 * truth.abs().max()
+    kept = rest.clone()
+    _product.product(a, b, out, rest=rest, add=True, final=True)
+    assert torch.equal(rest, kept)
+    assert (out.double() - 2 * truth).abs().max() < 2**-7 * truth.abs().max()
 
 
-@pytest.mark.parametrize("N", [128, 129, 300])
+def test_chunks_take_no_more_memory_than_one():
+    """Sums of 16-bit gradients over chunks are as large as the weight again."""
+    parts = linear_cross_entropy._parts
+    H = 2 * _configs.LOSS_ROWS
+    assert parts(2 * H, H, exact=False) == [range(2 * H)]
+    assert parts(2 * H, H, exact=True) == [range(H), range(H, 2 * H)]
+    assert max(map(len, parts(2 * H + 1, H, exact=False))) <= H
+    assert parts(0, H, exact=False) == []
+
+
+@pytest.mark.parametrize("N", [128, 129, 257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("H", [16, 13])
 def test_chunks_of_a_loss(H, dtype, N, described, monkeypatch):
-    """One chunk of rows, one row more, several: gradients of the weight add up over chunks."""
+    """One chunk of rows, or more with one row in the last: gradients of the weight add up."""
     monkeypatch.setattr(_configs, "LOSS_ROWS", 128)
     for options in ({}, {"reduction": "none", "return_lse": True, "label_smoothing": 0.1}):
         spec = specs.LinearCrossEntropySpec(
