@@ -242,7 +242,7 @@ ATTENTION_DQ = {
             ),
             128: (
                 AttentionConfig(128, 64, 8, 2),
-                AttentionConfig(64, 32, 8, 2),
+                AttentionConfig(32, 32, 8, 2),
                 AttentionConfig(128, 64, 8, 2),
             ),
             256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
