@@ -19,7 +19,10 @@ try:
 except ImportError as error:
     raise ImportError("the triton backend needs triton: pip install 'triton>=3.6'") from error
 
-if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < MINIMUM_TRITON:
+#: Triton's, (3, 6) for 3.6.0.
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+if RELEASE < MINIMUM_TRITON:
     raise ImportError(
         f"the triton backend needs triton 3.6 or newer, found {triton.__version__}: "
         "pip install --upgrade 'triton>=3.6'"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh, to_storage
-from ._recurrence import read, walk, write
+from ._recurrence import Cell, read, walk, write
 from ._sequence import (
     Maybe,
     dense,
@@ -86,6 +86,9 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dh, storage: tl.constexpr):
     return (da_n * r, da_r, da_z, da_n), z * dh
 
 
+_FORWARD, _BACKWARD = Cell(_load, _cell), Cell(_load_grad, _cell_grad)
+
+
 def gru_extras(
     x: Tensor,
     w_ih: Tensor,
@@ -141,7 +144,7 @@ def gru_fwd(
         gates = sums if keep else None  # in the same memory
         io = (sums, b_n, gates)
         h, w = wide(h0, B, H, x), w_hh.contiguous()
-        walk(_load, _cell, io, y, dense(h0), h, w, backward=False, from_end=reverse)
+        walk(_FORWARD, io, y, dense(h0), h, w, backward=False, from_end=reverse)
     elif keep:
         (gates,) = gru_extras(x, w_ih, w_hh)
     return (y, last_of(y, h0, reverse)), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
@@ -176,7 +179,7 @@ def gru_bwd(
     w = w_hh.roll(H, 0)  # n, r, z
     if d.numel() > 0:
         io = (gates, y, *map(dense, (h0, dy, dh_n)))
-        walk(_load_grad, _cell_grad, io, d, None, dh, w, backward=True, from_end=not reverse)
+        walk(_BACKWARD, io, d, None, dh, w, backward=True, from_end=not reverse)
     da, dq = d[..., H:], d[..., : 3 * H]
     found = gradients(x, w_ih, w, h0, y, da, dq, dh, needs, reverse=reverse)
     for index in (2, 4):  # back into the order of the weights

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
+from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, to_storage
+from ._launch import Call, launch, once
 from ._product import can_describe, deep_product, operands, product, tile_of, tile_product
 
 DTYPES = _common.DTYPES
@@ -280,6 +281,165 @@ def linear_cross_entropy_scale_kernel(grad_ptr, scale_ptr, size, BLOCK: tl.const
         tl.store(grad_ptr + at, scaled, mask=at < size)
 
 
+def _logits_plan(
+    x: Tensor,
+    weight: Tensor,  # [H, V]
+    bias: Maybe,
+    class_weight: Maybe,
+    target: Tensor,
+    z: Maybe,
+    hit: Maybe,
+    highest: Maybe,
+    total: Maybe,
+    weighted: Maybe,
+    argmax: Maybe,
+    crowded: bool,
+) -> Call:
+    (N, H), V = x.shape, weight.shape[1]
+    written = () if z is None else (z,)
+    (a, b, *written), constants = operands(x, weight, *written, crowded=crowded)
+    args = (
+        a,
+        b,
+        bias,
+        class_weight,
+        target,
+        *(written or [None]),
+        hit,
+        highest,
+        total,
+        weighted,
+        argmax,
+        N,
+        V,
+        H,
+        *x.stride(),
+        *weight.stride(),
+        0 if z is None else z.stride(0),
+    )
+    constants |= {
+        "STORAGE": TRITON_DTYPES[x.dtype],
+        "HAS_BIAS": bias is not None,
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "SUMS": hit is not None,
+        "SMOOTH": weighted is not None,
+        "ARGMAX": argmax is not None,
+        "STORE": z is not None,
+    }
+    tiles = _common.cdiv(N, constants["BLOCK_M"]) * _common.cdiv(V, constants["BLOCK_N"])
+    return Call(linear_cross_entropy_logits_kernel, (tiles,), args, constants)
+
+
+def _tiles(x: Tensor, weight: Tensor, z: Maybe, crowded: bool) -> int:
+    """How many tiles `_logits_plan` has side by side."""
+    _, constants = operands(x, weight, *(() if z is None else (z,)), crowded=crowded)
+    return _common.cdiv(weight.shape[1], constants["BLOCK_N"])
+
+
+def _rows_plan(
+    hit: Tensor,
+    highest: Tensor,
+    total: Tensor,
+    weighted: Maybe,
+    argmax_tiles: Maybe,
+    target: Tensor,
+    class_weight: Maybe,
+    sum_weight: Maybe,
+    softmax: Tensor,
+    loss: Tensor,
+    argmax: Maybe,
+    V: int,
+    ignore_index: int,
+    smoothing: float,
+) -> Call:
+    tiles, N = highest.shape
+    config = _configs.LOSS_SUMS
+    args = (
+        hit,
+        highest,
+        total,
+        weighted,
+        argmax_tiles,
+        target,
+        class_weight,
+        sum_weight,
+        softmax,
+        loss,
+        argmax,
+        N,
+        V,
+        tiles,
+        ignore_index,
+        smoothing,
+        softmax.stride(0),
+    )
+    constants = {
+        "ACC": TRITON_DTYPES[softmax.dtype],
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "SMOOTH": smoothing > 0,
+        "ARGMAX": argmax is not None,
+        "BLOCK_R": config.block_r,
+        "BLOCK_V": config.block_v,
+        "num_warps": config.num_warps,
+        **LAUNCH,
+    }
+    grid = (_common.cdiv(N, config.block_r),)
+    return Call(linear_cross_entropy_rows_kernel, grid, args, constants)
+
+
+def _gradient_plan(
+    z: Tensor,
+    softmax: Tensor,
+    target: Tensor,
+    class_weight: Maybe,
+    sum_weight: Maybe,
+    rate: Tensor,
+    lse_rate: Maybe,
+    dlse: Maybe,
+    dbias: Maybe,
+    smoothing: float,
+) -> Call:
+    N, V = z.shape
+    config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
+    args = (
+        z,
+        softmax,
+        target,
+        class_weight,
+        sum_weight,
+        rate,
+        lse_rate,
+        dlse,
+        dbias,
+        N,
+        V,
+        smoothing,
+        z.stride(0),
+        softmax.stride(0),
+    )
+    constants = {
+        "ACC": TRITON_DTYPES[softmax.dtype],
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "HAS_LSE_RATE": lse_rate is not None,
+        "HAS_DLSE": dlse is not None,
+        "HAS_DBIAS": dbias is not None,
+        "BLOCK_R": config.block_r,
+        "BLOCK_V": config.block_v,
+        "SPLIT": _configs.LOSS_SPLIT,
+        "num_warps": config.num_warps,
+        **LAUNCH,
+    }
+    grid = (_common.cdiv(V, config.block_v), _common.cdiv(N, _configs.LOSS_SPLIT))
+    return Call(linear_cross_entropy_gradient_kernel, grid, args, constants)
+
+
+def _scale_plan(grad: Tensor, scale: Tensor) -> Call:
+    block = 4096
+    args, constants = (grad, scale, grad.numel()), {"BLOCK": block, "num_warps": 8, **LAUNCH}
+    grid = (_common.cdiv(grad.numel(), block),)
+    return Call(linear_cross_entropy_scale_kernel, grid, args, constants)
+
+
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -376,10 +536,7 @@ def linear_cross_entropy_bwd(
 
 def _scale(grad: Maybe, scale: Tensor) -> None:
     if grad is not None and grad.numel() > 0:
-        with on_device_of(grad):
-            linear_cross_entropy_scale_kernel[(_common.cdiv(grad.numel(), 4096),)](
-                grad, scale, grad.numel(), BLOCK=4096, num_warps=8, **LAUNCH
-            )
+        launch(_scale_plan, (grad, scale))
 
 
 class _Call:
@@ -503,33 +660,9 @@ class _Call:
         rows, V = softmax.shape[1], len(self.weight)
         if rows == 0:
             return
-        hit, *tiles = self._logits(at, z, True, argmax is not None)
-        config = _configs.LOSS_SUMS
-        with on_device_of(self.x):
-            linear_cross_entropy_rows_kernel[(_common.cdiv(rows, config.block_r),)](
-                hit,
-                *tiles,
-                self.target[at],
-                self.class_weight,
-                self.sum_weight,
-                softmax,
-                loss,
-                argmax,
-                rows,
-                V,
-                len(tiles[0]),
-                self.ignore_index,
-                self.smoothing,
-                softmax.stride(0),
-                ACC=TRITON_DTYPES[self.dtype],
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                SMOOTH=self.smoothing > 0,
-                ARGMAX=argmax is not None,
-                BLOCK_R=config.block_r,
-                BLOCK_V=config.block_v,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
+        found = self._logits(at, z, True, argmax is not None)
+        own = (self.target[at], self.class_weight, self.sum_weight, softmax, loss, argmax)
+        launch(_rows_plan, (*found, *own), V, self.ignore_index, self.smoothing)
 
     def _logits(
         self, at: slice, z: Maybe, sums: bool = False, argmax: bool = False
@@ -540,13 +673,10 @@ class _Call:
             hit [rows], then [tiles, rows] each: highest, total, weighted, arg-max.
         """
         x, weight = self.x[at], self.weight.t()
-        rows, V = len(x), weight.shape[1]
+        rows = len(x)
         smooth = sums and self.smoothing > 0
-        outputs = () if z is None else (z,)
         crowded = smooth or argmax or (sums and self.bias is not None)
-        given, constants = operands(x, weight, *outputs, crowded=crowded)
-        a, b, *written = given
-        tiles = _common.cdiv(V, constants["BLOCK_N"])
+        tiles = once(_tiles, (x, weight, z), crowded)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
@@ -558,30 +688,8 @@ class _Call:
             room(smooth, tiles, rows),
             room(argmax, tiles, rows, dtype=torch.int32),
         )
-        with on_device_of(x):
-            linear_cross_entropy_logits_kernel[(_common.cdiv(rows, constants["BLOCK_M"]) * tiles,)](
-                a,
-                b,
-                self.bias,
-                self.class_weight,
-                self.target[at],
-                *(written or [None]),
-                *found,
-                rows,
-                V,
-                x.shape[1],
-                *x.stride(),
-                *weight.stride(),
-                0 if z is None else z.stride(0),
-                STORAGE=TRITON_DTYPES[x.dtype],
-                HAS_BIAS=self.bias is not None,
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                SUMS=sums,
-                SMOOTH=smooth,
-                ARGMAX=argmax,
-                STORE=z is not None,
-                **constants,
-            )
+        own = (x, weight, self.bias, self.class_weight, self.target[at], z)
+        launch(_logits_plan, (*own, *found), crowded)
         return found
 
     def _to_gradients(
@@ -593,36 +701,11 @@ class _Call:
         sums: bool,
     ) -> Maybe:
         """The logits of the rows `at` become their gradients; with `sums` their [splits, V]."""
-        (rows, V), softmax = z.shape, softmax[:, at]
-        config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
-        split = _configs.LOSS_SPLIT
-        splits = _common.cdiv(rows, split)
-        dbias = self.x.new_empty(splits, V, dtype=self.dtype) if sums else None
-        with on_device_of(z):
-            linear_cross_entropy_gradient_kernel[(_common.cdiv(V, config.block_v), splits)](
-                z,
-                softmax,
-                self.target[at],
-                self.class_weight,
-                self.sum_weight,
-                *(None if rate is None else rate[at] for rate in rates),
-                dbias,
-                rows,
-                V,
-                self.smoothing,
-                z.stride(0),
-                softmax.stride(0),
-                ACC=TRITON_DTYPES[self.dtype],
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                HAS_LSE_RATE=rates[1] is not None,
-                HAS_DLSE=rates[2] is not None,
-                HAS_DBIAS=sums,
-                BLOCK_R=config.block_r,
-                BLOCK_V=config.block_v,
-                SPLIT=split,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
+        splits = _common.cdiv(len(z), _configs.LOSS_SPLIT)
+        dbias = self.x.new_empty(splits, z.shape[1], dtype=self.dtype) if sums else None
+        own = (softmax[:, at], self.target[at], self.class_weight, self.sum_weight)
+        rates = tuple(None if rate is None else rate[at] for rate in rates)
+        launch(_gradient_plan, (z, *own, *rates, dbias), self.smoothing)
         return dbias
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh
-from ._recurrence import read, walk, write
+from ._recurrence import Cell, read, walk, write
 from ._sequence import (
     Maybe,
     dense,
@@ -90,6 +90,9 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dc, storage: tl.constexpr):
     return (di, df, dg, do), dc * f
 
 
+_FORWARD, _BACKWARD = Cell(_load, _cell), Cell(_load_grad, _cell_grad)
+
+
 def lstm_extras(
     x: Tensor,
     w_ih: Tensor,
@@ -152,7 +155,7 @@ def lstm_fwd(
         gates = sums if keep else None  # in the same memory
         io = (sums, gates, cells)
         w = w_hh.contiguous()
-        walk(_load, _cell, io, y, dense(h0), c, w, backward=False, from_end=reverse)
+        walk(_FORWARD, io, y, dense(h0), c, w, backward=False, from_end=reverse)
     elif keep:
         gates, _, _ = lstm_extras(x, w_ih, w_hh)
     outputs = (y, last_of(y, h0, reverse), c.to(x.dtype))
@@ -194,7 +197,7 @@ def lstm_bwd(
     if da.numel() > 0:
         io = (gates, cells, *map(dense, (c0, dy, dcells, dh_n)))
         w = w_hh.contiguous()
-        walk(_load_grad, _cell_grad, io, da, None, dc, w, backward=True, from_end=not reverse)
+        walk(_BACKWARD, io, da, None, dc, w, backward=True, from_end=not reverse)
     dh = None if T > 0 else dh_n
     found = gradients(x, w_ih, w_hh, h0, y, da, da, dh, needs[:6], reverse=reverse)
     return *found, dc.to(x.dtype), None

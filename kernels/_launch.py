@@ -1,0 +1,158 @@
+"""Launches that are worked out once for each layout of their tensors.
+
+What a launcher makes of a call, its block sizes, strides, descriptors and grid, and which compiled
+kernel Triton then finds for these arguments, hangs on the layout of the tensors alone: dtypes,
+sizes, strides, the device, and whether an address is a multiple of 16 bytes. To work it out takes
+the host 20 to 100 us on a fast machine, more than many a kernel runs. So launchers are written as
+plans, which see tensors and options and return a `Call`, and `launch` remembers what came of it:
+the next call with the same layouts hands the compiled kernel its new addresses.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from ._common import AMD, INTERPRETED, RELEASE, on_device_of
+
+#: Layouts remembered; the oldest goes first.
+CAPACITY = 2048
+
+#: Whether what a compiled kernel's `run` takes is known, which is Triton's own affair: true of 3.6
+#: to 3.9. On AMD a kernel also hangs on the size of the memory that a tensor is a view of.
+_DIRECT = not INTERPRETED and not AMD and RELEASE < (3, 10)
+
+_ready: dict[Any, "_Ready"] = {}
+_found: dict[Any, Any] = {}
+_lock = threading.Lock()
+
+
+class Call(NamedTuple):
+    """``kernel[grid](*args, **constants)``."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+Plan = Callable[..., Call]
+
+
+def launch(plan: Plan, tensors: tuple[Tensor | None, ...], *options: Any, **now: int) -> None:
+    """Launches ``plan(*tensors, *options, **now)`` on the device of the first tensor.
+
+    Args:
+        plan: looks at nothing of the tensors but what the head of this file names. It gives each to
+            the kernel as it is, in a tuple, or as the base of a descriptor.
+        tensors: the first is no None.
+        options: hashable; all else that the plan needs.
+        now: numbers that change from launch to launch, by the names of arguments of the kernel,
+            which it does not specialize.
+
+    Raises:
+        RuntimeError: nothing can run Triton kernels on that device.
+    """
+    places, key = _layouts(plan, tensors, options)
+    ready = _ready.get(key)
+    with on_device_of(tensors[0]):
+        if ready is not None and not _watched():
+            ready.run(places, tensors, now)
+            return
+        # other objects of the same memory, each given once: so that a plan's can be told apart
+        given = [None if t is None else t.detach() for t in tensors]
+        call = plan(*given, *options, **now)
+        compiled = call.kernel[call.grid](*call.args, **call.constants)
+    if _DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
+        _keep(_ready, key, _Ready(call, given, compiled))
+
+
+def once(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+    """``function(*tensors, *options)``, called once for each layout: it looks at no more."""
+    _, key = _layouts(function, tensors, options)
+    if key not in _found:
+        _keep(_found, key, function(*tensors, *options))
+    return _found[key]
+
+
+def _layouts(
+    function: Callable[..., Any], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
+) -> tuple[list[int], Any]:
+    """The addresses of the tensors, and what stands for a call in all that may be looked at."""
+    places = [0 if t is None else t.data_ptr() for t in tensors]
+    layouts = [
+        None if t is None else (t.dtype, t.shape, t.stride(), place % 16)
+        for t, place in zip(tensors, places, strict=True)
+    ]
+    return places, (function, tensors[0].device, options, *layouts)  # type: ignore[union-attr]
+
+
+def _keep(among: dict[Any, Any], key: Any, value: Any) -> None:
+    with _lock:
+        if len(among) >= CAPACITY:
+            del among[next(iter(among))]
+        among[key] = value
+
+
+def _watched() -> bool:
+    """Whether someone looks at Triton's launches, or has it compile other kernels than usual."""
+    runtime = triton.knobs.runtime
+    return bool(
+        runtime.launch_enter_hook.calls
+        or runtime.launch_exit_hook.calls
+        or runtime.add_stages_inspection_hook
+        or runtime.debug
+        or triton.knobs.compilation.instrumentation_mode
+    )
+
+
+class _Ready:
+    """A call whose kernel is compiled, without its addresses."""
+
+    def __init__(self, call: Call, tensors: list[Tensor | None], compiled: Any) -> None:
+        """`tensors` are those that the plan saw."""
+        names = call.kernel.arg_names
+        rest = [call.constants[name] for name in names[len(call.args) :]]
+        self.args = [*call.args, *rest]
+        self.at = {name: at for at, name in enumerate(names)}
+        self.grid = (*call.grid, 1, 1)[:3]
+        self.compiled = compiled
+        index = {id(t): i for i, t in enumerate(tensors) if t is not None}
+        self.pointers, self.tuples, self.descriptors = [], [], []
+        for at, arg in enumerate(self.args):
+            if isinstance(arg, Tensor):
+                self.pointers.append((at, index[id(arg)]))
+            elif isinstance(arg, tuple):
+                self.tuples.append((at, [None if t is None else index[id(t)] for t in arg]))
+            elif isinstance(getattr(arg, "base", None), Tensor):
+                self.descriptors.append((at, index[id(arg.base)], type(arg), dict(vars(arg))))
+        for at, _ in self.pointers:
+            self.args[at] = None  # lets go of the tensors
+        for at, _, _, fields in self.descriptors:
+            self.args[at] = None
+            fields["base"] = None
+
+    def run(
+        self,
+        places: list[int],
+        tensors: tuple[Tensor | None, ...],
+        now: dict[str, int],
+    ) -> None:
+        args = self.args.copy()
+        for at, i in self.pointers:
+            args[at] = places[i]
+        for at, indices in self.tuples:
+            args[at] = tuple([None if i is None else places[i] for i in indices])
+        for at, i, kind, fields in self.descriptors:
+            args[at] = made = object.__new__(kind)  # whose fields were checked
+            made.__dict__.update(fields, base=tensors[i])
+        for name, value in now.items():
+            args[self.at[name]] = value
+        stream = driver.active.get_current_stream(tensors[0].device.index)
+        compiled = self.compiled
+        compiled.run(
+            *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args
+        )
