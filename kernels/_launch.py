@@ -8,7 +8,9 @@ plans, which see tensors and options and return a `Call`, and `launch` remembers
 the next call with the same layouts hands the compiled kernel its new addresses.
 """
 
+import inspect
 import threading
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +22,9 @@ from ._common import AMD, INTERPRETED, RELEASE, on_device_of
 
 #: Layouts remembered; the oldest goes first.
 CAPACITY = 2048
+
+#: Tensor maps remembered of each argument.
+MAPS = 64
 
 #: Whether what a compiled kernel's `run` takes is known, which is Triton's own affair: true of 3.6
 #: to 3.9. On AMD a kernel also hangs on the size of the memory that a tensor is a view of.
@@ -60,13 +65,13 @@ def launch(plan: Plan, tensors: tuple[Tensor | None, ...], *options: Any, **now:
     ready = _ready.get(key)
     with on_device_of(tensors[0]):
         if ready is not None and not _watched():
-            ready.run(places, tensors, now)
+            ready(places, tensors, now)
             return
         # other objects of the same memory, each given once: so that a plan's can be told apart
         given = [None if t is None else t.detach() for t in tensors]
         call = plan(*given, *options, **now)
         compiled = call.kernel[call.grid](*call.args, **call.constants)
-    if _DIRECT and isinstance(compiled, triton.compiler.CompiledKernel):
+    if _DIRECT and _is_known(call, compiled):
         _keep(_ready, key, _Ready(call, given, compiled))
 
 
@@ -109,50 +114,95 @@ def _watched() -> bool:
     )
 
 
+def _is_known(call: Call, compiled: Any) -> bool:
+    """Whether `_Ready` knows how to launch the kernel: its descriptors, if any, have maps."""
+    if not isinstance(compiled, triton.compiler.CompiledKernel):
+        return False
+    maps = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    return len(maps) == sum(hasattr(arg, "block_shape") for arg in call.args)
+
+
 class _Ready:
     """A call whose kernel is compiled, without its addresses."""
 
     def __init__(self, call: Call, tensors: list[Tensor | None], compiled: Any) -> None:
         """`tensors` are those that the plan saw."""
+        index = {id(t): i for i, t in enumerate(tensors) if t is not None}
         names = call.kernel.arg_names
         rest = [call.constants[name] for name in names[len(call.args) :]]
-        self.args = [*call.args, *rest]
-        self.at = {name: at for at, name in enumerate(names)}
         self.grid = (*call.grid, 1, 1)[:3]
-        self.compiled = compiled
-        index = {id(t): i for i, t in enumerate(tensors) if t is not None}
-        self.pointers, self.tuples, self.descriptors = [], [], []
-        for at, arg in enumerate(self.args):
+        self.compiled, self.run = compiled, compiled.run
+        self.args: list[Any] = []
+        self.at: dict[str, int] = {}
+        # where in `args` which tensor's address goes; or those of several; or its tensor map
+        self.pointers: list[tuple[int, int]] = []
+        self.tuples: list[tuple[int, list[int | None]]] = []
+        self.maps: list[tuple[int, int, Any, dict[int, Any]]] = []
+        for name, arg in zip(names, [*call.args, *rest], strict=True):
+            at = self.at[name] = len(self.args)
             if isinstance(arg, Tensor):
                 self.pointers.append((at, index[id(arg)]))
+                self.args.append(None)
             elif isinstance(arg, tuple):
                 self.tuples.append((at, [None if t is None else index[id(t)] for t in arg]))
-            elif isinstance(getattr(arg, "base", None), Tensor):
-                self.descriptors.append((at, index[id(arg.base)], type(arg), dict(vars(arg))))
-        for at, _ in self.pointers:
-            self.args[at] = None  # lets go of the tensors
-        for at, _, _, fields in self.descriptors:
-            self.args[at] = None
-            fields["base"] = None
+                self.args.append(None)
+            elif hasattr(arg, "block_shape"):
+                make = _map_maker(arg, compiled.metadata.tensordesc_meta[len(self.maps)])
+                self.maps.append((at, index[id(arg.base)], make, {}))
+                self.args += [None, *arg.shape, *arg.strides]
+            else:
+                self.args.append(arg)
+        if self.maps:
+            self.run = _map_launcher(compiled)
 
-    def run(
-        self,
-        places: list[int],
-        tensors: tuple[Tensor | None, ...],
-        now: dict[str, int],
+    def __call__(
+        self, places: list[int], tensors: tuple[Tensor | None, ...], now: dict[str, int]
     ) -> None:
         args = self.args.copy()
         for at, i in self.pointers:
             args[at] = places[i]
         for at, indices in self.tuples:
             args[at] = tuple([None if i is None else places[i] for i in indices])
-        for at, i, kind, fields in self.descriptors:
-            args[at] = made = object.__new__(kind)  # whose fields were checked
-            made.__dict__.update(fields, base=tensors[i])
+        for at, i, make, known in self.maps:
+            found = known.get(places[i])
+            if found is None:
+                if len(known) >= MAPS:
+                    known.clear()
+                found = known[places[i]] = make(tensors[i])
+            args[at] = found
         for name, value in now.items():
             args[self.at[name]] = value
-        stream = driver.active.get_current_stream(tensors[0].device.index)
+        stream = driver.active.get_current_stream(tensors[0].device.index)  # type: ignore
         compiled = self.compiled
-        compiled.run(
+        self.run(
             *self.grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args
         )
+
+
+def _map_maker(descriptor: Any, meta: Any) -> Callable[[Tensor], Any]:
+    """What makes the tensor map of a tensor of the descriptor's layout.
+
+    It is a matter of the layout and the address, whose memory it does not own.
+    """
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    kind, fields = type(descriptor), {**vars(descriptor), "base": None}
+    more = [None] * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
+
+    def make(tensor: Tensor) -> Any:
+        return make_tensordesc_arg(kind(**{**fields, "base": tensor}), meta, *more)[0]
+
+    return make
+
+
+def _map_launcher(compiled: Any) -> Any:
+    """`compiled.run`, but that it takes a descriptor as its map, its sizes and its strides."""
+    kinds: list[Any] = []
+    for kind in compiled.src.signature.values():
+        if isinstance(kind, str) and kind.startswith("tensordesc"):
+            rank = kind[: kind.index("]")].count(",") + 1
+            kinds += ["nvTmaDesc", *["i32"] * rank, *["i64"] * rank]
+        else:
+            kinds.append(kind)
+    source = types.SimpleNamespace(signature=dict(enumerate(kinds)), constants={})
+    return type(compiled.run)(source, compiled.metadata._replace(tensordesc_meta=None))

@@ -235,8 +235,10 @@ def _inputs(LOAD: tl.constexpr, io, s, T, B, batch, n, ok, H, FROM_END: tl.const
 def recurrence_kernel(
     io,  # pointers that LOAD and CELL know
     state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
-    start_ptr,  # [B, SLOTS, H], the state before the first step
-    carry_ptr,  # [B, H], the carry before the first step, then after the last; or None
+    start_ptr,  # [B, SLOTS, H], the state before the first step; None for zeros
+    final_ptr,  # [B, SLOTS, H], written: the state after the last step; or None
+    carry_ptr,  # [B, H], the carry before the first step; None for zeros
+    carry_n_ptr,  # [B, H], written: the carry after the last step; or None
     m_ptr,  # [SUMS, D, H], both axes padded to whole tiles; alone, the part of each slot of D
     T,
     B,
@@ -283,18 +285,24 @@ def recurrence_kernel(
         )
     carry = tl.zeros([BLOCK_B, BLOCK_N], ACC)
     if carry_ptr is not None:
-        carry = read(carry_ptr, batch, n, ok, H, 0, 1)
+        carry = read(carry_ptr, batch, n, ok, H, 0, 1).to(ACC)
+    begin_ptr = state_ptr
+    begin = (batch, (batch < B) & (start_ptr is not None))
+    if start_ptr is not None:
+        begin_ptr = start_ptr
     if FORM == "alone":
-        state = _state_tiles(start_ptr, rows, 0, D, H, SLOTS, CHUNKS, BLOCK_K, False)
+        state = _state_tiles(begin_ptr, begin, 0, D, H, SLOTS, CHUNKS, BLOCK_K, False)
     inputs = _inputs(LOAD, io, first, T, B, batch, n, ok, H, FROM_END)
     for s in range(first, first + count):
         sums = _zeros(SUMS, BLOCK_B, BLOCK_N, SPLITS, ACC)
         if FORM == "alone":
             sums = _multiply(state, m, sums, 0, CHUNKS, CHUNKS, SUMS, SPLITS)
         else:
-            last_ptr = start_ptr
+            last_ptr = begin_ptr
             if s > 0:
                 last_ptr = state_ptr + _row(s - 1, T, B, 0, FROM_END) * SLOTS * H
+            if start_ptr is None:
+                rows = (batch, (batch < B) & (s > 0))
             if CHUNKS > 0:
                 for c in tl.static_range(0, CHUNKS, GROUP):
                     k = c * BLOCK_K
@@ -333,11 +341,13 @@ def recurrence_kernel(
                 # a NaN of any bits is as good as another, but for those that mean "not yet"
                 value = tl.where(_bits(value) == -1, float("nan"), value)
             tl.store(state_ptr + (here * SLOTS + i) * H + n, value, mask=ok)
+            if final_ptr is not None:
+                tl.store(final_ptr + (batch * SLOTS + i) * H + n, value, mask=ok & (s == T - 1))
             if i < CHUNKS:
                 state = state + (value,)
         inputs = inputs_ahead
-    if carry_ptr is not None:
-        write(carry_ptr, batch, n, ok, H, 0, 1, carry)
+    if carry_n_ptr is not None:
+        write(carry_n_ptr, batch, n, ok, H, 0, 1, carry)
 
 
 @dataclass(frozen=True, eq=False)  # told apart by identity: each is made once
@@ -401,8 +411,10 @@ def _form(
 
 def _plan(
     state: Tensor,
-    start: Tensor,
+    start: Tensor | None,
+    final: Tensor | None,
     carry: Tensor | None,
+    carry_n: Tensor | None,
     m: Tensor,
     *more: Any,
     first: int,
@@ -438,7 +450,9 @@ def _plan(
         tuple(io),
         state,
         start,
+        final,
         carry,
+        carry_n,
         m,
         T,
         B,
@@ -459,10 +473,12 @@ def walk(
     cell: Cell,
     io: tuple[Tensor | None, ...],
     state: Tensor,
-    start: Tensor | None,
-    carry: Tensor | None,
     w_hh: Tensor,
     *,
+    start: Tensor | None = None,
+    final: Tensor | None = None,
+    carry: Tensor | None = None,
+    carry_n: Tensor | None = None,
     backward: bool,
     from_end: bool,
 ) -> None:
@@ -472,18 +488,17 @@ def walk(
         cell: what a step does.
         io: contiguous tensors that it knows.
         state: [T, B, SLOTS * H], contiguous and not empty, written.
-        start: [B, SLOTS * H], contiguous, or None for zeros.
-        carry: [B, H] in the compute dtype, contiguous, or None where the cell has none; holds the
-            carry after the last step in the end.
         w_hh: [GATES * H, H], contiguous.
+        start: [B, SLOTS * H], contiguous, the state before the first step, or None for zeros.
+        final: likewise, written: the state after the last step, or None.
+        carry: [B, H], contiguous, the carry before the first step, or None for zeros.
+        carry_n: likewise, written: the carry after the last step, or None.
         backward: one sum over the state of all gates, instead of a sum for each.
         from_end: walk from t = T - 1 to 0.
     """
-    T, B, width = state.shape
+    T, B, _ = state.shape
     H = w_hh.shape[1]
     gates, programs = w_hh.shape[0] // H, multiprocessors(state.device)
-    if start is None:
-        start = state.new_zeros(B, width)
     name, config = _configs.recurrence(capability(state.device), state.dtype, gates, B, H, programs)
     if T == 1 and name == "together":
         name = "steps"
@@ -495,8 +510,18 @@ def walk(
     more_n, more_k = -H % config.block_n, -m.shape[1 if backward else 2] % form.block_k
     if more_n or more_k:
         m = pad(m, (0, more_n, 0, more_k) if backward else (0, more_k, 0, more_n))
-    tensors = (state, start, carry, m, *io)
-    steps = 1 if name == "steps" else T
+    options = (cell, form, backward, from_end)
+    if name == "steps" and T > 1:
+        # the carry goes from launch to launch in memory of its own, not rounded
+        between = state.new_zeros(B, H, dtype=compute_dtype(state.dtype))
+        if carry is not None:
+            between.copy_(carry)
+        tensors = (state, start, final, between, between, m, *io)
+        for first in range(T):
+            launch(_plan, tensors, *options, 0, 1, first=first)
+        if carry_n is not None:
+            carry_n.copy_(between)
+        return
+    tensors = (state, start, final, carry, carry_n, m, *io)
     for row0 in range(0, B, form.rows):
-        for first in range(0, T, steps):
-            launch(_plan, tensors, cell, form, backward, from_end, row0, steps, first=first)
+        launch(_plan, tensors, *options, row0, T, first=0)

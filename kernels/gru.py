@@ -22,11 +22,10 @@ from ._sequence import (
     dense,
     gradients,
     input_sums,
-    last_of,
     padded_sizes,
     ragged_backward,
     ragged_forward,
-    wide,
+    state_after,
 )
 
 DTYPES = _common.DTYPES
@@ -134,6 +133,7 @@ def gru_fwd(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
+    h_n = state_after(h0, B, H, x, T)
     gates = None
     if y.numel() > 0:
         b_rz = b_n = None
@@ -143,11 +143,11 @@ def gru_fwd(
         sums = input_sums(x, w_ih, b_ih, b_rz, 4 * H)
         gates = sums if keep else None  # in the same memory
         io = (sums, b_n, gates)
-        h, w = wide(h0, B, H, x), w_hh.contiguous()
-        walk(_FORWARD, io, y, dense(h0), h, w, backward=False, from_end=reverse)
+        states = {"start": dense(h0), "final": h_n, "carry": dense(h0)}
+        walk(_FORWARD, io, y, w_hh.contiguous(), **states, backward=False, from_end=reverse)
     elif keep:
         (gates,) = gru_extras(x, w_ih, w_hh)
-    return (y, last_of(y, h0, reverse)), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
+    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
 
 
 def gru_bwd(
@@ -175,11 +175,12 @@ def gru_bwd(
     dy, dh_n = grads
     T, B, H = y.shape
     d = torch.empty(T, B, 4 * H, dtype=x.dtype, device=x.device)
-    dh = wide(dh_n if T == 0 else None, B, H, x)
+    dh = dh_n
     w = w_hh.roll(H, 0)  # n, r, z
     if d.numel() > 0:
+        dh = torch.empty(B, H, dtype=compute_dtype(x.dtype), device=x.device)
         io = (gates, y, *map(dense, (h0, dy, dh_n)))
-        walk(_BACKWARD, io, d, None, dh, w, backward=True, from_end=not reverse)
+        walk(_BACKWARD, io, d, w, carry_n=dh, backward=True, from_end=not reverse)
     da, dq = d[..., H:], d[..., : 3 * H]
     found = gradients(x, w_ih, w, h0, y, da, dq, dh, needs, reverse=reverse)
     for index in (2, 4):  # back into the order of the weights

@@ -481,7 +481,7 @@ def linear_cross_entropy_fwd(
     softmax, rows = call.per_row(2), call.per_row()
     argmax = torch.empty_like(call.target) if return_argmax else None
     if ahead is None:
-        call.sums(slice(None), softmax, (rows, argmax))
+        call.sums(None, softmax, (rows, argmax))
     else:
         ahead.gradients = call.gradients_of_one(softmax, ahead.needs, (rows, argmax))
     lse = softmax.sum(0) if return_lse or z_loss else None
@@ -537,6 +537,11 @@ def linear_cross_entropy_bwd(
 def _scale(grad: Maybe, scale: Tensor) -> None:
     if grad is not None and grad.numel() > 0:
         launch(_scale_plan, (grad, scale))
+
+
+def _rows(tensor: Maybe, at: slice | None) -> Maybe:
+    """The rows `at`, all without it: a view takes the host as long as a kernel."""
+    return tensor if tensor is None or at is None else tensor[at]
 
 
 class _Call:
@@ -622,7 +627,7 @@ class _Call:
                 dw = fill(V, H, dtype=self.dtype)
         db = []
         for part in parts:
-            at = slice(part.start, part.stop)
+            at = None if len(part) == N else slice(part.start, part.stop)
             z = room[: len(part), :V]
             if outputs is None:
                 self._logits(at, z)
@@ -630,12 +635,12 @@ class _Call:
                 self.sums(at, softmax, outputs, z)
             db.append(self._to_gradients(z, at, softmax, (rate, lse_rate, dlse), needs[3]))
             if needs[0]:
-                deep_product(z, self.weight, dx[at], scale)
+                deep_product(z, self.weight, _rows(dx, at), scale)
             if needs[1]:
                 final = part.stop == N
                 product(
                     z.t(),
-                    self.x[at],
+                    _rows(self.x, at),
                     dw,
                     scale=scale if final else None,
                     rest=rest,
@@ -650,29 +655,30 @@ class _Call:
 
     def sums(
         self,
-        at: slice,
+        at: slice | None,
         softmax: Tensor,  # [2, N]
         outputs: tuple[Tensor, Maybe],  # the loss of each row, the arg-max [N]
         z: Maybe = None,  # [rows, V], also written
     ) -> None:
         """What forward keeps of the logits of the rows `at`."""
-        softmax, (loss, argmax) = softmax[:, at], (None if t is None else t[at] for t in outputs)
-        rows, V = softmax.shape[1], len(self.weight)
-        if rows == 0:
+        loss, argmax = (_rows(t, at) for t in outputs)
+        if len(loss) == 0:
             return
+        softmax = softmax if at is None else softmax[:, at]
+        target = _rows(self.target, at)
         found = self._logits(at, z, True, argmax is not None)
-        own = (self.target[at], self.class_weight, self.sum_weight, softmax, loss, argmax)
-        launch(_rows_plan, (*found, *own), V, self.ignore_index, self.smoothing)
+        own = (target, self.class_weight, self.sum_weight, softmax, loss, argmax)
+        launch(_rows_plan, (*found, *own), self.weight.shape[0], self.ignore_index, self.smoothing)
 
     def _logits(
-        self, at: slice, z: Maybe, sums: bool = False, argmax: bool = False
+        self, at: slice | None, z: Maybe, sums: bool = False, argmax: bool = False
     ) -> tuple[Maybe, ...]:
         """The logits of the rows `at` into z; with `sums` also what their tiles leave.
 
         Returns:
             hit [rows], then [tiles, rows] each: highest, total, weighted, arg-max.
         """
-        x, weight = self.x[at], self.weight.t()
+        x, weight = _rows(self.x, at), self.weight.t()
         rows = len(x)
         smooth = sums and self.smoothing > 0
         crowded = smooth or argmax or (sums and self.bias is not None)
@@ -688,14 +694,14 @@ class _Call:
             room(smooth, tiles, rows),
             room(argmax, tiles, rows, dtype=torch.int32),
         )
-        own = (x, weight, self.bias, self.class_weight, self.target[at], z)
+        own = (x, weight, self.bias, self.class_weight, _rows(self.target, at), z)
         launch(_logits_plan, (*own, *found), crowded)
         return found
 
     def _to_gradients(
         self,
         z: Tensor,  # [rows, V], written
-        at: slice,
+        at: slice | None,
         softmax: Tensor,  # [2, N]
         rates: tuple[Tensor, Maybe, Maybe],  # rate, lse_rate, dlse [N]
         sums: bool,
@@ -703,9 +709,10 @@ class _Call:
         """The logits of the rows `at` become their gradients; with `sums` their [splits, V]."""
         splits = _common.cdiv(len(z), _configs.LOSS_SPLIT)
         dbias = self.x.new_empty(splits, z.shape[1], dtype=self.dtype) if sums else None
-        own = (softmax[:, at], self.target[at], self.class_weight, self.sum_weight)
-        rates = tuple(None if rate is None else rate[at] for rate in rates)
-        launch(_gradient_plan, (z, *own, *rates, dbias), self.smoothing)
+        softmax = softmax if at is None else softmax[:, at]
+        own = (softmax, _rows(self.target, at), self.class_weight, self.sum_weight)
+        own = (*own, *(_rows(rate, at) for rate in rates))
+        launch(_gradient_plan, (z, *own, dbias), self.smoothing)
         return dbias
 
 

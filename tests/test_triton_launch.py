@@ -69,6 +69,7 @@ def calls():
 
     def attention(D, **options):
         inputs = [random(2, 4, 200, D), random(2, 2, 200, D), random(2, 2, 200, D)]
+        options |= {"enable_gqa": True}
         return lambda *tensors: functional.attention(*tensors, **options), inputs
 
     def loss(dtype):
@@ -165,9 +166,23 @@ def plainly(arg):
         return arg.data_ptr()
     if isinstance(arg, tuple):
         return tuple(map(plainly, arg))
-    if hasattr(arg, "base"):
-        return {name: plainly(value) for name, value in vars(arg).items()}
     return arg
+
+
+def as_map(descriptor, address):
+    fields = {**vars(descriptor), "base": address}
+    return [(name, str(value)) for name, value in fields.items()]
+
+
+def flat(args):
+    """What a launcher hands over: descriptors as their maps, sizes and strides."""
+    for arg in args:
+        if hasattr(arg, "block_shape"):
+            yield as_map(arg, arg.base.data_ptr())
+            yield from arg.shape
+            yield from arg.strides
+        else:
+            yield plainly(arg)
 
 
 def pretend():
@@ -179,6 +194,8 @@ def pretend():
         def __init__(self, src, **_):
             self.src, self.name, self.module = src, src.fn.__name__, object()
             self.function, self.packed_metadata = object(), object()
+            described = sum(str(kind).startswith("tensordesc") for kind in src.signature.values())
+            self.metadata = mock.Mock(tensordesc_meta=[{}] * described)
 
         def __del__(self):
             pass
@@ -187,11 +204,13 @@ def pretend():
         def run(self):
             def record(x, y, z, stream, function, packed, metadata, enter, leave, *args):
                 assert (function, packed) == (self.function, self.packed_metadata)
-                launched.append((self.name, (x, y, z), stream, function, plainly(args)))
+                launched.append((self.name, (x, y, z), stream, function, tuple(flat(args))))
 
             return record
 
     triton.compiler.compile = Compiled
+    _launch._map_launcher = lambda compiled: compiled.run
+    _launch._map_maker = lambda descriptor, _: lambda t: as_map(descriptor, t.data_ptr())
     driver.set_active(Driver())
     for op in ("rnn", "gru", "lstm", "attention", "linear_cross_entropy"):
         importlib.import_module(f"pykernels.kernels.{op}")
@@ -278,7 +297,7 @@ def made(*tensors, block=16, **now):
 
 def direct_is_what_triton_does():
     """Every kernel, on tensors that the remembered launch never saw."""
-    run, layouts, compared, last = _launch._Ready.run, _launch._layouts, set(), []
+    run, layouts, compared, last = _launch._Ready.__call__, _launch._layouts, set(), []
 
     def listen(function, tensors, options):
         last[:] = function, options
@@ -295,7 +314,7 @@ def direct_is_what_triton_does():
 
     ops()
     with (
-        mock.patch.object(_launch._Ready, "run", both),
+        mock.patch.object(_launch._Ready, "__call__", both),
         mock.patch.object(_launch, "_layouts", listen),
     ):
         ops()
