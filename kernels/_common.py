@@ -156,22 +156,25 @@ TRITON_DTYPES = {
 }
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which kernels launch on the tensor's device.
 
     Raises:
         RuntimeError: nothing can run Triton kernels on that device.
     """
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         if tensor.device.index == torch.cuda.current_device():
-            return contextlib.nullcontext()
+            return _HERE
         return torch.cuda.device(tensor.device)
     if not INTERPRETED:
         raise RuntimeError(
             f"the triton backend needs CUDA tensors, got one on {tensor.device}; on cpu tensors "
             "it runs with TRITON_INTERPRET=1 set before Python starts"
         )
-    return contextlib.nullcontext()
+    return _HERE
 
 
 @functools.cache

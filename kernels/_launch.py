@@ -71,28 +71,35 @@ def launch(plan: Plan, tensors: tuple[Tensor | None, ...], *options: Any, **now:
         given = [None if t is None else t.detach() for t in tensors]
         call = plan(*given, *options, **now)
         compiled = call.kernel[call.grid](*call.args, **call.constants)
-    if _DIRECT and _is_known(call, compiled):
+    if _DIRECT and not _watched() and _is_known(call, compiled):
         _keep(_ready, key, _Ready(call, given, compiled))
 
 
 def once(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
     """``function(*tensors, *options)``, called once for each layout: it looks at no more."""
     _, key = _layouts(function, tensors, options)
-    if key not in _found:
-        _keep(_found, key, function(*tensors, *options))
-    return _found[key]
+    found = _found.get(key)
+    if found is None:
+        found = function(*tensors, *options)
+        _keep(_found, key, found)
+    return found
 
 
 def _layouts(
     function: Callable[..., Any], tensors: tuple[Tensor | None, ...], options: tuple[Any, ...]
 ) -> tuple[list[int], Any]:
     """The addresses of the tensors, and what stands for a call in all that may be looked at."""
-    places = [0 if t is None else t.data_ptr() for t in tensors]
-    layouts = [
-        None if t is None else (t.dtype, t.shape, t.stride(), place % 16)
-        for t, place in zip(tensors, places, strict=True)
-    ]
-    return places, (function, tensors[0].device, options, *layouts)  # type: ignore[union-attr]
+    places: list[int] = []
+    key: list[Any] = [function, tensors[0].device, options]  # type: ignore[union-attr]
+    for t in tensors:
+        if t is None:
+            places.append(0)
+            key.append(None)
+        else:
+            place = t.data_ptr()
+            places.append(place)
+            key += t.dtype, t.shape, t.stride(), place % 16
+    return places, tuple(key)
 
 
 def _keep(among: dict[Any, Any], key: Any, value: Any) -> None:
