@@ -139,7 +139,7 @@ def gru_fwd(
         b_rz = b_n = None
         if b_hh is not None:
             b_rz, b_n = b_hh.clone(), b_hh[2 * H :].contiguous()
-            b_rz[2 * H :] = 0  # that of n is within r q
+            b_rz[2 * H :].zero_()  # that of n is within r q
         sums = input_sums(x, w_ih, b_ih, b_rz, 4 * H)
         gates = sums if keep else None  # in the same memory
         io = (sums, b_n, gates)

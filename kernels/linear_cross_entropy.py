@@ -587,7 +587,7 @@ class _Call:
         rate = self.counted.to(self.dtype)
         if not self.mean:
             return self._gradients(softmax, rate, rate, None, None, needs, outputs)
-        z_rate = torch.where(self.counted, self.divisor / self.count, 0)
+        z_rate = torch.where(self.counted, self.divisor / self.count, 0) if self.z_loss else None
         scale = torch.where(self.count > 0, 1 / self.divisor, 0)
         return self._gradients(softmax, rate, z_rate, None, scale, needs, outputs)
 
@@ -597,14 +597,16 @@ class _Call:
         """dx, dweight and dbias from any upstream gradients."""
         dloss = softmax.new_zeros(()) if dloss is None else dloss
         rate = torch.where(self.counted, dloss / self.divisor if self.mean else dloss, 0)
-        z_rate = torch.where(self.counted, dloss / self.count if self.mean else dloss, 0)
+        z_rate = None
+        if self.z_loss:
+            z_rate = torch.where(self.counted, dloss / self.count if self.mean else dloss, 0)
         return self._gradients(softmax, rate, z_rate, dlse, None, needs)
 
     def _gradients(
         self,
         softmax: Tensor,  # [2, N], written where there are outputs
         rate: Tensor,  # [N], of the loss
-        z_rate: Tensor,  # [N], of the squared lse
+        z_rate: Maybe,  # [N], of the squared lse
         dlse: Maybe,  # [N]
         scale: Maybe,  # what multiplies all gradients, a number
         needs: tuple[bool, ...],
