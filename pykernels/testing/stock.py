@@ -103,7 +103,8 @@ def _layer(
     if T == 0:
         return x.new_zeros(0, *states[0].shape), [t.clone() for t in states]
     flip = _flip(T, B, lengths, x.device) if reverse else None
-    given = [w for w in weights if w is not None]
+    # cuDNN's layers take no others
+    given = [w.contiguous() for w in weights if w is not None]
     x = x if flip is None else x[flip]
     # arguments: has_biases, num_layers, dropout, train, bidirectional
     rest = (given, weights[2] is not None, 1, 0.0, True, False)
