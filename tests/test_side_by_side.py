@@ -128,7 +128,8 @@ def test_gradients_of_gradients(kind, groups, stack):
 
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *weights))
-    assert torch.autograd.gradgradcheck(run, (x, *weights))
+    # along one random direction: the elements are those of the layers alone, which have tests
+    assert torch.autograd.gradgradcheck(run, (x, *weights), fast_mode=True)
     assert 2 in groups
 
 
