@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pykernels import _backends
+from pykernels import _backends, functional
 
 HEADER = Path(__file__).parents[1] / "csrc" / "core" / "vec_math.h"
 EXHAUSTIVE = os.environ.get("PYKERNELS_EXHAUSTIVE") == "1"
@@ -305,6 +305,58 @@ def test_gemm_keeps_nan_and_infinity(extension):
     assert not c[:3].isnan().any()
     assert not c[4:].isnan().any()
     assert torch.equal(c[:, 2].isinf(), (a @ b)[:, 2].isinf())
+
+
+# --- denormal numbers ----------------------------------------------------------------------------
+
+TINY = 2.0**-140  # denormal in float32
+
+
+def keeps_denormals(threads):
+    """Whether each thread of the team, as torch runs it, tells a denormal product from zero."""
+    n = 32768 * threads  # torch gives a thread this many elements and more
+    return [part.sum().item() > 0 for part in (torch.full((n,), TINY) * 0.5).chunk(threads)]
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="torch cannot set the mode here")
+@pytest.mark.parametrize("count", [1, 2])
+def test_denormals_are_zero_inside_and_the_mode_returns(count, threads):
+    """A kernel takes denormals for zero, on all its threads, and leaves each one's mode alone."""
+    threads(count)
+    weights, tiny = torch.eye(8), torch.full((1, 64, 8), TINY)
+    for flush in (False, True):
+        assert torch.set_flush_denormal(flush)
+        try:
+            before = keeps_denormals(count)
+            y, _ = functional.rnn(tiny, weights, weights, nonlinearity="relu", backend="cpp")
+            after = keeps_denormals(count)
+        finally:
+            torch.set_flush_denormal(False)
+        assert before[0] is not flush  # torch sets the mode of the thread that calls
+        assert after == before
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
+def test_a_state_that_decays_is_not_slow(op, threads):
+    """Its products with denormals would take many times as long; twice leaves room for others."""
+    threads(1)
+    gates = {"rnn": 1, "gru": 3, "lstm": 4}[op]
+    x, w_ih = torch.zeros(400, 8, 64), torch.zeros(gates * 64, 64)
+    w_hh = torch.full((gates * 64, 64), 1e-3)  # a state falls by 2^4 a step, and 2^128 in 32
+    run = {
+        size: lambda h0=torch.full((8, 64), size): getattr(functional, op)(
+            x, w_ih, w_hh, None, None, h0, backend="cpp"
+        )
+        for size in (0.0, 1.0)
+    }
+    took = dict.fromkeys(run, math.inf)
+    for _ in range(20):
+        for size, call in run.items():
+            start = time.perf_counter()
+            call()
+            took[size] = min(took[size], time.perf_counter() - start)
+    assert took[1.0] < 2 * took[0.0]
 
 
 # --- rates ---------------------------------------------------------------------------------------
