@@ -41,6 +41,7 @@ from ._hopper import (
     tma_load,
     tma_store,
 )
+from ._launch import Call
 
 #: Arguments of any value: one program serves them all.
 SIZES = ["S_q", "S_k", "N", "group", "heads", "chunk"]
@@ -248,15 +249,15 @@ def attention_fwd_sm90_kernel(
     )  # fmt: skip
 
 
-def attention_fwd_sm90(
+def plan(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> None:
-    """`attention_fwd` of `attention.py` into `out` and `lse`, where all is as `serves` says."""
+) -> Call:
+    """`attention_fwd` of `attention.py` into `out` and `lse`, where `_on_hopper` is true."""
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
     config = _configs.ATTENTION_FWD_SM90[D, D_v]
     tiles, programs = grid(q)
-    attention_fwd_sm90_kernel[(programs,)](
+    args = (
         descriptor(q, ROWS.value, D),
         descriptor(k, config.block, D),
         descriptor(v, config.block, D_v),
@@ -269,9 +270,12 @@ def attention_fwd_sm90(
         B * N,
         heads_together(k, v, N, tiles, programs),
         scale * LOG2_E.value,
-        CAUSAL=causal,
-        WHOLE=not causal and S_k % config.block == 0,
-        BLOCK_N=config.block,
-        STAGES=config.num_stages,
-        **LAUNCH_SM90,
     )
+    constants = {
+        "CAUSAL": causal,
+        "WHOLE": not causal and S_k % config.block == 0,
+        "BLOCK_N": config.block,
+        "STAGES": config.num_stages,
+        **LAUNCH_SM90,
+    }
+    return Call(attention_fwd_sm90_kernel, (programs,), args, constants)

@@ -43,6 +43,7 @@ from ._hopper import (
     tma_load,
     tma_store,
 )
+from ._launch import Call, launch
 
 
 @gluon.jit
@@ -385,22 +386,29 @@ def attention_bwd_dkv_sm90_kernel(
     )  # fmt: skip
 
 
-def _dq(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, units: Tensor, causal: bool, factor: float
-) -> Tensor:
+def _dq_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor,
+    causal: bool,
+    factor: float,
+) -> Call:
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
     config = _configs.ATTENTION_DQ_SM90[D, D_v]
-    dq = empty_rows_like(q)
     tiles, programs = grid(q)
-    attention_bwd_dq_sm90_kernel[(programs,)](
+    args = (
         descriptor(q, ROWS.value, D),
         descriptor(dout, ROWS.value, D_v),
         descriptor(k, config.block, D),
         descriptor(v, config.block, D_v),
         descriptor(dq, ROWS.value, D),
-        units[0],
-        units[1],
+        lse,
+        delta,
         S_q,
         S_k,
         N,
@@ -408,40 +416,52 @@ def _dq(
         B * N,
         heads_together(k, v, N, tiles, programs),
         factor,
-        CAUSAL=causal,
-        WHOLE=not causal and S_k % config.block == 0,
-        BLOCK_N=config.block,
-        STAGES=config.num_stages,
-        **LAUNCH_SM90,
     )
-    return dq
+    constants = {
+        "CAUSAL": causal,
+        "WHOLE": not causal and S_k % config.block == 0,
+        "BLOCK_N": config.block,
+        "STAGES": config.num_stages,
+        **LAUNCH_SM90,
+    }
+    return Call(attention_bwd_dq_sm90_kernel, (programs,), args, constants)
 
 
-def _dkv(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, units: Tensor, causal: bool, factor: float
-) -> tuple[Tensor, Tensor]:
+def _dkv_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+    units: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    causal: bool,
+    factor: float,
+) -> Call:
     B, N, S_q, D = q.shape
     N_kv, S_k, D_v = v.shape[1:]
     config = _configs.ATTENTION_DKV_SM90[D, D_v]
-    dk, dv = empty_rows_like(k), empty_rows_like(v)
-    attention_bwd_dkv_sm90_kernel[(cdiv(S_k, BLOCK.value), N_kv, B)](
+    args = (
         descriptor(k, ROWS.value, D),
         descriptor(v, ROWS.value, D_v),
         descriptor(q, config.block, D),
         descriptor(dout, config.block, D_v),
-        descriptor(units.flatten(1), config.block),
+        descriptor(units, config.block),
         descriptor(dk, ROWS.value, D),
         descriptor(dv, ROWS.value, D_v),
         S_q,
         N,
         N // N_kv,
         factor,
-        CAUSAL=causal,
-        BLOCK_M=config.block,
-        STAGES=config.num_stages,
-        **LAUNCH_SM90,
     )
-    return dk, dv
+    constants = {
+        "CAUSAL": causal,
+        "BLOCK_M": config.block,
+        "STAGES": config.num_stages,
+        **LAUNCH_SM90,
+    }
+    grid = (cdiv(S_k, BLOCK.value), N_kv, B)
+    return Call(attention_bwd_dkv_sm90_kernel, grid, args, constants)
 
 
 def attention_bwd_sm90(
@@ -460,7 +480,11 @@ def attention_bwd_sm90(
         units: [2, B, N, S_q to whole tiles], lse in units and delta.
     """
     factor = scale * LOG2_E.value
-    dq = _dq(q, k, v, dout, units, causal, factor) if needs[0] else None
-    if not (needs[1] or needs[2]):
-        return dq, None, None
-    return dq, *_dkv(q, k, v, dout, units, causal, factor)
+    dq = dk = dv = None
+    if needs[0]:
+        dq = empty_rows_like(q)
+        launch(_dq_plan, (q, k, v, dout, units[0], units[1], dq), causal, factor)
+    if needs[1] or needs[2]:
+        dk, dv = empty_rows_like(k), empty_rows_like(v)
+        launch(_dkv_plan, (q, k, v, dout, units.flatten(1), dk, dv), causal, factor)
+    return dq, dk, dv

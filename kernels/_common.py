@@ -19,7 +19,10 @@ try:
 except ImportError as error:
     raise ImportError("the triton backend needs triton: pip install 'triton>=3.6'") from error
 
-if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < MINIMUM_TRITON:
+#: Triton's, (3, 6) for 3.6.0.
+RELEASE = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+
+if RELEASE < MINIMUM_TRITON:
     raise ImportError(
         f"the triton backend needs triton 3.6 or newer, found {triton.__version__}: "
         "pip install --upgrade 'triton>=3.6'"
@@ -153,22 +156,25 @@ TRITON_DTYPES = {
 }
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which kernels launch on the tensor's device.
 
     Raises:
         RuntimeError: nothing can run Triton kernels on that device.
     """
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         if tensor.device.index == torch.cuda.current_device():
-            return contextlib.nullcontext()
+            return _HERE
         return torch.cuda.device(tensor.device)
     if not INTERPRETED:
         raise RuntimeError(
             f"the triton backend needs CUDA tensors, got one on {tensor.device}; on cpu tensors "
             "it runs with TRITON_INTERPRET=1 set before Python starts"
         )
-    return contextlib.nullcontext()
+    return _HERE
 
 
 @functools.cache

@@ -26,9 +26,9 @@ from ._common import (
     compute_dtype,
     dot,
     load_tile,
-    on_device_of,
     to_storage,
 )
+from ._launch import Call, launch, once
 
 
 @triton.jit
@@ -214,14 +214,15 @@ def product_kernel(
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
     """A descriptor of the matrix in tiles of `block`, or of its transpose and True; None where the
     tensor memory accelerator cannot address it."""
-    turned = matrix.stride(1) != 1
+    sizes, strides = list(matrix.shape), matrix.stride()
+    turned = strides[1] != 1
     if turned:
-        matrix, block = matrix.t(), block[::-1]
-    step, one = matrix.stride()
+        sizes, strides, block = sizes[::-1], strides[::-1], block[::-1]
+    step, one = strides
     size = matrix.element_size()
-    if one != 1 or step < matrix.shape[1] or step * size % 16 or matrix.data_ptr() % 16:
+    if one != 1 or step < sizes[1] or step * size % 16 or matrix.data_ptr() % 16:
         return None
-    return TensorDescriptor(matrix, list(matrix.shape), [step, 1], list(block)), turned
+    return TensorDescriptor(matrix, sizes, [step, 1], list(block)), turned
 
 
 def operands(
@@ -265,52 +266,55 @@ def operands(
 
 def can_describe(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """Whether `product` reads and writes these through descriptors, as it must to keep a rest."""
+    return once(_described, (a, b, out))
+
+
+def _described(a: Tensor, b: Tensor, out: Tensor) -> bool:
     return operands(a, b, out)[1]["DESCRIBED"]
 
 
-def _launch(
+def _plan(
     a: Tensor,
     b: Tensor,
+    bias0: Tensor | None,
+    bias1: Tensor | None,
+    scale: Tensor | None,
     c: Tensor,
+    rest: Tensor | None,
     split_k: int,
-    bias0: Tensor | None = None,
-    bias1: Tensor | None = None,
-    scale: Tensor | None = None,
-    rest: Tensor | None = None,
-    add: bool = False,
-    final: bool = False,
-) -> None:
-    splits, M, N = c.shape
-    if c.numel() == 0:
-        return
+    add: bool,
+    final: bool,
+) -> Call:
+    *splits, M, N = c.shape
     if rest is None:
         given, constants = operands(a, b, crowded=add)
         given += [c, None]
     else:
-        given, constants = operands(a, b, c[0], rest)
+        given, constants = operands(a, b, c, rest)
     tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
-    with on_device_of(a):
-        product_kernel[(tiles, splits)](
-            *given[:2],
-            bias0,
-            bias1,
-            scale,
-            *given[2:],
-            M,
-            N,
-            a.shape[1],
-            split_k,
-            *a.stride(),
-            *b.stride(),
-            c.stride(1),
-            HAS_BIAS0=bias0 is not None,
-            HAS_BIAS1=bias1 is not None,
-            HAS_SCALE=scale is not None,
-            HAS_REST=rest is not None,
-            KEEP_REST=rest is not None and not final,
-            ADD=add,
-            **constants,
-        )
+    args = (
+        *given[:2],
+        bias0,
+        bias1,
+        scale,
+        *given[2:],
+        M,
+        N,
+        a.shape[1],
+        split_k,
+        *a.stride(),
+        *b.stride(),
+        c.stride(-2),
+    )
+    constants |= {
+        "HAS_BIAS0": bias0 is not None,
+        "HAS_BIAS1": bias1 is not None,
+        "HAS_SCALE": scale is not None,
+        "HAS_REST": rest is not None,
+        "KEEP_REST": rest is not None and not final,
+        "ADD": add,
+    }
+    return Call(product_kernel, (tiles, *splits), args, constants)
 
 
 def product(
@@ -338,8 +342,16 @@ def product(
         add: to what `out` holds, and `rest`.
         final: nothing is to be added to `out` any more, and `rest` is left as it is.
     """
-    _launch(a, b, out[None], a.shape[1], bias0, bias1, scale, rest, add, final)
+    if out.numel() > 0:
+        tensors = (a, b, bias0, bias1, scale, out, rest)
+        launch(_plan, tensors, a.shape[1], add, final)
     return out
+
+
+def _split_product(a: Tensor, b: Tensor, partial: Tensor, split_k: int) -> None:
+    """Products of `split_k` rows of K each: [splits, M, N]."""
+    if partial.numel() > 0:
+        launch(_plan, (a, b, None, None, None, partial, None), split_k, False, False)
 
 
 def deep_product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -353,7 +365,7 @@ def deep_product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None = None)
     split_k = cdiv(K, _configs.SPLIT_STEP * splits) * _configs.SPLIT_STEP
     shape = (cdiv(K, split_k), M, N)
     partial = torch.empty(shape, dtype=compute_dtype(a.dtype), device=a.device)
-    _launch(a, b, partial, split_k)
+    _split_product(a, b, partial, split_k)
     total = partial.sum(0)
     return out.copy_(total if scale is None else total * scale)
 
@@ -386,6 +398,6 @@ def long_product(pairs: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     partial = torch.empty(total, M, N, dtype=compute_dtype(like.dtype), device=like.device)
     start = 0
     for a, b, split_k, splits in plan:
-        _launch(a, b, partial[start : start + splits], split_k)
+        _split_product(a, b, partial[start : start + splits], split_k)
         start += splits
     return partial.sum(0).to(like.dtype)

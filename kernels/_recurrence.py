@@ -20,8 +20,10 @@ batch rows and units for all steps, and the forms differ in how the others' stat
   which runs one program after the other.
 """
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,9 +43,9 @@ from ._common import (
     compute_dtype,
     dot,
     multiprocessors,
-    on_device_of,
     to_storage,
 )
+from ._launch import Call, launch
 
 
 @triton.jit
@@ -233,8 +235,10 @@ def _inputs(LOAD: tl.constexpr, io, s, T, B, batch, n, ok, H, FROM_END: tl.const
 def recurrence_kernel(
     io,  # pointers that LOAD and CELL know
     state_ptr,  # [T, B, SLOTS, H], written; the first D numbers of a row are the state
-    start_ptr,  # [B, SLOTS, H], the state before the first step
-    carry_ptr,  # [B, H], the carry before the first step, then after the last; or None
+    start_ptr,  # [B, SLOTS, H], the state before the first step; None for zeros
+    final_ptr,  # [B, SLOTS, H], written: the state after the last step; or None
+    carry_ptr,  # [B, H], the carry before the first step; None for zeros
+    carry_n_ptr,  # [B, H], written: the carry after the last step; or None
     m_ptr,  # [SUMS, D, H], both axes padded to whole tiles; alone, the part of each slot of D
     T,
     B,
@@ -281,18 +285,24 @@ def recurrence_kernel(
         )
     carry = tl.zeros([BLOCK_B, BLOCK_N], ACC)
     if carry_ptr is not None:
-        carry = read(carry_ptr, batch, n, ok, H, 0, 1)
+        carry = read(carry_ptr, batch, n, ok, H, 0, 1).to(ACC)
+    begin_ptr = state_ptr
+    begin = (batch, (batch < B) & (start_ptr is not None))
+    if start_ptr is not None:
+        begin_ptr = start_ptr
     if FORM == "alone":
-        state = _state_tiles(start_ptr, rows, 0, D, H, SLOTS, CHUNKS, BLOCK_K, False)
+        state = _state_tiles(begin_ptr, begin, 0, D, H, SLOTS, CHUNKS, BLOCK_K, False)
     inputs = _inputs(LOAD, io, first, T, B, batch, n, ok, H, FROM_END)
     for s in range(first, first + count):
         sums = _zeros(SUMS, BLOCK_B, BLOCK_N, SPLITS, ACC)
         if FORM == "alone":
             sums = _multiply(state, m, sums, 0, CHUNKS, CHUNKS, SUMS, SPLITS)
         else:
-            last_ptr = start_ptr
+            last_ptr = begin_ptr
             if s > 0:
                 last_ptr = state_ptr + _row(s - 1, T, B, 0, FROM_END) * SLOTS * H
+            if start_ptr is None:
+                rows = (batch, (batch < B) & (s > 0))
             if CHUNKS > 0:
                 for c in tl.static_range(0, CHUNKS, GROUP):
                     k = c * BLOCK_K
@@ -331,64 +341,60 @@ def recurrence_kernel(
                 # a NaN of any bits is as good as another, but for those that mean "not yet"
                 value = tl.where(_bits(value) == -1, float("nan"), value)
             tl.store(state_ptr + (here * SLOTS + i) * H + n, value, mask=ok)
+            if final_ptr is not None:
+                tl.store(final_ptr + (batch * SLOTS + i) * H + n, value, mask=ok & (s == T - 1))
             if i < CHUNKS:
                 state = state + (value,)
         inputs = inputs_ahead
-    if carry_ptr is not None:
-        write(carry_ptr, batch, n, ok, H, 0, 1, carry)
+    if carry_n_ptr is not None:
+        write(carry_n_ptr, batch, n, ok, H, 0, 1, carry)
 
 
-def walk(
-    load: Callable[..., Any],
-    cell: Callable[..., Any],
-    io: tuple[Tensor | None, ...],
-    state: Tensor,
-    start: Tensor | None,
-    carry: Tensor | None,
-    w_hh: Tensor,
-    *,
+@dataclass(frozen=True, eq=False)  # told apart by identity: each is made once
+class Cell:
+    """The jitted functions LOAD and CELL of the kernel."""
+
+    load: Callable[..., Any]
+    step: Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """How a time loop is shared out."""
+
+    name: str  # the kernel's FORM
+    config: _configs.RecurrenceConfig
+    gates: int
+    H: int
+    depth: int  # numbers of the state that a sum is over
+    block_b: int
+    block_k: int
+    chunks: int
+    group: int
+    tiles_n: int
+    rows: int  # of the batch in one launch
+
+
+@functools.lru_cache(1024)
+def _form(
+    name: str,
+    config: _configs.RecurrenceConfig,
+    gates: int,
+    B: int,
+    H: int,
+    size: int,  # bytes of a number of the state
+    programs: int,  # that run at the same time
     backward: bool,
-    from_end: bool,
-) -> None:
-    """Runs the time loop.
-
-    Args:
-        load, cell: the jitted functions LOAD and CELL of the kernel.
-        io: contiguous tensors that these know.
-        state: [T, B, SLOTS * H], contiguous and not empty, written.
-        start: [B, SLOTS * H], contiguous, or None for zeros.
-        carry: [B, H] in the compute dtype, contiguous, or None where the cell has none; holds the
-            carry after the last step in the end.
-        w_hh: [GATES * H, H], contiguous.
-        backward: one sum over the state of all gates, instead of a sum for each.
-        from_end: walk from t = T - 1 to 0.
-    """
-    T, B, width = state.shape
-    H = w_hh.shape[1]
-    gates, device = w_hh.shape[0] // H, state.device
-    if start is None:
-        start = state.new_zeros(B, width)
-    form, config = _configs.recurrence(
-        capability(device), state.dtype, gates, B, H, multiprocessors(device)
-    )
-    if T == 1 and form == "together":
-        form = "steps"
-    tiles_n = cdiv(H, config.block_n)
+) -> _Form:
     # alone, as few rows as keep all programs on the chip: rows cost time, and multiprocessors idle
-    rows = cdiv(B, multiprocessors(device)) if form == "alone" else B
+    rows = cdiv(B, programs) if name == "alone" else B
     block_b = min(config.block_b, block_size(rows))
-    tiles_b = cdiv(B, block_b)
-    rows, steps = B, T
-    if form == "together":
-        # As many rows as fit on the chip at once. All bits set means that a number is not there.
-        rows = multiprocessors(device) // tiles_n * block_b
-        tiles_b = min(tiles_b, rows // block_b)
-        state.view(torch.uint8).fill_(255)
-    if form == "steps":
-        steps = 1
-    depth, sums = (gates * H, 1) if backward else (H, gates)
-    block_k, group = config.block_k, 1
-    if form == "alone":
+    tiles_n = cdiv(H, config.block_n)
+    # together, as many rows in one launch as fit on the chip at once
+    rows = programs // tiles_n * block_b if name == "together" else B
+    depth = gates * H if backward else H
+    block_k, chunks, group = config.block_k, 0, 1
+    if name == "alone":
         chunks = depth // H
     elif config.held:
         # tiles as large as cover the depth with no more waste than the smallest
@@ -396,55 +402,126 @@ def walk(
         while padded % (2 * block_k) == 0 and block_k < config.most_k:
             block_k *= 2
         chunks = padded // block_k
-        most = max(config.group // (block_b * block_k * state.element_size()), 1)
+        most = max(config.group // (block_b * block_k * size), 1)
         group = max(
             count for count in range(1, chunks + 1) if count <= most and chunks % count == 0
         )
-    else:
-        chunks = 0
-    # [matrices, output units, state units] of the weights, transposed in memory for backward
-    m = w_hh.view(gates, H, H) if form == "alone" else w_hh.view(sums, -1, H)
+    return _Form(name, config, gates, H, depth, block_b, block_k, chunks, group, tiles_n, rows)
+
+
+def _plan(
+    state: Tensor,
+    start: Tensor | None,
+    final: Tensor | None,
+    carry: Tensor | None,
+    carry_n: Tensor | None,
+    m: Tensor,
+    *more: Any,
+    first: int,
+) -> Call:
+    """`more` are what LOAD and CELL know, and the options."""
+    *io, cell, form, backward, from_end, row0, steps = more
+    config = form.config
+    T, B, width = state.shape
     n_axis = 2 if backward else 1
-    k_axis = 3 - n_axis
-    more_n, more_k = -H % config.block_n, -m.shape[k_axis] % block_k
+    constants = {
+        "LOAD": cell.load,
+        "CELL": cell.step,
+        "ACC": TRITON_DTYPES[compute_dtype(state.dtype)],
+        "SUMS": 1 if backward else form.gates,
+        "SLOTS": width // form.H,
+        "FROM_END": from_end,
+        "FORM": form.name,
+        "CHUNKS": form.chunks,
+        "GROUP": form.group,
+        "BLOCK_B": form.block_b,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": form.block_k,
+        "SPLITS": config.splits,
+        "ALIGN": math.gcd(form.H, 16),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "launch_cooperative_grid": form.name == "together",
+        **LAUNCH,
+    }
+    if not AMD:
+        constants["maxnreg"] = min(255, 2048 // config.num_warps)
+    args = (
+        tuple(io),
+        state,
+        start,
+        final,
+        carry,
+        carry_n,
+        m,
+        T,
+        B,
+        form.H,
+        form.depth,
+        row0,
+        first,
+        steps,
+        m.stride(0),
+        m.stride(3 - n_axis),
+        m.stride(n_axis),
+    )
+    tiles_b = cdiv(min(form.rows, B - row0), form.block_b)
+    return Call(recurrence_kernel, (form.tiles_n * tiles_b,), args, constants)
+
+
+def walk(
+    cell: Cell,
+    io: tuple[Tensor | None, ...],
+    state: Tensor,
+    w_hh: Tensor,
+    *,
+    start: Tensor | None = None,
+    final: Tensor | None = None,
+    carry: Tensor | None = None,
+    carry_n: Tensor | None = None,
+    backward: bool,
+    from_end: bool,
+) -> None:
+    """Runs the time loop.
+
+    Args:
+        cell: what a step does.
+        io: contiguous tensors that it knows.
+        state: [T, B, SLOTS * H], contiguous and not empty, written.
+        w_hh: [GATES * H, H], contiguous.
+        start: [B, SLOTS * H], contiguous, the state before the first step, or None for zeros.
+        final: likewise, written: the state after the last step, or None.
+        carry: [B, H], contiguous, the carry before the first step, or None for zeros.
+        carry_n: likewise, written: the carry after the last step, or None.
+        backward: one sum over the state of all gates, instead of a sum for each.
+        from_end: walk from t = T - 1 to 0.
+    """
+    T, B, _ = state.shape
+    H = w_hh.shape[1]
+    gates, programs = w_hh.shape[0] // H, multiprocessors(state.device)
+    name, config = _configs.recurrence(capability(state.device), state.dtype, gates, B, H, programs)
+    if T == 1 and name == "together":
+        name = "steps"
+    form = _form(name, config, gates, B, H, state.element_size(), programs, backward)
+    if name == "together":
+        state.view(torch.uint8).fill_(255)  # all bits set means that a number is not there
+    # [matrices, output units, state units] of the weights, transposed in memory for backward
+    m = w_hh.view(gates, H, H) if name == "alone" or not backward else w_hh.view(1, gates * H, H)
+    more_n, more_k = -H % config.block_n, -m.shape[1 if backward else 2] % form.block_k
     if more_n or more_k:
         m = pad(m, (0, more_n, 0, more_k) if backward else (0, more_k, 0, more_n))
-    strides = (m.stride(0), m.stride(k_axis), m.stride(n_axis))
-    registers = {} if AMD else {"maxnreg": min(255, 2048 // config.num_warps)}
-    with on_device_of(state):
-        for row0 in range(0, B, rows):
-            grid = (tiles_n * min(tiles_b, cdiv(B - row0, block_b)),)
-            for first in range(0, T, steps):
-                recurrence_kernel[grid](
-                    io,
-                    state,
-                    start,
-                    carry,
-                    m,
-                    T,
-                    B,
-                    H,
-                    depth,
-                    row0,
-                    first,
-                    steps,
-                    *strides,
-                    LOAD=load,
-                    CELL=cell,
-                    ACC=TRITON_DTYPES[compute_dtype(state.dtype)],
-                    SUMS=sums,
-                    SLOTS=width // H,
-                    FROM_END=from_end,
-                    FORM=form,
-                    CHUNKS=chunks,
-                    GROUP=group,
-                    BLOCK_B=block_b,
-                    BLOCK_N=config.block_n,
-                    BLOCK_K=block_k,
-                    SPLITS=config.splits,
-                    ALIGN=math.gcd(H, 16),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    launch_cooperative_grid=form == "together",
-                    **LAUNCH | registers,
-                )
+    options = (cell, form, backward, from_end)
+    if name == "steps" and T > 1:
+        # the carry goes from launch to launch in memory of its own, not rounded
+        between = state.new_zeros(B, H, dtype=compute_dtype(state.dtype))
+        if carry is not None:
+            between.copy_(carry)
+        tensors = (state, start, final, between, between, m, *io)
+        for first in range(T):
+            launch(_plan, tensors, *options, 0, 1, first=first)
+        if carry_n is not None:
+            carry_n.copy_(between)
+        return
+    tensors = (state, start, final, carry, carry_n, m, *io)
+    for row0 in range(0, B, form.rows):
+        launch(_plan, tensors, *options, row0, T, first=0)

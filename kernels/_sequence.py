@@ -71,6 +71,12 @@ def ragged_forward(
 
     What is saved behind y is that of the padded batch.
     """
+    T, B = len(batch_sizes), batch_sizes[0]
+    if tensors[0].shape[0] == T * B:  # all of one length
+        x = tensors[0].reshape(T, B, -1)
+        (y, h_n, *more), saved = forward(x, *tensors[1:], reverse=reverse, **options)
+        found = (y.flatten(0, 1), h_n, *more[:1], *(t.flatten(0, 1) for t in more[1:]))
+        return found, (*tensors, found[0], *saved[len(tensors) + 1 :])
     rows = Ragged(batch_sizes, reverse, tensors[0].device)
     cells = options.get("return_cell_states")
     if cells is not None:
@@ -96,9 +102,19 @@ def ragged_backward(
     **options: Any,
 ) -> tuple[Maybe, ...]:
     """`backward`, which is <op>_bwd, of what `ragged_forward` saved."""
-    rows, count = Ragged(batch_sizes, reverse, saved[0].device), len(needs)
+    T, B, count = len(batch_sizes), batch_sizes[0], len(needs)
     dy, dh_n, *more = grads
-    given: tuple[Maybe, ...] = (rows.gradient(dy, dh_n), None)
+    if saved[0].shape[0] == T * B:
+
+        def steps(rows: Maybe) -> Maybe:
+            return None if rows is None else rows.reshape(T, B, -1)
+
+        given = (steps(dy), dh_n, *more[:1], *map(steps, more[1:]))
+        own = (steps(saved[0]), *saved[1:count], steps(saved[count]), *saved[count + 1 :])
+        dx, *rest = backward(own, given, reverse=reverse, needs=needs, **options)
+        return None if dx is None else dx.flatten(0, 1), *rest
+    rows = Ragged(batch_sizes, reverse, saved[0].device)
+    given = (rows.gradient(dy, dh_n), None)
     if more:
         dc_n, dcells = (*more, None)[:2]
         given = (*given, None, rows.gradient(dcells, dc_n))
@@ -118,14 +134,6 @@ def dense(tensor: Maybe) -> Maybe:
     return None if tensor is None else tensor.contiguous()
 
 
-def wide(tensor: Maybe, B: int, H: int, like: Tensor) -> Tensor:
-    """A copy [B, H] in the compute dtype of `like` for a time loop to write to; None is zero."""
-    dtype = compute_dtype(like.dtype)
-    if tensor is None:
-        return like.new_zeros(B, H, dtype=dtype)
-    return torch.empty(B, H, dtype=dtype, device=like.device).copy_(tensor)
-
-
 def input_sums(x: Tensor, w_ih: Tensor, b_ih: Maybe, b_hh: Maybe, width: int) -> Tensor:
     """W_ih x + b_ih + b_hh for all steps: the first columns of [T, B, width], in the compute dtype.
 
@@ -135,18 +143,19 @@ def input_sums(x: Tensor, w_ih: Tensor, b_ih: Maybe, b_hh: Maybe, width: int) ->
         b_ih, b_hh: [G H], or None.
         width: columns to make room for.
     """
-    T, B, I = x.shape
+    T, B, _ = x.shape
     sums = torch.empty(T, B, width, dtype=compute_dtype(x.dtype), device=x.device)
-    out = sums.view(T * B, width)[:, : w_ih.shape[0]]
-    product(x.contiguous().view(T * B, I), w_ih.t(), out, dense(b_ih), dense(b_hh))
+    out, rows = sums.view(T * B, width), w_ih.shape[0]
+    out = out if rows == width else out[:, :rows]
+    product(x.flatten(0, 1), w_ih.t(), out, dense(b_ih), dense(b_hh))
     return sums
 
 
-def last_of(y: Tensor, h0: Maybe, reverse: bool) -> Tensor:
-    """h_n [B, H], in memory of its own."""
-    if len(y) > 0:
-        return y[0 if reverse else -1].clone()
-    return y.new_zeros(y.shape[1:]) if h0 is None else h0.clone()
+def state_after(before: Maybe, B: int, H: int, like: Tensor, steps: int) -> Tensor:
+    """A state [B, H] in memory of its own: room for it, or after no step the one before them."""
+    if steps > 0:
+        return torch.empty(B, H, dtype=like.dtype, device=like.device)
+    return like.new_zeros(B, H) if before is None else before.clone()
 
 
 def gradients(
@@ -181,7 +190,7 @@ def gradients(
         found[0] = torch.empty(T, B, I, dtype=x.dtype, device=x.device)
         deep_product(a, w_ih, found[0].view(T * B, I))
     if needs[1]:
-        found[1] = long_product([(a.t(), x.contiguous().view(T * B, I))], like=w_ih)
+        found[1] = long_product([(a.t(), x.flatten(0, 1))], like=w_ih)
     if needs[2]:
         # Step s multiplies the state of step s - 1: y moved by one step, h0 at the first.
         later, earlier = (dq[:-1], y[1:]) if reverse else (dq[1:], y[:-1])

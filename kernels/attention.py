@@ -34,10 +34,10 @@ from ._common import (
     dot,
     empty_rows_like,
     load_tile,
-    on_device_of,
     to_storage,
     with_dense_rows,
 )
+from ._launch import Call, launch
 
 try:
     from . import _attention_sm90, _attention_sm90_bwd, _hopper
@@ -856,13 +856,16 @@ class Places(NamedTuple):
     ends_meet: bool = False  # the band is from where the last query stands at the last key
 
     @property
+    def packed(self) -> bool:
+        return self.starts_q is not None
+
+    @property
     def sequences(self) -> int:
         return 0 if self.starts_q is None else self.starts_q.shape[0] - 1
 
     def tiles(self, rows: int, block: int) -> int:
         """`_tiles` of as many rows."""
-        packed = self.starts_q is not None
-        return rows // block + self.sequences if packed else _common.cdiv(rows, block)
+        return rows // block + self.sequences if self.packed else _common.cdiv(rows, block)
 
 
 #: One sequence in each batch.
@@ -881,8 +884,8 @@ def _options(
     """The constants of a launch with the block sizes of `tables`."""
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
-    causal = band == (None, 0) and places is ONE
-    packed = places is not ONE or band not in ((None, None), (None, 0))
+    causal = band == (None, 0) and not places.packed
+    packed = places.packed or band not in ((None, None), (None, 0))
     plain = mask is None and D == block_d == D_v
     config = _configs.attention(
         tables, capability(q.device), q.dtype, max(block_d, block_dv), plain, packed
@@ -908,22 +911,26 @@ def _options(
     }
 
 
-def _operands(
+def _dense(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """The inputs as kernels take them, and their strides; a bool mask is read as bytes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs as kernels take them; a bool mask is read as bytes."""
     q, k, v = with_dense_rows(q), with_dense_rows(k), with_dense_rows(v)
-    steps = sum((tensor.stride()[:3] for tensor in (q, k, v)), ())
     if attn_mask is None:
-        return q, k, v, None, (*steps, 0, 0, 0, 0)
+        return q, k, v, None
     mask = attn_mask
     if mask.dtype == torch.bool and q.dtype == torch.float64:
         # added instead: Triton compiles no float64 product of weights that hang on bytes
         mask = q.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
     elif mask.dtype == torch.bool:
         mask = mask.view(torch.uint8)
-    mask = mask.expand(*q.shape[:3], k.shape[2])
-    return q, k, v, mask, (*steps, *mask.stride())
+    return q, k, v, mask.expand(*q.shape[:3], k.shape[2])
+
+
+def _steps(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[int, ...]:
+    """The strides of what `_dense` returns."""
+    steps = q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
+    return steps + ((0, 0, 0, 0) if mask is None else mask.stride())
 
 
 def _on_hopper(
@@ -947,7 +954,7 @@ def _on_hopper(
         and (q.shape[-1], v.shape[-1]) in table
         and attn_mask is None
         and band in ((None, None), (None, 0))
-        and places.starts_q is None
+        and not places.packed
         and scale > 0
         and all(map(_hopper.reachable, tensors))
     )
@@ -956,7 +963,58 @@ def _on_hopper(
 def _room(like: Tensor, places: Places) -> Tensor:
     """Where a gradient goes: zeros where rows may belong to no sequence."""
     made = empty_rows_like(like)
-    return made if places is ONE else made.zero_()
+    return made.zero_() if places.packed else made
+
+
+def _fwd_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    used: Tensor | None,
+    pages: Tensor | None,
+    page_size: int,
+    ends_meet: bool,
+    band: tuple[int | None, int | None],
+    scale: float,
+) -> Call:
+    places = Places(starts_q, starts_k, used, pages, page_size, ends_meet)
+    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, band, places, q, k, v):
+        return _attention_sm90.plan(q, k, v, out, lse, band == (None, 0), scale)
+    B, N, S_q, D = q.shape
+    S_k, D_v = v.shape[2:]
+    options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale)
+    args = (
+        q,
+        k,
+        v,
+        mask,
+        out,
+        lse,
+        N,
+        N // max(k.shape[1], 1),
+        S_q,
+        S_k,
+        starts_q,
+        starts_k,
+        used,
+        places.sequences,
+        *band,
+        pages,
+        0 if pages is None else pages.shape[1],
+        page_size,
+        D,
+        D_v,
+        scale,
+        *_steps(q, k, v, mask),
+        *out.stride()[:3],
+    )
+    grid = (places.tiles(S_q, options["BLOCK_M"]) * B * N,)
+    return Call(attention_fwd_kernel, grid, args, options)
 
 
 def attention_fwd(
@@ -989,51 +1047,116 @@ def attention_fwd(
         ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``; 0 and -inf in rows of no sequence.
     """
     B, N, S_q, D = q.shape
-    S_k, D_v = v.shape[2:]
+    D_v = v.shape[3]
     saved = (q, k, v, attn_mask, sinks, alibi_slopes, seed)
-    q, k, v, mask, steps = _operands(q, k, v, attn_mask)
+    q, k, v, mask = _dense(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
-    if places is not ONE:
+    if places.packed:
         out.zero_()
         lse.fill_(float("-inf"))
-    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, band, places, q, k, v):
-        with on_device_of(q):
-            _attention_sm90.attention_fwd_sm90(q, k, v, out, lse, band == (None, 0), scale)
-    elif lse.numel() > 0:
-        options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale)
-        with on_device_of(q):
-            attention_fwd_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
-                q,
-                k,
-                v,
-                mask,
-                out,
-                lse,
-                N,
-                N // max(k.shape[1], 1),
-                S_q,
-                S_k,
-                *places[:3],
-                places.sequences,
-                *band,
-                places.pages,
-                0 if places.pages is None else places.pages.shape[1],
-                places.page_size,
-                D,
-                D_v,
-                scale,
-                *steps,
-                *out.stride()[:3],
-                **options,
-            )
+    if lse.numel() > 0:
+        launch(_fwd_plan, (q, k, v, mask, out, lse, *places[:4]), *places[4:], band, scale)
     return (out, lse), (*saved, out, lse)
 
 
 def attention_extras(q: Tensor, *_: Tensor | None, **options: object) -> tuple[Tensor]:
     """Room for what `attention_fwd` saves behind out."""
     return (q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype)),)
+
+
+def _delta_plan(
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    delta: Tensor,
+    units: Tensor | None,
+) -> Call:
+    B, N, S_q, D_v = out.shape
+    config, rows = _configs.ATTENTION_DELTA, delta.shape[2]
+    args = (
+        out,
+        dout,
+        lse,
+        dlse,
+        delta,
+        units,
+        N,
+        S_q,
+        rows,
+        D_v,
+        *out.stride()[:3],
+        *dout.stride()[:3],
+    )
+    constants = {
+        "ACC": TRITON_DTYPES[compute_dtype(out.dtype)],
+        "HAS_DLSE": dlse is not None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_DV": block_size(D_v, LEAST_BLOCK_D),
+        "num_warps": config.num_warps,
+        **LAUNCH,
+    }
+    grid = (_common.cdiv(rows, config.block_m) * B * N,)
+    return Call(attention_bwd_delta_kernel, grid, args, constants)
+
+
+def _bwd_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dout: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    starts_q: Tensor | None,
+    starts_k: Tensor | None,
+    used: Tensor | None,
+    ends_meet: bool,
+    band: tuple[int | None, int | None],
+    scale: float,
+) -> Call:
+    """That of dq or, without it, that of dk and dv."""
+    places = Places(starts_q, starts_k, used, ends_meet=ends_meet)
+    B, N, S_q, D = q.shape
+    N_kv, S_k, D_v = v.shape[1:]
+    made = (dk, dv) if dq is None else (dq,)
+    table = _configs.ATTENTION_DKV if dq is None else _configs.ATTENTION_DQ
+    options = _options(table, q, v, mask, band, places, scale)
+    args = (
+        q,
+        k,
+        v,
+        mask,
+        dout,
+        lse,
+        delta,
+        *made,
+        N,
+        N // max(N_kv, 1),
+        S_q,
+        S_k,
+        starts_q,
+        starts_k,
+        used,
+        places.sequences,
+        *band,
+        D,
+        D_v,
+        scale,
+        *_steps(q, k, v, mask),
+        *dout.stride()[:3],
+        *(step for t in made for step in t.stride()[:3]),
+    )
+    if dq is None:
+        grid = (places.tiles(S_k, options["BLOCK_N"]) * B * N_kv,)
+        return Call(attention_bwd_dkv_kernel, grid, args, options)
+    grid = (places.tiles(S_q, options["BLOCK_M"]) * B * N,)
+    return Call(attention_bwd_dq_kernel, grid, args, options)
 
 
 def attention_bwd(
@@ -1059,10 +1182,8 @@ def attention_bwd(
     """
     q, k, v, attn_mask, _, _, _, out, lse = saved
     dout, dlse = grads
-    B, N, S_q, D = q.shape
-    N_kv, S_k, D_v = v.shape[1:]
-    group = N // max(N_kv, 1)
-    q, k, v, mask, steps = _operands(q, k, v, attn_mask)
+    B, N, S_q, _ = q.shape
+    q, k, v, mask = _dense(q, k, v, attn_mask)
     out = with_dense_rows(out)
     dout = torch.zeros_like(out) if dout is None else with_dense_rows(dout)
 
@@ -1073,95 +1194,21 @@ def attention_bwd(
     units = torch.empty(1 + on_hopper, B, N, rows, dtype=lse.dtype, device=lse.device)
     delta = units[-1]
     if delta.numel() > 0:
-        block_dv = block_size(D_v, LEAST_BLOCK_D)
-        config = _configs.ATTENTION_DELTA
-        with on_device_of(q):
-            attention_bwd_delta_kernel[(_common.cdiv(rows, config.block_m) * B * N,)](
-                out,
-                dout,
-                lse,
-                None if dlse is None else dlse.contiguous(),
-                delta,
-                units[0] if on_hopper else None,
-                N,
-                S_q,
-                rows,
-                D_v,
-                *out.stride()[:3],
-                *dout.stride()[:3],
-                ACC=TRITON_DTYPES[compute_dtype(q.dtype)],
-                HAS_DLSE=dlse is not None,
-                BLOCK_M=config.block_m,
-                BLOCK_DV=block_dv,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
+        dlse = None if dlse is None else dlse.contiguous()
+        launch(_delta_plan, (out, dout, lse, dlse, delta, units[0] if on_hopper else None))
     if on_hopper:
-        with on_device_of(q):
-            made = _attention_sm90_bwd.attention_bwd_sm90(
-                q, k, v, dout, units, band == (None, 0), scale, needs
-            )
+        causal = band == (None, 0)
+        made = _attention_sm90_bwd.attention_bwd_sm90(q, k, v, dout, units, causal, scale, needs)
         return (*made, None, None, None, None)
 
     dq = dk = dv = None
+    given, more = (q, k, v, mask, dout, lse, delta), (places.ends_meet, band, scale)
     if needs[0]:
         dq = _room(q, places)
         if dq.numel() > 0:
-            options = _options(_configs.ATTENTION_DQ, q, v, mask, band, places, scale)
-            with on_device_of(q):
-                attention_bwd_dq_kernel[(places.tiles(S_q, options["BLOCK_M"]) * B * N,)](
-                    q,
-                    k,
-                    v,
-                    mask,
-                    dout,
-                    lse,
-                    delta,
-                    dq,
-                    N,
-                    group,
-                    S_q,
-                    S_k,
-                    *places[:3],
-                    places.sequences,
-                    *band,
-                    D,
-                    D_v,
-                    scale,
-                    *steps,
-                    *dout.stride()[:3],
-                    *dq.stride()[:3],
-                    **options,
-                )
+            launch(_bwd_plan, (*given, dq, None, None, *places[:3]), *more)
     if needs[1] or needs[2]:
         dk, dv = _room(k, places), _room(v, places)
         if dk.numel() > 0:
-            options = _options(_configs.ATTENTION_DKV, q, v, mask, band, places, scale)
-            with on_device_of(q):
-                attention_bwd_dkv_kernel[(places.tiles(S_k, options["BLOCK_N"]) * B * N_kv,)](
-                    q,
-                    k,
-                    v,
-                    mask,
-                    dout,
-                    lse,
-                    delta,
-                    dk,
-                    dv,
-                    N,
-                    group,
-                    S_q,
-                    S_k,
-                    *places[:3],
-                    places.sequences,
-                    *band,
-                    D,
-                    D_v,
-                    scale,
-                    *steps,
-                    *dout.stride()[:3],
-                    *dk.stride()[:3],
-                    *dv.stride()[:3],
-                    **options,
-                )
+            launch(_bwd_plan, (*given, None, dk, dv, *places[:3]), *more)
     return dq, dk if needs[1] else None, dv if needs[2] else None, None, None, None, None

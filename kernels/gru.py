@@ -16,17 +16,16 @@ from torch import Tensor
 
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh, to_storage
-from ._recurrence import read, walk, write
+from ._recurrence import Cell, read, walk, write
 from ._sequence import (
     Maybe,
     dense,
     gradients,
     input_sums,
-    last_of,
     padded_sizes,
     ragged_backward,
     ragged_forward,
-    wide,
+    state_after,
 )
 
 DTYPES = _common.DTYPES
@@ -86,6 +85,9 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dh, storage: tl.constexpr):
     return (da_n * r, da_r, da_z, da_n), z * dh
 
 
+_FORWARD, _BACKWARD = Cell(_load, _cell), Cell(_load_grad, _cell_grad)
+
+
 def gru_extras(
     x: Tensor,
     w_ih: Tensor,
@@ -131,20 +133,21 @@ def gru_fwd(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
+    h_n = state_after(h0, B, H, x, T)
     gates = None
     if y.numel() > 0:
         b_rz = b_n = None
         if b_hh is not None:
             b_rz, b_n = b_hh.clone(), b_hh[2 * H :].contiguous()
-            b_rz[2 * H :] = 0  # that of n is within r q
+            b_rz[2 * H :].zero_()  # that of n is within r q
         sums = input_sums(x, w_ih, b_ih, b_rz, 4 * H)
         gates = sums if keep else None  # in the same memory
         io = (sums, b_n, gates)
-        h, w = wide(h0, B, H, x), w_hh.contiguous()
-        walk(_load, _cell, io, y, dense(h0), h, w, backward=False, from_end=reverse)
+        states = {"start": dense(h0), "final": h_n, "carry": dense(h0)}
+        walk(_FORWARD, io, y, w_hh.contiguous(), **states, backward=False, from_end=reverse)
     elif keep:
         (gates,) = gru_extras(x, w_ih, w_hh)
-    return (y, last_of(y, h0, reverse)), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
+    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates)
 
 
 def gru_bwd(
@@ -172,11 +175,12 @@ def gru_bwd(
     dy, dh_n = grads
     T, B, H = y.shape
     d = torch.empty(T, B, 4 * H, dtype=x.dtype, device=x.device)
-    dh = wide(dh_n if T == 0 else None, B, H, x)
+    dh = dh_n
     w = w_hh.roll(H, 0)  # n, r, z
     if d.numel() > 0:
+        dh = torch.empty(B, H, dtype=compute_dtype(x.dtype), device=x.device)
         io = (gates, y, *map(dense, (h0, dy, dh_n)))
-        walk(_load_grad, _cell_grad, io, d, None, dh, w, backward=True, from_end=not reverse)
+        walk(_BACKWARD, io, d, w, carry_n=dh, backward=True, from_end=not reverse)
     da, dq = d[..., H:], d[..., : 3 * H]
     found = gradients(x, w_ih, w, h0, y, da, dq, dh, needs, reverse=reverse)
     for index in (2, 4):  # back into the order of the weights

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
+from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, to_storage
+from ._launch import Call, launch, once
 from ._product import can_describe, deep_product, operands, product, tile_of, tile_product
 
 DTYPES = _common.DTYPES
@@ -280,6 +281,165 @@ def linear_cross_entropy_scale_kernel(grad_ptr, scale_ptr, size, BLOCK: tl.const
         tl.store(grad_ptr + at, scaled, mask=at < size)
 
 
+def _logits_plan(
+    x: Tensor,
+    weight: Tensor,  # [H, V]
+    bias: Maybe,
+    class_weight: Maybe,
+    target: Tensor,
+    z: Maybe,
+    hit: Maybe,
+    highest: Maybe,
+    total: Maybe,
+    weighted: Maybe,
+    argmax: Maybe,
+    crowded: bool,
+) -> Call:
+    (N, H), V = x.shape, weight.shape[1]
+    written = () if z is None else (z,)
+    (a, b, *written), constants = operands(x, weight, *written, crowded=crowded)
+    args = (
+        a,
+        b,
+        bias,
+        class_weight,
+        target,
+        *(written or [None]),
+        hit,
+        highest,
+        total,
+        weighted,
+        argmax,
+        N,
+        V,
+        H,
+        *x.stride(),
+        *weight.stride(),
+        0 if z is None else z.stride(0),
+    )
+    constants |= {
+        "STORAGE": TRITON_DTYPES[x.dtype],
+        "HAS_BIAS": bias is not None,
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "SUMS": hit is not None,
+        "SMOOTH": weighted is not None,
+        "ARGMAX": argmax is not None,
+        "STORE": z is not None,
+    }
+    tiles = _common.cdiv(N, constants["BLOCK_M"]) * _common.cdiv(V, constants["BLOCK_N"])
+    return Call(linear_cross_entropy_logits_kernel, (tiles,), args, constants)
+
+
+def _tiles(x: Tensor, weight: Tensor, z: Maybe, crowded: bool) -> int:
+    """How many tiles `_logits_plan` has side by side."""
+    _, constants = operands(x, weight, *(() if z is None else (z,)), crowded=crowded)
+    return _common.cdiv(weight.shape[1], constants["BLOCK_N"])
+
+
+def _rows_plan(
+    hit: Tensor,
+    highest: Tensor,
+    total: Tensor,
+    weighted: Maybe,
+    argmax_tiles: Maybe,
+    target: Tensor,
+    class_weight: Maybe,
+    sum_weight: Maybe,
+    softmax: Tensor,
+    loss: Tensor,
+    argmax: Maybe,
+    V: int,
+    ignore_index: int,
+    smoothing: float,
+) -> Call:
+    tiles, N = highest.shape
+    config = _configs.LOSS_SUMS
+    args = (
+        hit,
+        highest,
+        total,
+        weighted,
+        argmax_tiles,
+        target,
+        class_weight,
+        sum_weight,
+        softmax,
+        loss,
+        argmax,
+        N,
+        V,
+        tiles,
+        ignore_index,
+        smoothing,
+        softmax.stride(0),
+    )
+    constants = {
+        "ACC": TRITON_DTYPES[softmax.dtype],
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "SMOOTH": smoothing > 0,
+        "ARGMAX": argmax is not None,
+        "BLOCK_R": config.block_r,
+        "BLOCK_V": config.block_v,
+        "num_warps": config.num_warps,
+        **LAUNCH,
+    }
+    grid = (_common.cdiv(N, config.block_r),)
+    return Call(linear_cross_entropy_rows_kernel, grid, args, constants)
+
+
+def _gradient_plan(
+    z: Tensor,
+    softmax: Tensor,
+    target: Tensor,
+    class_weight: Maybe,
+    sum_weight: Maybe,
+    rate: Tensor,
+    lse_rate: Maybe,
+    dlse: Maybe,
+    dbias: Maybe,
+    smoothing: float,
+) -> Call:
+    N, V = z.shape
+    config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
+    args = (
+        z,
+        softmax,
+        target,
+        class_weight,
+        sum_weight,
+        rate,
+        lse_rate,
+        dlse,
+        dbias,
+        N,
+        V,
+        smoothing,
+        z.stride(0),
+        softmax.stride(0),
+    )
+    constants = {
+        "ACC": TRITON_DTYPES[softmax.dtype],
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "HAS_LSE_RATE": lse_rate is not None,
+        "HAS_DLSE": dlse is not None,
+        "HAS_DBIAS": dbias is not None,
+        "BLOCK_R": config.block_r,
+        "BLOCK_V": config.block_v,
+        "SPLIT": _configs.LOSS_SPLIT,
+        "num_warps": config.num_warps,
+        **LAUNCH,
+    }
+    grid = (_common.cdiv(V, config.block_v), _common.cdiv(N, _configs.LOSS_SPLIT))
+    return Call(linear_cross_entropy_gradient_kernel, grid, args, constants)
+
+
+def _scale_plan(grad: Tensor, scale: Tensor) -> Call:
+    block = 4096
+    args, constants = (grad, scale, grad.numel()), {"BLOCK": block, "num_warps": 8, **LAUNCH}
+    grid = (_common.cdiv(grad.numel(), block),)
+    return Call(linear_cross_entropy_scale_kernel, grid, args, constants)
+
+
 def linear_cross_entropy_fwd(
     x: Tensor,
     weight: Tensor,
@@ -321,7 +481,7 @@ def linear_cross_entropy_fwd(
     softmax, rows = call.per_row(2), call.per_row()
     argmax = torch.empty_like(call.target) if return_argmax else None
     if ahead is None:
-        call.sums(slice(None), softmax, (rows, argmax))
+        call.sums(None, softmax, (rows, argmax))
     else:
         ahead.gradients = call.gradients_of_one(softmax, ahead.needs, (rows, argmax))
     lse = softmax.sum(0) if return_lse or z_loss else None
@@ -376,10 +536,12 @@ def linear_cross_entropy_bwd(
 
 def _scale(grad: Maybe, scale: Tensor) -> None:
     if grad is not None and grad.numel() > 0:
-        with on_device_of(grad):
-            linear_cross_entropy_scale_kernel[(_common.cdiv(grad.numel(), 4096),)](
-                grad, scale, grad.numel(), BLOCK=4096, num_warps=8, **LAUNCH
-            )
+        launch(_scale_plan, (grad, scale))
+
+
+def _rows(tensor: Maybe, at: slice | None) -> Maybe:
+    """The rows `at`, all without it: a view takes the host as long as a kernel."""
+    return tensor if tensor is None or at is None else tensor[at]
 
 
 class _Call:
@@ -425,7 +587,7 @@ class _Call:
         rate = self.counted.to(self.dtype)
         if not self.mean:
             return self._gradients(softmax, rate, rate, None, None, needs, outputs)
-        z_rate = torch.where(self.counted, self.divisor / self.count, 0)
+        z_rate = torch.where(self.counted, self.divisor / self.count, 0) if self.z_loss else None
         scale = torch.where(self.count > 0, 1 / self.divisor, 0)
         return self._gradients(softmax, rate, z_rate, None, scale, needs, outputs)
 
@@ -435,14 +597,16 @@ class _Call:
         """dx, dweight and dbias from any upstream gradients."""
         dloss = softmax.new_zeros(()) if dloss is None else dloss
         rate = torch.where(self.counted, dloss / self.divisor if self.mean else dloss, 0)
-        z_rate = torch.where(self.counted, dloss / self.count if self.mean else dloss, 0)
+        z_rate = None
+        if self.z_loss:
+            z_rate = torch.where(self.counted, dloss / self.count if self.mean else dloss, 0)
         return self._gradients(softmax, rate, z_rate, dlse, None, needs)
 
     def _gradients(
         self,
         softmax: Tensor,  # [2, N], written where there are outputs
         rate: Tensor,  # [N], of the loss
-        z_rate: Tensor,  # [N], of the squared lse
+        z_rate: Maybe,  # [N], of the squared lse
         dlse: Maybe,  # [N]
         scale: Maybe,  # what multiplies all gradients, a number
         needs: tuple[bool, ...],
@@ -465,7 +629,7 @@ class _Call:
                 dw = fill(V, H, dtype=self.dtype)
         db = []
         for part in parts:
-            at = slice(part.start, part.stop)
+            at = None if len(part) == N else slice(part.start, part.stop)
             z = room[: len(part), :V]
             if outputs is None:
                 self._logits(at, z)
@@ -473,12 +637,12 @@ class _Call:
                 self.sums(at, softmax, outputs, z)
             db.append(self._to_gradients(z, at, softmax, (rate, lse_rate, dlse), needs[3]))
             if needs[0]:
-                deep_product(z, self.weight, dx[at], scale)
+                deep_product(z, self.weight, _rows(dx, at), scale)
             if needs[1]:
                 final = part.stop == N
                 product(
                     z.t(),
-                    self.x[at],
+                    _rows(self.x, at),
                     dw,
                     scale=scale if final else None,
                     rest=rest,
@@ -493,60 +657,34 @@ class _Call:
 
     def sums(
         self,
-        at: slice,
+        at: slice | None,
         softmax: Tensor,  # [2, N]
         outputs: tuple[Tensor, Maybe],  # the loss of each row, the arg-max [N]
         z: Maybe = None,  # [rows, V], also written
     ) -> None:
         """What forward keeps of the logits of the rows `at`."""
-        softmax, (loss, argmax) = softmax[:, at], (None if t is None else t[at] for t in outputs)
-        rows, V = softmax.shape[1], len(self.weight)
-        if rows == 0:
+        loss, argmax = (_rows(t, at) for t in outputs)
+        if len(loss) == 0:
             return
-        hit, *tiles = self._logits(at, z, True, argmax is not None)
-        config = _configs.LOSS_SUMS
-        with on_device_of(self.x):
-            linear_cross_entropy_rows_kernel[(_common.cdiv(rows, config.block_r),)](
-                hit,
-                *tiles,
-                self.target[at],
-                self.class_weight,
-                self.sum_weight,
-                softmax,
-                loss,
-                argmax,
-                rows,
-                V,
-                len(tiles[0]),
-                self.ignore_index,
-                self.smoothing,
-                softmax.stride(0),
-                ACC=TRITON_DTYPES[self.dtype],
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                SMOOTH=self.smoothing > 0,
-                ARGMAX=argmax is not None,
-                BLOCK_R=config.block_r,
-                BLOCK_V=config.block_v,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
+        softmax = softmax if at is None else softmax[:, at]
+        target = _rows(self.target, at)
+        found = self._logits(at, z, True, argmax is not None)
+        own = (target, self.class_weight, self.sum_weight, softmax, loss, argmax)
+        launch(_rows_plan, (*found, *own), self.weight.shape[0], self.ignore_index, self.smoothing)
 
     def _logits(
-        self, at: slice, z: Maybe, sums: bool = False, argmax: bool = False
+        self, at: slice | None, z: Maybe, sums: bool = False, argmax: bool = False
     ) -> tuple[Maybe, ...]:
         """The logits of the rows `at` into z; with `sums` also what their tiles leave.
 
         Returns:
             hit [rows], then [tiles, rows] each: highest, total, weighted, arg-max.
         """
-        x, weight = self.x[at], self.weight.t()
-        rows, V = len(x), weight.shape[1]
+        x, weight = _rows(self.x, at), self.weight.t()
+        rows = len(x)
         smooth = sums and self.smoothing > 0
-        outputs = () if z is None else (z,)
         crowded = smooth or argmax or (sums and self.bias is not None)
-        given, constants = operands(x, weight, *outputs, crowded=crowded)
-        a, b, *written = given
-        tiles = _common.cdiv(V, constants["BLOCK_N"])
+        tiles = once(_tiles, (x, weight, z), crowded)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
@@ -558,71 +696,25 @@ class _Call:
             room(smooth, tiles, rows),
             room(argmax, tiles, rows, dtype=torch.int32),
         )
-        with on_device_of(x):
-            linear_cross_entropy_logits_kernel[(_common.cdiv(rows, constants["BLOCK_M"]) * tiles,)](
-                a,
-                b,
-                self.bias,
-                self.class_weight,
-                self.target[at],
-                *(written or [None]),
-                *found,
-                rows,
-                V,
-                x.shape[1],
-                *x.stride(),
-                *weight.stride(),
-                0 if z is None else z.stride(0),
-                STORAGE=TRITON_DTYPES[x.dtype],
-                HAS_BIAS=self.bias is not None,
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                SUMS=sums,
-                SMOOTH=smooth,
-                ARGMAX=argmax,
-                STORE=z is not None,
-                **constants,
-            )
+        own = (x, weight, self.bias, self.class_weight, _rows(self.target, at), z)
+        launch(_logits_plan, (*own, *found), crowded)
         return found
 
     def _to_gradients(
         self,
         z: Tensor,  # [rows, V], written
-        at: slice,
+        at: slice | None,
         softmax: Tensor,  # [2, N]
         rates: tuple[Tensor, Maybe, Maybe],  # rate, lse_rate, dlse [N]
         sums: bool,
     ) -> Maybe:
         """The logits of the rows `at` become their gradients; with `sums` their [splits, V]."""
-        (rows, V), softmax = z.shape, softmax[:, at]
-        config = _configs.LOSS_GRADIENT[_configs.storage(z.dtype)]
-        split = _configs.LOSS_SPLIT
-        splits = _common.cdiv(rows, split)
-        dbias = self.x.new_empty(splits, V, dtype=self.dtype) if sums else None
-        with on_device_of(z):
-            linear_cross_entropy_gradient_kernel[(_common.cdiv(V, config.block_v), splits)](
-                z,
-                softmax,
-                self.target[at],
-                self.class_weight,
-                self.sum_weight,
-                *(None if rate is None else rate[at] for rate in rates),
-                dbias,
-                rows,
-                V,
-                self.smoothing,
-                z.stride(0),
-                softmax.stride(0),
-                ACC=TRITON_DTYPES[self.dtype],
-                HAS_CLASS_WEIGHT=self.class_weight is not None,
-                HAS_LSE_RATE=rates[1] is not None,
-                HAS_DLSE=rates[2] is not None,
-                HAS_DBIAS=sums,
-                BLOCK_R=config.block_r,
-                BLOCK_V=config.block_v,
-                SPLIT=split,
-                num_warps=config.num_warps,
-                **LAUNCH,
-            )
+        splits = _common.cdiv(len(z), _configs.LOSS_SPLIT)
+        dbias = self.x.new_empty(splits, z.shape[1], dtype=self.dtype) if sums else None
+        softmax = softmax if at is None else softmax[:, at]
+        own = (softmax, _rows(self.target, at), self.class_weight, self.sum_weight)
+        own = (*own, *(_rows(rate, at) for rate in rates))
+        launch(_gradient_plan, (z, *own, dbias), self.smoothing)
         return dbias
 
 

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from . import _common
 from ._common import compute_dtype, sigmoid, tanh
-from ._recurrence import read, walk, write
+from ._recurrence import Cell, read, walk, write
 from ._sequence import (
     Maybe,
     dense,
     gradients,
     input_sums,
-    last_of,
     padded_sizes,
     ragged_backward,
     ragged_forward,
-    wide,
+    state_after,
 )
 
 DTYPES = _common.DTYPES
@@ -90,6 +89,9 @@ def _cell_grad(io, here, n, ok, H, sums, inputs, dc, storage: tl.constexpr):
     return (di, df, dg, do), dc * f
 
 
+_FORWARD, _BACKWARD = Cell(_load, _cell), Cell(_load_grad, _cell_grad)
+
+
 def lstm_extras(
     x: Tensor,
     w_ih: Tensor,
@@ -143,7 +145,7 @@ def lstm_fwd(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
-    c = wide(c0, B, H, x)
+    h_n, c_n = state_after(h0, B, H, x, T), state_after(c0, B, H, x, T)
     gates = cells = None
     if keep or return_cell_states:
         _, cells, _ = lstm_extras(x, w_ih, w_hh)
@@ -151,11 +153,11 @@ def lstm_fwd(
         sums = input_sums(x, w_ih, b_ih, b_hh, 4 * H)
         gates = sums if keep else None  # in the same memory
         io = (sums, gates, cells)
-        w = w_hh.contiguous()
-        walk(_load, _cell, io, y, dense(h0), c, w, backward=False, from_end=reverse)
+        states = {"start": dense(h0), "final": h_n, "carry": dense(c0), "carry_n": c_n}
+        walk(_FORWARD, io, y, w_hh.contiguous(), **states, backward=False, from_end=reverse)
     elif keep:
         gates, _, _ = lstm_extras(x, w_ih, w_hh)
-    outputs = (y, last_of(y, h0, reverse), c.to(x.dtype))
+    outputs = (y, h_n, c_n)
     if return_cell_states:
         # what is saved for backward must not be what the caller may write to
         outputs = (*outputs, cells.to(x.dtype, copy=keep))
@@ -190,11 +192,11 @@ def lstm_bwd(
     dy, dh_n, dc_n, dcells = (*grads, None)[:4]
     T, B, H = y.shape
     da = torch.empty(T, B, 4 * H, dtype=x.dtype, device=x.device)
-    dc = wide(dc_n, B, H, x)
+    dc0 = state_after(dc_n, B, H, x, T)
     if da.numel() > 0:
         io = (gates, cells, *map(dense, (c0, dy, dcells, dh_n)))
-        w = w_hh.contiguous()
-        walk(_load_grad, _cell_grad, io, da, None, dc, w, backward=True, from_end=not reverse)
+        states = {"carry": dense(dc_n), "carry_n": dc0}
+        walk(_BACKWARD, io, da, w_hh.contiguous(), **states, backward=True, from_end=not reverse)
     dh = None if T > 0 else dh_n
     found = gradients(x, w_ih, w_hh, h0, y, da, da, dh, needs[:6], reverse=reverse)
-    return *found, dc.to(x.dtype), None
+    return *found, dc0, None

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from . import _common
 from ._common import tanh
-from ._recurrence import read, walk
+from ._recurrence import Cell, read, walk
 from ._sequence import (
     Maybe,
     dense,
     gradients,
     input_sums,
-    last_of,
     ragged_backward,
     ragged_forward,
+    state_after,
 )
 
 DTYPES = _common.DTYPES
@@ -67,7 +67,10 @@ def _relu_grad(io, here, n, ok, H, sums, inputs, carry, storage: tl.constexpr):
     return (tl.where(y <= 0, 0.0, sums[0] + dy + dh_n),), carry
 
 
-_CELLS = {"tanh": (_tanh, _tanh_grad), "relu": (_relu, _relu_grad)}
+_CELLS = {
+    "tanh": (Cell(_load, _tanh), Cell(_load_grad, _tanh_grad)),
+    "relu": (Cell(_load, _relu), Cell(_load_grad, _relu_grad)),
+}
 
 
 def rnn_fwd(
@@ -105,12 +108,13 @@ def rnn_fwd(
     T, B, _ = x.shape
     H = w_hh.shape[1]
     y = torch.empty(T, B, H, dtype=x.dtype, device=x.device)
+    h_n = state_after(h0, B, H, x, T)
     if y.numel() > 0:
         io = (input_sums(x, w_ih, b_ih, b_hh, H),)
         cell, _ = _CELLS[nonlinearity]
-        w = w_hh.contiguous()
-        walk(_load, cell, io, y, dense(h0), None, w, backward=False, from_end=reverse)
-    return (y, last_of(y, h0, reverse)), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
+        states = {"start": dense(h0), "final": h_n}
+        walk(cell, io, y, w_hh.contiguous(), **states, backward=False, from_end=reverse)
+    return (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y)
 
 
 def rnn_bwd(
@@ -142,7 +146,6 @@ def rnn_bwd(
     if da.numel() > 0:
         io = (y, dense(dy), dense(dh_n))
         _, cell = _CELLS[nonlinearity]
-        w = w_hh.contiguous()
-        walk(_load_grad, cell, io, da, None, None, w, backward=True, from_end=not reverse)
+        walk(cell, io, da, w_hh.contiguous(), backward=True, from_end=not reverse)
     dh = None if len(y) > 0 else dh_n
     return tuple(gradients(x, w_ih, w_hh, h0, y, da, da, dh, needs, reverse=reverse))

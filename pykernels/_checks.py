@@ -168,14 +168,22 @@ def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:
     """`value` holds numbers of classes, or `ignored`; on the meta device it holds nothing."""
     if value.is_meta or value.numel() == 0:
         return
-    low, high = torch.aminmax(value)  # quicker than to look at each, for the usual case
-    if low.item() >= 0 and high.item() < V:
+    if _between(value, V):  # the usual case, and quicker than to look for what is ignored
         return
-    wrong = ((value < 0) | (value >= V)) & (value != ignored)
-    if wrong.any():
-        at = wrong.nonzero()[0].tolist()
+    counted = value.masked_fill(value == ignored, 0)
+    if not _between(counted, V):
+        at = ((counted < 0) | (counted >= V)).nonzero()[0].tolist()
         must = f"from 0 to V - 1 = {V - 1} or ignore_index = {ignored}"
         fail(op, name, must, f"{value[tuple(at)].item()} at {at}")
+
+
+def _between(value: Tensor, end: int) -> bool:
+    """Whether all numbers are from 0 to end - 1."""
+    low, high = torch.aminmax(value)
+    if value.is_cpu:
+        return low.item() >= 0 and high.item() < end
+    low, high = torch.stack((low, high)).tolist()  # the host waits once
+    return low >= 0 and high < end
 
 
 def choice(op: str, name: str, value: Any, choices: Collection[str]) -> None:

@@ -288,11 +288,9 @@ def test_chunks_of_a_loss(H, dtype, N, described, monkeypatch):
 def test_splits_end_where_tiles_do(product, monkeypatch):
     """A tile of a descriptor that reached beyond its split would count rows of the next one."""
     seen = []
-    launch = _product._launch
+    launch = _product._split_product
     monkeypatch.setattr(
-        _product,
-        "_launch",
-        lambda a, b, c, split_k, **k: seen.append(split_k) or launch(a, b, c, split_k, **k),
+        _product, "_split_product", lambda *given: seen.append(given[-1]) or launch(*given)
     )
     K = 1568  # a seventh of it is a multiple of 32 and of no more
     a, b = torch.randn(K, 70, device=DEVICE).t(), torch.randn(K, 70, device=DEVICE)
