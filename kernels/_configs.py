@@ -20,7 +20,11 @@ SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2."""
+    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2.
+
+    Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
+    and the steps of all of them in one loop, so that the next tile is read while one is written.
+    """
 
     block_m: int
     block_n: int
@@ -28,6 +32,7 @@ class ProductConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    flat: bool = False
     tuned_on: str | None = None
 
 
@@ -328,7 +333,10 @@ CROWDED = {
 #: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
-        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 64, 64, 8, 4)),
+        torch.float16: (
+            ProductConfig(128, 256, 64, 8, 3, flat=True),
+            ProductConfig(128, 64, 64, 8, 4, flat=True),
+        ),
     }
 }
 DESCRIBED_LEAST = 65
@@ -343,6 +351,8 @@ LOSS_ROWS = 2048
 #: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
+#: Words that one sum of a tile is over: a half of the widest tile, whose temporaries fit beside it.
+LOSS_SUM_N = 128
 LOSS_GRADIENT = {
     torch.float16: LossConfig(8, 512, 8),
     torch.float32: LossConfig(8, 512, 8),

@@ -26,6 +26,7 @@ from ._common import (
     compute_dtype,
     dot,
     load_tile,
+    multiprocessors,
     on_device_of,
     to_storage,
 )
@@ -94,6 +95,13 @@ def tile_product(
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right half of the columns of a tile."""
+    shape: tl.constexpr = [tile.shape[0], 2, tile.shape[1] // 2]
+    return tl.split(tl.permute(tl.reshape(tile, shape), [0, 2, 1]))
+
+
+@triton.jit
 def _tile_ptrs(c, m, n, M, N, stride_cm, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pointers to a tile of C, whose own offsets fit 32 bits, and which of them are inside."""
     rows = tl.arange(0, BLOCK_M)[:, None]
@@ -158,57 +166,61 @@ def product_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_REST: tl.constexpr,
     KEEP_REST: tl.constexpr,  # or only add what it holds
+    C_DESCRIBED: tl.constexpr,
     ADD: tl.constexpr,  # to what c, and rest, hold
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     first = split * split_k
     last = tl.minimum(K, first + split_k)
     # With a rest there would be pointers to three tiles, too many for the registers.
-    if not HAS_REST:
+    if not C_DESCRIBED:
         c += split.to(tl.int64) * M * stride_cm
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    if ADD:
-        acc += _load_c(c, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
-        if HAS_REST:
-            acc += _load_c(rest, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
-    acc = tile_product(
-        acc,
-        a,
-        b,
-        m,
-        n,
-        first,
-        last,
-        M,
-        N,
-        stride_am,
-        stride_ak,
-        stride_bk,
-        stride_bn,
-        DESCRIBED,
-        A_TURNED,
-        B_TURNED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    cols = n + tl.arange(0, BLOCK_N)
-    if HAS_BIAS0:
-        acc += tl.load(bias0_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    if HAS_BIAS1:
-        acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr).to(ACC)
-    storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
-    rounded = to_storage(acc, storage)
-    _store_c(c, rounded, m, n, M, N, stride_cm, HAS_REST)
-    if KEEP_REST:
-        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, HAS_REST)
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
+        m, n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        if ADD:
+            acc += _load_c(c, m, n, M, N, stride_cm, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+            if HAS_REST:
+                acc += _load_c(rest, m, n, M, N, stride_cm, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+        acc = tile_product(
+            acc,
+            a,
+            b,
+            m,
+            n,
+            first,
+            last,
+            M,
+            N,
+            stride_am,
+            stride_ak,
+            stride_bk,
+            stride_bn,
+            DESCRIBED,
+            A_TURNED,
+            B_TURNED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        cols = n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS0:
+            acc += tl.load(bias0_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
+        if HAS_BIAS1:
+            acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
+        if HAS_SCALE:
+            acc *= tl.load(scale_ptr).to(ACC)
+        storage: tl.constexpr = c.dtype if C_DESCRIBED else c.dtype.element_ty
+        rounded = to_storage(acc, storage)
+        _store_c(c, rounded, m, n, M, N, stride_cm, C_DESCRIBED)
+        if KEEP_REST:
+            _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, C_DESCRIBED)
 
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
@@ -225,12 +237,13 @@ def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, 
 
 
 def operands(
-    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False
+    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False, columns: int | None = None
 ) -> tuple[list[Any], dict[str, Any]]:
     """How a kernel is to read a [M, K] and b [K, N], and write `outputs` [M, N].
 
     Args:
         crowded: what comes after the product takes many registers.
+        columns: how many of a tile, at most, are written at once; None for all.
 
     Returns:
         ``([a, b, *outputs], constants)``: as descriptors where all can be described, else as they
@@ -240,7 +253,8 @@ def operands(
     found: list[Any] = []
     if config is not None:
         m, n, k = config.block_m, config.block_n, config.block_k
-        found = [describe(a, (m, k)), describe(b, (k, n)), *(describe(c, (m, n)) for c in outputs)]
+        found = [describe(a, (m, k)), describe(b, (k, n))]
+        found += [describe(c, (m, min(n, columns or n))) for c in outputs]
     described = bool(found) and None not in found
     turned = [False, False]
     if described:
@@ -256,11 +270,18 @@ def operands(
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "FLAT": config.flat,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH,
     }
     return list(found), constants
+
+
+def programs(device: torch.device, M: int, N: int, constants: dict[str, Any]) -> int:
+    """How many programs a launch with `constants` has for its tiles of C [M, N]."""
+    tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+    return min(tiles, multiprocessors(device)) if constants["FLAT"] else tiles
 
 
 def can_describe(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -285,12 +306,18 @@ def _launch(
         return
     if rest is None:
         given, constants = operands(a, b, crowded=add)
-        given += [c, None]
+        block = constants["BLOCK_M"], constants["BLOCK_N"]
+        one = constants["DESCRIBED"] and splits == 1 and not add and c.dtype == a.dtype
+        target = describe(c[0], block) if one else None
+        given += [target[0] if target else c, None]
+        c_described = target is not None
     else:
         given, constants = operands(a, b, c[0], rest)
-    tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+        c_described = True
+    if add or c.element_size() > 2:
+        constants["FLAT"] = False
     with on_device_of(a):
-        product_kernel[(tiles, splits)](
+        product_kernel[(programs(a.device, M, N, constants), splits)](
             *given[:2],
             bias0,
             bias1,
@@ -309,6 +336,7 @@ def _launch(
             HAS_REST=rest is not None,
             KEEP_REST=rest is not None and not final,
             ADD=add,
+            C_DESCRIBED=c_described,
             **constants,
         )
 

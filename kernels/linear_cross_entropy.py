@@ -22,7 +22,16 @@ from torch import Tensor
 
 from . import _common, _configs
 from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
-from ._product import can_describe, deep_product, operands, product, tile_of, tile_product
+from ._product import (
+    can_describe,
+    deep_product,
+    halves,
+    operands,
+    product,
+    programs,
+    tile_of,
+    tile_product,
+)
 
 DTYPES = _common.DTYPES
 FEATURES: frozenset[str] = frozenset()
@@ -65,69 +74,78 @@ def linear_cross_entropy_logits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SUM_N: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    n, v = tile_of(tl.program_id(0), N, V, BLOCK_M, BLOCK_N, GROUP_M)
-    tile = tile_product(
-        tl.zeros([BLOCK_M, BLOCK_N], ACC),
-        x,
-        weight,
-        n,
-        v,
-        0,
-        H,
-        N,
-        V,
-        stride_xn,
-        stride_xh,
-        stride_wh,
-        stride_wv,
-        DESCRIBED,
-        A_TURNED,
-        B_TURNED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    rows = n + tl.arange(0, BLOCK_M)
-    cols = v + tl.arange(0, BLOCK_N)
-    rows_ok = rows < N
-    cols_ok = cols < V
-    if HAS_BIAS:
-        tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
-    # The sums are those of the logits that backward will see: else its probabilities would not add
-    # up to one.
-    rounded = to_storage(tile, STORAGE)
-    tile = rounded.to(ACC)
-    if STORE:
-        if DESCRIBED:
-            z.store([n, v], rounded)
-        else:
-            z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
-            tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
-    if SUMS:
-        here = (v // BLOCK_N).to(tl.int64) * N + rows
-        if SMOOTH:
-            weighted = tl.where(cols_ok[None, :], tile, 0.0)
-            if HAS_CLASS_WEIGHT:
-                w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
-                weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
-            tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=rows_ok)
-        target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
-        hit = tl.sum(tl.where(cols[None, :] == target[:, None], tile, 0.0), 1)
-        mine = rows_ok & (target >= v) & (target < tl.minimum(v + BLOCK_N, V))
-        tl.store(hit_ptr + rows, hit, mask=mine)
-        tile = tl.where(cols_ok[None, :], tile, float("-inf"))
-        highest = tl.max(tile, 1)
-        if ARGMAX:
-            # tl.argmax would carry a second tile, of numbers
-            first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
-            tl.store(argmax_ptr + here, first, mask=rows_ok)
-        # where all are -inf, -inf - -inf would be NaN
-        anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
-        tl.store(highest_ptr + here, highest, mask=rows_ok)
-        tl.store(total_ptr + here, total, mask=rows_ok)
+    tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(V, BLOCK_N)
+    for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
+        n, first_v = tile_of(turn, N, V, BLOCK_M, BLOCK_N, GROUP_M)
+        tile = tile_product(
+            tl.zeros([BLOCK_M, BLOCK_N], ACC),
+            x,
+            weight,
+            n,
+            first_v,
+            0,
+            H,
+            N,
+            V,
+            stride_xn,
+            stride_xh,
+            stride_wh,
+            stride_wv,
+            DESCRIBED,
+            A_TURNED,
+            B_TURNED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        rows = n + tl.arange(0, BLOCK_M)
+        rows_ok = rows < N
+        parts = halves(tile) if BLOCK_N > SUM_N else (tile,)
+        for part in tl.static_range(BLOCK_N // SUM_N):
+            tile = parts[part]
+            v = first_v + part * SUM_N
+            cols = v + tl.arange(0, SUM_N)
+            cols_ok = cols < V
+            if HAS_BIAS:
+                tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
+            # The sums are those of the logits that backward will see: else its probabilities would not add
+            # up to one.
+            rounded = to_storage(tile, STORAGE)
+            tile = rounded.to(ACC)
+            if STORE:
+                if DESCRIBED:
+                    z.store([n, v], rounded)
+                else:
+                    z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
+                    tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
+            if SUMS:
+                here = (v // SUM_N).to(tl.int64) * N + rows
+                here_ok = rows_ok & (v < V)
+                if SMOOTH:
+                    weighted = tl.where(cols_ok[None, :], tile, 0.0)
+                    if HAS_CLASS_WEIGHT:
+                        w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
+                        weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
+                    tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=here_ok)
+                target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
+                hit = tl.sum(tl.where(cols[None, :] == target[:, None], tile, 0.0), 1)
+                mine = rows_ok & (target >= v) & (target < tl.minimum(v + SUM_N, V))
+                tl.store(hit_ptr + rows, hit, mask=mine)
+                tile = tl.where(cols_ok[None, :], tile, float("-inf"))
+                highest = tl.max(tile, 1)
+                if ARGMAX:
+                    # tl.argmax would carry a second tile, of numbers
+                    first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
+                    tl.store(argmax_ptr + here, first, mask=here_ok)
+                # where all are -inf, -inf - -inf would be NaN
+                anchor = tl.where(highest == float("-inf"), 0.0, highest)
+                total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
+                tl.store(highest_ptr + here, highest, mask=here_ok)
+                tl.store(total_ptr + here, total, mask=here_ok)
 
 
 @triton.jit
@@ -544,9 +562,11 @@ class _Call:
         smooth = sums and self.smoothing > 0
         outputs = () if z is None else (z,)
         crowded = smooth or argmax or (sums and self.bias is not None)
-        given, constants = operands(x, weight, *outputs, crowded=crowded)
+        columns = _configs.LOSS_SUM_N
+        given, constants = operands(x, weight, *outputs, crowded=crowded, columns=columns)
         a, b, *written = given
-        tiles = _common.cdiv(V, constants["BLOCK_N"])
+        sum_n = min(constants["BLOCK_N"], columns)
+        tiles = _common.cdiv(V, sum_n)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
@@ -559,7 +579,7 @@ class _Call:
             room(argmax, tiles, rows, dtype=torch.int32),
         )
         with on_device_of(x):
-            linear_cross_entropy_logits_kernel[(_common.cdiv(rows, constants["BLOCK_M"]) * tiles,)](
+            linear_cross_entropy_logits_kernel[(programs(x.device, rows, V, constants),)](
                 a,
                 b,
                 self.bias,
@@ -580,6 +600,7 @@ class _Call:
                 SMOOTH=smooth,
                 ARGMAX=argmax,
                 STORE=z is not None,
+                SUM_N=sum_n,
                 **constants,
             )
         return found
