@@ -24,6 +24,7 @@ class ProductConfig:
 
     Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
     and the steps of all of them in one loop, so that the next tile is read while one is written.
+    `precision` as in `_common.dot`.
     """
 
     block_m: int
@@ -33,6 +34,7 @@ class ProductConfig:
     num_stages: int
     group_m: int = 8
     flat: bool = False
+    precision: str = "ieee"
     tuned_on: str | None = None
 
 

@@ -67,13 +67,14 @@ def tile_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`acc` plus rows m ... of A times columns n ... of B, over k in [first, last)."""
     if DESCRIBED:
         for k in range(first, last, BLOCK_K):
             a_tile = a.load([k, m]).T if A_TURNED else a.load([m, k])
             b_tile = b.load([n, k]).T if B_TURNED else b.load([k, n])
-            acc = dot(a_tile, b_tile, acc)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
     else:
         rows = m + tl.arange(0, BLOCK_M)
         cols = n + tl.arange(0, BLOCK_N)
@@ -88,7 +89,7 @@ def tile_product(
             k_ok = k + ks < last
             a_tile = load_tile(a_ptrs, rows_ok, k_ok[None, :], True, True)
             b_tile = load_tile(b_ptrs, k_ok[:, None], cols_ok, True, True)
-            acc = dot(a_tile, b_tile, acc)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
             a_ptrs += BLOCK_K * stride_ak
             b_ptrs += BLOCK_K * stride_bk
     return acc
@@ -171,6 +172,7 @@ def product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLAT: tl.constexpr,
 ):
@@ -208,6 +210,7 @@ def product_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            PRECISION,
         )
         cols = n + tl.arange(0, BLOCK_N)
         if HAS_BIAS0:
@@ -220,7 +223,8 @@ def product_kernel(
         rounded = to_storage(acc, storage)
         _store_c(c, rounded, m, n, M, N, stride_cm, C_DESCRIBED)
         if KEEP_REST:
-            _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, C_DESCRIBED)
+            lost = to_storage(acc - rounded.to(ACC), storage)
+            _store_c(rest, lost, m, n, M, N, stride_cm, C_DESCRIBED)
 
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
@@ -269,6 +273,7 @@ def operands(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "PRECISION": config.precision,
         "GROUP_M": config.group_m,
         "FLAT": config.flat,
         "num_warps": config.num_warps,

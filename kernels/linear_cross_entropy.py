@@ -75,6 +75,7 @@ def linear_cross_entropy_logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUM_N: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLAT: tl.constexpr,
 ):
@@ -101,6 +102,7 @@ def linear_cross_entropy_logits_kernel(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            PRECISION,
         )
         rows = n + tl.arange(0, BLOCK_M)
         rows_ok = rows < N
@@ -112,8 +114,8 @@ def linear_cross_entropy_logits_kernel(
             cols_ok = cols < V
             if HAS_BIAS:
                 tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
-            # The sums are those of the logits that backward will see: else its probabilities would not add
-            # up to one.
+            # The sums are those of the logits that backward will see: else its probabilities would
+            # not add up to one.
             rounded = to_storage(tile, STORAGE)
             tile = rounded.to(ACC)
             if STORE:
