@@ -35,7 +35,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):
+def dot(a, b, acc, PRECISION: tl.constexpr = tl.constexpr("ieee")):
     """``acc + a @ b``, [M, N] or [S, M, N], with every product exact to the operands' precision.
 
     "ieee" forbids TF32: float32 operands are multiplied as float32. "bf16x6" splits each of them in

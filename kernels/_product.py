@@ -47,6 +47,19 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
+def turns(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr):
+    """The range of the tiles of C [M, N] that are the program's.
+
+    Where not FLAT the compiler must see that it is one, and that there is no loop.
+    """
+    tile = tl.program_id(0)
+    if FLAT:
+        return tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)
+    else:
+        return tile, tile + 1, 1
+
+
+@triton.jit
 def tile_product(
     acc,  # [BLOCK_M, BLOCK_N]
     a,  # [M, K]: a pointer, or a descriptor of it or its transpose
@@ -182,8 +195,8 @@ def product_kernel(
     # With a rest there would be pointers to three tiles, too many for the registers.
     if not C_DESCRIBED:
         c += split.to(tl.int64) * M * stride_cm
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
+    start, end, step = turns(M, N, BLOCK_M, BLOCK_N, FLAT)
+    for tile in tl.range(start, end, step, flatten=FLAT):
         m, n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         if ADD:

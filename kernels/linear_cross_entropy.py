@@ -31,6 +31,7 @@ from ._product import (
     programs,
     tile_of,
     tile_product,
+    turns,
 )
 
 DTYPES = _common.DTYPES
@@ -79,8 +80,8 @@ def linear_cross_entropy_logits_kernel(
     GROUP_M: tl.constexpr,
     FLAT: tl.constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_M) * tl.cdiv(V, BLOCK_N)
-    for turn in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLAT):
+    start, end, step = turns(N, V, BLOCK_M, BLOCK_N, FLAT)
+    for turn in tl.range(start, end, step, flatten=FLAT):
         n, first_v = tile_of(turn, N, V, BLOCK_M, BLOCK_N, GROUP_M)
         tile = tile_product(
             tl.zeros([BLOCK_M, BLOCK_N], ACC),
