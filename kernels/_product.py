@@ -109,10 +109,13 @@ def tile_product(
 
 
 @triton.jit
-def halves(tile):
-    """The left and the right half of the columns of a tile."""
-    shape: tl.constexpr = [tile.shape[0], 2, tile.shape[1] // 2]
-    return tl.split(tl.permute(tl.reshape(tile, shape), [0, 2, 1]))
+def columns(tile, PARTS: tl.constexpr):
+    """The columns of a tile from left to right, in 1, 2 or 4 parts, each thread's own its own."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
 
 
 @triton.jit

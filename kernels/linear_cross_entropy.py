@@ -24,8 +24,8 @@ from . import _common, _configs
 from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
 from ._product import (
     can_describe,
+    columns,
     deep_product,
-    halves,
     operands,
     product,
     programs,
@@ -75,7 +75,7 @@ def linear_cross_entropy_logits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SUM_N: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of a tile at a time, whose sums go together
     PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
     FLAT: tl.constexpr,
@@ -107,12 +107,13 @@ def linear_cross_entropy_logits_kernel(
         )
         rows = n + tl.arange(0, BLOCK_M)
         rows_ok = rows < N
-        parts = halves(tile) if BLOCK_N > SUM_N else (tile,)
-        for part in tl.static_range(BLOCK_N // SUM_N):
+        parts = columns(tile, BLOCK_N // COLUMNS)  # one after the other, for the registers
+        for part in tl.static_range(BLOCK_N // COLUMNS):
             tile = parts[part]
-            v = first_v + part * SUM_N
-            cols = v + tl.arange(0, SUM_N)
-            cols_ok = cols < V
+            v = first_v + part * COLUMNS
+            at = tl.arange(0, COLUMNS)
+            cols = v + at
+            cols_ok = at < V - v
             if HAS_BIAS:
                 tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
             # The sums are those of the logits that backward will see: else its probabilities would
@@ -126,7 +127,7 @@ def linear_cross_entropy_logits_kernel(
                     z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
                     tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
             if SUMS:
-                here = (v // SUM_N).to(tl.int64) * N + rows
+                here = (v // COLUMNS).to(tl.int64) * N + rows
                 here_ok = rows_ok & (v < V)
                 if SMOOTH:
                     weighted = tl.where(cols_ok[None, :], tile, 0.0)
@@ -135,8 +136,9 @@ def linear_cross_entropy_logits_kernel(
                         weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
                     tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=here_ok)
                 target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
-                hit = tl.sum(tl.where(cols[None, :] == target[:, None], tile, 0.0), 1)
-                mine = rows_ok & (target >= v) & (target < tl.minimum(v + SUM_N, V))
+                place = (target - v).to(tl.int32)  # its bits serve where it is in the tile
+                hit = tl.sum(tl.where(at[None, :] == place[:, None], tile, 0.0), 1)
+                mine = rows_ok & (target >= v) & (target < tl.minimum(v + COLUMNS, V))
                 tl.store(hit_ptr + rows, hit, mask=mine)
                 tile = tl.where(cols_ok[None, :], tile, float("-inf"))
                 highest = tl.max(tile, 1)
@@ -565,11 +567,12 @@ class _Call:
         smooth = sums and self.smoothing > 0
         outputs = () if z is None else (z,)
         crowded = smooth or argmax or (sums and self.bias is not None)
-        columns = _configs.LOSS_SUM_N
-        given, constants = operands(x, weight, *outputs, crowded=crowded, columns=columns)
+        given, constants = operands(
+            x, weight, *outputs, crowded=crowded, columns=_configs.LOSS_COLUMNS
+        )
         a, b, *written = given
-        sum_n = min(constants["BLOCK_N"], columns)
-        tiles = _common.cdiv(V, sum_n)
+        width = min(constants["BLOCK_N"], _configs.LOSS_COLUMNS)
+        tiles = _common.cdiv(V, width)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:
             return x.new_empty(shape, dtype=dtype) if wanted else None
@@ -603,7 +606,7 @@ class _Call:
                 SMOOTH=smooth,
                 ARGMAX=argmax,
                 STORE=z is not None,
-                SUM_N=sum_n,
+                COLUMNS=width,
                 **constants,
             )
         return found
