@@ -14,13 +14,20 @@ from dataclasses import dataclass
 
 import torch
 
+H100 = "NVIDIA H100 80GB HBM3"
+
 #: Bytes of shared memory that one block may use, by table.
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
 
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2."""
+    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2.
+
+    Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
+    and the steps of all of them in one loop, so that the next tile is read while one is written.
+    `precision` as in `_common.dot`.
+    """
 
     block_m: int
     block_n: int
@@ -28,6 +35,8 @@ class ProductConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    flat: bool = False
+    precision: str = "ieee"
     tuned_on: str | None = None
 
 
@@ -114,7 +123,10 @@ SPLIT_STEP = 64
 #: By dtype: the first entry whose block_m covers M, else the last.
 PRODUCT = {
     torch.float16: (ProductConfig(16, 64, 64, 4, 3), ProductConfig(128, 128, 32, 8, 3)),
-    torch.float32: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
+    torch.float32: (
+        ProductConfig(16, 64, 16, 4, 3),
+        ProductConfig(64, 64, 32, 4, 3, precision="bf16x6", tuned_on=H100),
+    ),
     torch.float64: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
 }
 
@@ -154,9 +166,7 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
         # Few rows: twice as many programs each multiply half as much, and read less at once. A step
         # of an lstm, H = 768 on 16 rows, takes 3.7 us, 6.0 backward; by the next entry 3.9, 10.1.
-        RecurrenceConfig(
-            16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on="NVIDIA H100 80GB HBM3"
-        ),
+        RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
@@ -295,7 +305,6 @@ ATTENTION_DKV = {
 
 #: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
 #: No interpreter runs them, so an entry stands here once its values were compared on a GPU.
-H100 = "NVIDIA H100 80GB HBM3"
 ATTENTION_FWD_SM90 = {
     (64, 64): HopperConfig(128, 4, H100),
     (128, 128): HopperConfig(128, 2, H100),
@@ -328,7 +337,15 @@ CROWDED = {
 #: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
-        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 64, 64, 8, 4)),
+        torch.float16: (
+            ProductConfig(128, 256, 64, 8, 3, flat=True),
+            ProductConfig(128, 64, 64, 8, 4, flat=True),
+        ),
+        torch.float32: (
+            # 60 to 63 TFLOP/s; cuBLAS 48 to 50 and a larger error, without tensor cores
+            ProductConfig(128, 128, 32, 8, 3, precision="bf16x6", tuned_on=H100),
+            ProductConfig(64, 64, 32, 4, 3, precision="bf16x6"),
+        ),
     }
 }
 DESCRIBED_LEAST = 65
@@ -343,6 +360,8 @@ LOSS_ROWS = 2048
 #: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
+#: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
+LOSS_COLUMNS = 64
 LOSS_GRADIENT = {
     torch.float16: LossConfig(8, 512, 8),
     torch.float32: LossConfig(8, 512, 8),
