@@ -135,6 +135,30 @@ def test_scale_of_any_sign(dtype, scale):
     evaluate.check(spec, dtype, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("band", [{}, {"is_causal": True}, {"window": (30, 20)}])
+@pytest.mark.parametrize(
+    "mask_shape",
+    [("1", "N", "S_q", "S_k"), ("B", "1", "1", "S_k"), ("1", "N", "S_q", "1"), ("1", "1")],
+)
+def test_gradient_of_a_mask_sums_over_tiles(mask_shape, band):
+    """One program owns a tile of it; what the mask is the same for may be several tiles, too."""
+    spec = specs.AttentionSpec(
+        "attention-mask-tiles",
+        "see above",
+        b=2,
+        n=2,
+        s_q=70,
+        s_k=90,
+        d=8,
+        mask="float",
+        mask_shape=mask_shape,
+        learned=True,
+        softcap=1.5,
+        **band,
+    )
+    evaluate.check(spec, torch.float32, "triton", DEVICE)
+
+
 class Programs:
     """As much of Gluon's language as says which program has what to do."""
 

@@ -1,0 +1,54 @@
+"""Random numbers as a function of where they are used: Philox4x32 with 7 rounds.
+
+J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011). The
+numbers, and which of them is whose, are those of `csrc/core/philox.h` and the reference.
+"""
+
+import triton
+import triton.language as tl
+
+ROUNDS = tl.constexpr(7)
+WORD = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def philox(key_0, key_1, c0, c1, c2, c3):
+    """Four words of 32 bits from a key and four counters, all uint32.
+
+    Counters of sizes that broadcast do so as late as the rounds allow.
+    """
+    for _ in tl.static_range(ROUNDS):
+        p = c0.to(tl.uint64) * 0xD2511F53
+        q = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (q >> 32).to(tl.uint32) ^ c1 ^ key_0
+        c1 = q.to(tl.uint32)
+        c2 = (p >> 32).to(tl.uint32) ^ c3 ^ key_1
+        c3 = p.to(tl.uint32)
+        key_0 = (key_0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
+        key_1 = (key_1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def draw_of(head, seed_ptr, least, growth):
+    """What `kept` takes for the weights of a head, which is numbered over the whole batch: a weight
+    is dropped where its number is below `least`, and the others are to grow."""
+    seed = tl.load(seed_ptr)
+    key_0 = (seed & WORD).to(tl.uint32)
+    key_1 = ((seed >> 32) & WORD).to(tl.uint32)
+    return key_0, key_1, head.to(tl.uint32), least, growth
+
+
+@triton.jit
+def kept(draw, rows, keys):
+    """Which weights dropout keeps: `rows` [M, 1] and `keys` [1, N], or the other way around.
+
+    The number of query i and key j is word w of counter (16 blk + lane, i, head, 0), where
+    j = 64 blk + 16 w + lane.
+    """
+    key_0, key_1, head, least, _ = draw
+    lanes = (keys // 64 * 16 + keys % 16).to(tl.uint32)
+    nothing = tl.full([], 0, tl.uint32)
+    a, b, c, d = philox(key_0, key_1, lanes, rows.to(tl.uint32), head, nothing)
+    w = keys % 64 // 16
+    return tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d)) >= least
