@@ -301,6 +301,7 @@ ATTENTION_FWD_SM90 = {
     (128, 128): HopperConfig(128, 2, H100),
     (64, 128): HopperConfig(128, 2, H100),
     (128, 64): HopperConfig(128, 2, H100),
+    (256, 256): HopperConfig(64, 2, H100),
 }
 ATTENTION_DQ_SM90 = {
     (64, 64): HopperConfig(64, 3, H100),
