@@ -32,8 +32,11 @@ def philox(key_0, key_1, c0, c1, c2, c3):
 @triton.jit
 def draw_of(head, seed_ptr, least, growth):
     """What `kept` takes for the weights of a head, which is numbered over the whole batch: a weight
-    is dropped where its number is below `least`, and the others are to grow."""
-    seed = tl.load(seed_ptr)
+    is dropped where its number is below `least`, and the others are to grow. Without a seed nothing
+    of use."""
+    seed = tl.full([], 0, tl.int64)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
     key_0 = (seed & WORD).to(tl.uint32)
     key_1 = ((seed >> 32) & WORD).to(tl.uint32)
     return key_0, key_1, head.to(tl.uint32), least, growth

@@ -87,17 +87,12 @@ def _rule(
     diagonal,
     softcap,
     ACC: tl.constexpr,
-    CAP: tl.constexpr,
 ):
-    """What makes scores of the products of a head: (factor, cap, slope, diagonal), with None for
-    what there is not."""
-    cap = None
-    if CAP:
-        cap = tl.full([], softcap, ACC)
-    slope = None
+    """What makes scores of the products of a head: (factor, cap, slope, diagonal)."""
+    slope = tl.full([], 0, ACC)
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_slopes + n)
-    return factor, cap, slope, diagonal
+    return factor, tl.full([], softcap, ACC), slope, diagonal
 
 
 @triton.jit
@@ -107,13 +102,14 @@ def _products(
     rule,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """What `_scores` makes scores of: a b^T or, where there is a cap c, tanh(scale * a b^T / c)."""
     factor, cap, _, _ = rule
     s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], ACC))
     if NEGATIVE:
         s = -s
-    if cap is not None:
+    if CAP:
         s = tanh(s * (factor / cap))
     return s
 
@@ -130,16 +126,18 @@ def _scores(
     inside,  # [M, N], what lies in the mask's memory
     ACC: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
     SCALED: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """What `_minus` takes an offset from: -inf where a query does not see a key."""
     factor, cap, slope, diagonal = rule
-    if cap is not None:
+    if CAP:
         s = s * cap
     elif SCALED:
         s = s * factor
-    if slope is not None:
+    if ALIBI:
         s = s - slope * tl.abs(rows + diagonal - keys).to(ACC)
     if MASK == "bool":
         keep = tl.load(mask_rows + mask_cols, mask=inside, other=0)
@@ -267,6 +265,9 @@ def _fwd_keys(
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -293,7 +294,7 @@ def _fwd_keys(
         visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         s = _scores(
-            _products(q, k, rule, ACC, NEGATIVE),
+            _products(q, k, rule, ACC, NEGATIVE, CAP),
             rule,
             rows[:, None],
             keys[None, :],
@@ -303,6 +304,8 @@ def _fwd_keys(
             inside,
             ACC,
             MASK,
+            CAP,
+            ALIBI,
             SCALED,
             EDGE,
         )
@@ -314,7 +317,7 @@ def _fwd_keys(
         p = _exp(_minus(s, rule[0], anchor[:, None], SCALED), WIDE)
         fade = _exp(highest - anchor, WIDE)
         total = total * fade + tl.sum(p, 1)
-        if draw is not None:
+        if DROPOUT:
             p = tl.where(kept(draw, rows[:, None], keys[None, :]), p, 0.0)
         v_ptrs = _rows(v_ptr, places, stride_vs, dvs)
         v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
@@ -377,6 +380,8 @@ def attention_fwd_kernel(
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "float"
     CAP: tl.constexpr,  # there is a softcap
+    ALIBI: tl.constexpr,  # there are slopes
+    DROPOUT: tl.constexpr,  # there is a seed
     SCALED: tl.constexpr,  # scores are more than products, and come with the factor
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -419,10 +424,8 @@ def attention_fwd_kernel(
             pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
     factor = _unit_factor(tl.full([], scale, ACC), WIDE)
-    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC, CAP)
-    draw = None
-    if seed_ptr is not None:
-        draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+    draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
@@ -474,6 +477,9 @@ def attention_fwd_kernel(
             ACC=ACC,
             NEGATIVE=NEGATIVE,
             MASK=MASK,
+            CAP=CAP,
+            ALIBI=ALIBI,
+            DROPOUT=DROPOUT,
             SCALED=SCALED,
             EDGE=part != 1,
             WIDE=WIDE,
@@ -489,7 +495,7 @@ def attention_fwd_kernel(
     lse = highest + _log(total, WIDE)
     lse = tl.where(blind, float("-inf"), lse if WIDE else lse * LN_2)
     out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
-    if draw is not None:
+    if DROPOUT:
         acc *= draw[4]
     out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
@@ -611,6 +617,8 @@ def attention_bwd_dkv_kernel(
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -694,8 +702,8 @@ def attention_bwd_dkv_kernel(
         mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
         inside = keys_ok & rows_ok[None, :]
         visible = _in_band(keys_ok, keys[:, None], rows[None, :], first, last)
-        rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC, CAP)
-        products = _products(k, q, rule, ACC, NEGATIVE)
+        rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+        products = _products(k, q, rule, ACC, NEGATIVE, CAP)
         st = _scores(
             products,
             rule,
@@ -707,6 +715,8 @@ def attention_bwd_dkv_kernel(
             inside,
             ACC,
             MASK,
+            CAP,
+            ALIBI,
             SCALED,
             banded,
         )
@@ -714,14 +724,14 @@ def attention_bwd_dkv_kernel(
         dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
         dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
         used = pt
-        if seed_ptr is not None:
+        if DROPOUT:
             draw = draw_of(sequence * N + n, seed_ptr, least, growth_acc)
             keep = kept(draw, rows[None, :], keys[:, None])
             used = tl.where(keep, pt, 0.0)
         dv = dot(to_storage(used, dout.dtype), dout, dv)
         delta = tl.load(delta_ptr + row_0 + rows, mask=rows_ok, other=0.0)
         dpt = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], ACC))
-        if seed_ptr is not None:
+        if DROPOUT:
             dpt = tl.where(keep, dpt * growth_acc, 0.0)
         dst = pt * (dpt - delta[None, :])
         if CAP:
@@ -730,7 +740,7 @@ def attention_bwd_dkv_kernel(
 
     dk_ptrs = _rows(dk_ptr + b * stride_dkb + n_kv * stride_dkn, keys, stride_dks, ds)
     dv_ptrs = _rows(dv_ptr + b * stride_dvb + n_kv * stride_dvn, keys, stride_dvs, dvs)
-    if seed_ptr is not None:
+    if DROPOUT:
         dv *= growth_acc
     dk = to_storage(dk * scale_acc, dk_ptr.dtype.element_ty)
     dv = to_storage(dv, dv_ptr.dtype.element_ty)
@@ -757,12 +767,15 @@ def _score_gradients(
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """dS [M, N], and the products, of which the slope of a cap is made."""
-    products = _products(q, k, rule, ACC, NEGATIVE)
+    products = _products(q, k, rule, ACC, NEGATIVE, CAP)
     s = _scores(
         products,
         rule,
@@ -774,12 +787,14 @@ def _score_gradients(
         inside,
         ACC,
         MASK,
+        CAP,
+        ALIBI,
         SCALED,
         EDGE,
     )
     p = _exp(_minus(s, rule[0], lse[:, None], SCALED), WIDE)
     dp = dot(dout, tl.trans(v), tl.zeros([q.shape[0], k.shape[0]], ACC))
-    if draw is not None:
+    if DROPOUT:
         dp = tl.where(kept(draw, rows[:, None], keys[None, :]), dp * draw[4], 0.0)
     return p * (dp - delta[:, None]), products
 
@@ -811,6 +826,9 @@ def _bwd_keys(
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -853,11 +871,14 @@ def _bwd_keys(
             ACC,
             NEGATIVE,
             MASK,
+            CAP,
+            ALIBI,
+            DROPOUT,
             SCALED,
             EDGE,
             WIDE,
         )
-        if rule[1] is not None:
+        if CAP:
             dscores *= 1 - products * products
         dq = dot(to_storage(dscores, k.dtype), k, dq)
     return dq
@@ -918,6 +939,8 @@ def attention_bwd_dq_kernel(
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
     CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -958,10 +981,8 @@ def attention_bwd_dq_kernel(
     m = tile * BLOCK_M
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
-    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC, CAP)
-    draw = None
-    if seed_ptr is not None:
-        draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+    draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
@@ -1010,6 +1031,9 @@ def attention_bwd_dq_kernel(
             ACC=ACC,
             NEGATIVE=NEGATIVE,
             MASK=MASK,
+            CAP=CAP,
+            ALIBI=ALIBI,
+            DROPOUT=DROPOUT,
             SCALED=SCALED,
             EDGE=part != 1,
             WIDE=WIDE,
@@ -1078,6 +1102,8 @@ def attention_bwd_dmask_kernel(
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
     CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -1144,10 +1170,8 @@ def attention_bwd_dmask_kernel(
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         inside = rows_ok & (keys < S_k)[None, :]
         visible = _in_band(inside, keys[None, :], rows[:, None], first, last)
-        rule = _rule(factor, slopes_ptr, stride_slopes, b, n, diagonal, softcap, ACC, CAP)
-        draw = None
-        if seed_ptr is not None:
-            draw = draw_of(b * N + n, seed_ptr, least, tl.full([], growth, ACC))
+        rule = _rule(factor, slopes_ptr, stride_slopes, b, n, diagonal, softcap, ACC)
+        draw = draw_of(b * N + n, seed_ptr, least, tl.full([], growth, ACC))
         dscores, _ = _score_gradients(
             q,
             k,
@@ -1166,6 +1190,9 @@ def attention_bwd_dmask_kernel(
             ACC,
             NEGATIVE,
             MASK,
+            CAP,
+            ALIBI,
+            DROPOUT,
             SCALED,
             True,
             WIDE,
@@ -1277,6 +1304,8 @@ def _options(
         "ENDS_MEET": places.ends_meet,
         "MASK": kind,
         "CAP": form.softcap > 0,
+        "ALIBI": form.slopes is not None,
+        "DROPOUT": form.seed is not None,
         "SCALED": scaled,
         "WIDE": q.dtype == compute_dtype(q.dtype) or scaled,
         "BLOCK_M": config.block_m,
