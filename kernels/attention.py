@@ -1291,9 +1291,15 @@ def _options(
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
     causal = band == (None, 0) and places is ONE
     packed = places is not ONE or band not in ((None, None), (None, 0))
-    plain = mask is None and form == PLAIN and D == block_d == D_v
+    plain = mask is None and D == block_d == D_v
     config = _configs.attention(
-        tables, capability(q.device), q.dtype, max(block_d, block_dv), plain, packed
+        tables,
+        capability(q.device),
+        q.dtype,
+        max(block_d, block_dv),
+        plain,
+        packed,
+        form is not PLAIN,
     )
     kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
     scaled = kind == "float" or form.softcap > 0 or form.slopes is not None
@@ -1608,7 +1614,7 @@ def attention_bwd(
     dmask = None
     if needs[3]:
         dmask = attn_mask.new_empty(attn_mask.shape)
-        options = _options(_configs.ATTENTION_DQ, q, v, mask, band, places, scale, form)
+        options = _options(_configs.ATTENTION_DMASK, q, v, mask, band, places, scale, form)
         del options["ENDS_MEET"], options["BLOCK_B"]
         blocks = (1, 1, options["BLOCK_M"], options["BLOCK_N"])
         grid = math.prod(map(_common.cdiv, dmask.shape, blocks))
