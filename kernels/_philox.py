@@ -43,15 +43,27 @@ def draw_of(head, seed_ptr, least, growth):
 
 
 @triton.jit
-def kept(draw, rows, keys):
-    """Which weights dropout keeps: `rows` [M, 1] and `keys` [1, N], or the other way around.
+def kept(draw, rows, key_0, BLOCK_N: tl.constexpr):
+    """Which weights [M, BLOCK_N] dropout keeps, of queries `rows` [M] and the keys from key_0 on.
 
     The number of query i and key j is word w of counter (16 blk + lane, i, head, 0), where
-    j = 64 blk + 16 w + lane.
+    j = 64 blk + 16 w + lane: all four words of a counter are used, if BLOCK_N is 64 or more. It is
+    a power of two of at least 16, and key_0 a multiple of it.
     """
-    key_0, key_1, head, least, _ = draw
-    lanes = (keys // 64 * 16 + keys % 16).to(tl.uint32)
+    seed_0, seed_1, head, least, _ = draw
+    BLOCKS: tl.constexpr = max(BLOCK_N // 64, 1)
+    WORDS: tl.constexpr = min(BLOCK_N // 16, 4)
+    lanes = key_0 // 64 * 16 + tl.arange(0, 16 * BLOCKS)
     nothing = tl.full([], 0, tl.uint32)
-    a, b, c, d = philox(key_0, key_1, lanes, rows.to(tl.uint32), head, nothing)
-    w = keys % 64 // 16
-    return tl.where(w < 2, tl.where(w == 0, a, b), tl.where(w == 2, c, d)) >= least
+    numbers = philox(
+        seed_0, seed_1, lanes.to(tl.uint32)[None, :], rows.to(tl.uint32)[:, None], head, nothing
+    )
+    # a bit for each word, [M, BLOCKS, 1, 16], then for each key its own
+    bits = tl.zeros([rows.shape[0], 16 * BLOCKS], tl.int32)
+    for w in tl.static_range(4):
+        bits += tl.where(numbers[w] >= least, 1 << w, 0)
+    bits = bits.reshape([rows.shape[0], BLOCKS, 1, 16])
+    bits = bits.broadcast_to([rows.shape[0], BLOCKS, WORDS, 16])
+    words = key_0 % 64 // 16 + tl.arange(0, WORDS)
+    bits = (bits >> words[None, None, :, None]) & 1
+    return bits.reshape([rows.shape[0], BLOCK_N]) != 0

@@ -318,7 +318,7 @@ def _fwd_keys(
         fade = _exp(highest - anchor, WIDE)
         total = total * fade + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(kept(draw, rows[:, None], keys[None, :]), p, 0.0)
+            p = tl.where(kept(draw, rows, n, BLOCK_N), p, 0.0)
         v_ptrs = _rows(v_ptr, places, stride_vs, dvs)
         v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
         acc = dot(to_storage(p, v.dtype), v, acc * fade[:, None])
@@ -726,7 +726,7 @@ def attention_bwd_dkv_kernel(
         used = pt
         if DROPOUT:
             draw = draw_of(sequence * N + n, seed_ptr, least, growth_acc)
-            keep = kept(draw, rows[None, :], keys[:, None])
+            keep = tl.trans(kept(draw, rows, key_0, BLOCK_N))
             used = tl.where(keep, pt, 0.0)
         dv = dot(to_storage(used, dout.dtype), dout, dv)
         delta = tl.load(delta_ptr + row_0 + rows, mask=rows_ok, other=0.0)
@@ -757,7 +757,7 @@ def _score_gradients(
     lse,  # [M]
     delta,  # [M]
     rows,  # [M]
-    keys,  # [N]
+    key_0,  # of keys up to key_0 + N
     rule,
     draw,
     mask_rows,
@@ -775,6 +775,7 @@ def _score_gradients(
     WIDE: tl.constexpr,
 ):
     """dS [M, N], and the products, of which the slope of a cap is made."""
+    keys = key_0 + tl.arange(0, k.shape[0])
     products = _products(q, k, rule, ACC, NEGATIVE, CAP)
     s = _scores(
         products,
@@ -795,7 +796,7 @@ def _score_gradients(
     p = _exp(_minus(s, rule[0], lse[:, None], SCALED), WIDE)
     dp = dot(dout, tl.trans(v), tl.zeros([q.shape[0], k.shape[0]], ACC))
     if DROPOUT:
-        dp = tl.where(kept(draw, rows[:, None], keys[None, :]), dp * draw[4], 0.0)
+        dp = tl.where(kept(draw, rows, key_0, k.shape[0]), dp * draw[4], 0.0)
     return p * (dp - delta[:, None]), products
 
 
@@ -861,7 +862,7 @@ def _bwd_keys(
             lse,
             delta,
             rows,
-            keys,
+            n,
             rule,
             draw,
             mask_rows,
@@ -1180,7 +1181,7 @@ def attention_bwd_dmask_kernel(
             lse,
             delta,
             rows,
-            keys,
+            tile_k * BLOCK_N,
             rule,
             draw,
             mask_rows,
