@@ -185,7 +185,7 @@ _WIDE_FWD = {
     },
     torch.float64: {
         32: _both(64, 32, 8, 2),
-        64: _both(64, 16, 8, 2),
+        64: _both(64, 16, 8, 2, ruled=AttentionConfig(32, 16, 8, 2)),
         128: _both(32, 16, 8, 2),
     },
 }
@@ -226,7 +226,7 @@ _WIDE_DQ = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 2),
+        32: _both(32, 32, 8, 2, ruled=AttentionConfig(32, 16, 8, 1)),
         64: _both(32, 16, 8, 2),
         128: _both(16, 16, 8, 1),
     },
@@ -243,7 +243,10 @@ ATTENTION_DQ = {
     },
     "sm_90": {
         torch.float16: {
-            32: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
+            32: (
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(64, 64, 4, 2, ruled=AttentionConfig(64, 32, 4, 2)),
+            ),
             64: (
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(64, 32, 4, 2),
@@ -268,7 +271,7 @@ _WIDE_DKV = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 1),
+        32: _both(32, 32, 8, 1, ruled=AttentionConfig(16, 32, 8, 1)),
         64: _both(16, 32, 8, 1),
         128: _both(16, 16, 8, 1),
     },
@@ -311,8 +314,8 @@ _DMASK = {
     },
     torch.float32: {
         32: _both(32, 32, 8, 1),
-        64: _both(32, 32, 8, 1),
-        128: _both(32, 16, 8, 1),
+        64: _both(32, 32, 8, 1, ruled=AttentionConfig(32, 16, 8, 1)),
+        128: _both(32, 16, 8, 1, ruled=AttentionConfig(16, 16, 8, 1)),
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {

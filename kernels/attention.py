@@ -510,6 +510,48 @@ def _load_lse(ptrs, ok, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _weights(
+    a,  # these as in `_products`
+    b,
+    lse,  # [M, 1] or [1, N], of `_load_lse`
+    rule,
+    rows,  # and these as in `_scores`
+    keys,
+    mask_rows,
+    mask_cols,
+    visible,
+    inside,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SCALED: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """P of the backward pass, and the products, of which the slope of a cap is made."""
+    products = _products(a, b, rule, ACC, NEGATIVE, CAP)
+    s = _scores(
+        products,
+        rule,
+        rows,
+        keys,
+        mask_rows,
+        mask_cols,
+        visible,
+        inside,
+        ACC,
+        MASK,
+        CAP,
+        ALIBI,
+        SCALED,
+        EDGE,
+    )
+    return _exp(_minus(s, rule[0], lse, SCALED), WIDE), products
+
+
+@triton.jit
 def attention_bwd_delta_kernel(
     out_ptr,  # [B, N, S_q, D_v]
     dout_ptr,  # [B, N, S_q, D_v]
@@ -703,9 +745,10 @@ def attention_bwd_dkv_kernel(
         inside = keys_ok & rows_ok[None, :]
         visible = _in_band(keys_ok, keys[:, None], rows[None, :], first, last)
         rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
-        products = _products(k, q, rule, ACC, NEGATIVE, CAP)
-        st = _scores(
-            products,
+        pt, products = _weights(
+            k,
+            q,
+            lse[None, :],
             rule,
             rows[None, :],
             keys[:, None],
@@ -714,13 +757,14 @@ def attention_bwd_dkv_kernel(
             visible,
             inside,
             ACC,
+            NEGATIVE,
             MASK,
             CAP,
             ALIBI,
             SCALED,
             banded,
+            WIDE,
         )
-        pt = _exp(_minus(st, factor, lse[None, :], SCALED), WIDE)
         dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
         dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
         used = pt
@@ -746,58 +790,6 @@ def attention_bwd_dkv_kernel(
     dv = to_storage(dv, dv_ptr.dtype.element_ty)
     tl.store(dk_ptrs, dk, mask=keys_ok & (ds < D)[None, :])
     tl.store(dv_ptrs, dv, mask=keys_ok & (dvs < D_V)[None, :])
-
-
-@triton.jit
-def _score_gradients(
-    q,  # [M, D]
-    k,  # [N, D]
-    v,  # [N, D_v]
-    dout,  # [M, D_v]
-    lse,  # [M]
-    delta,  # [M]
-    rows,  # [M]
-    key_0,  # of keys up to key_0 + N
-    rule,
-    draw,
-    mask_rows,
-    mask_cols,
-    visible,
-    inside,
-    ACC: tl.constexpr,
-    NEGATIVE: tl.constexpr,
-    MASK: tl.constexpr,
-    CAP: tl.constexpr,
-    ALIBI: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    SCALED: tl.constexpr,
-    EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """dS [M, N], and the products, of which the slope of a cap is made."""
-    keys = key_0 + tl.arange(0, k.shape[0])
-    products = _products(q, k, rule, ACC, NEGATIVE, CAP)
-    s = _scores(
-        products,
-        rule,
-        rows[:, None],
-        keys[None, :],
-        mask_rows,
-        mask_cols,
-        visible,
-        inside,
-        ACC,
-        MASK,
-        CAP,
-        ALIBI,
-        SCALED,
-        EDGE,
-    )
-    p = _exp(_minus(s, rule[0], lse[:, None], SCALED), WIDE)
-    dp = dot(dout, tl.trans(v), tl.zeros([q.shape[0], k.shape[0]], ACC))
-    if DROPOUT:
-        dp = tl.where(kept(draw, rows, key_0, k.shape[0]), dp * draw[4], 0.0)
-    return p * (dp - delta[:, None]), products
 
 
 @triton.jit
@@ -854,17 +846,13 @@ def _bwd_keys(
         inside = (rows < S_q)[:, None] & visible
         visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
-        dscores, products = _score_gradients(
+        p, products = _weights(
             q,
             k,
-            v,
-            dout,
-            lse,
-            delta,
-            rows,
-            n,
+            lse[:, None],
             rule,
-            draw,
+            rows[:, None],
+            keys[None, :],
             mask_rows,
             mask_cols,
             visible,
@@ -874,11 +862,14 @@ def _bwd_keys(
             MASK,
             CAP,
             ALIBI,
-            DROPOUT,
             SCALED,
             EDGE,
             WIDE,
         )
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC))
+        if DROPOUT:
+            dp = tl.where(kept(draw, rows, n, BLOCK_N), dp * draw[4], 0.0)
+        dscores = p * (dp - delta[:, None])
         if CAP:
             dscores *= 1 - products * products
         dq = dot(to_storage(dscores, k.dtype), k, dq)
@@ -1051,7 +1042,7 @@ def attention_bwd_dq_kernel(
     tl.store(dq_ptrs, dq, mask=rows_ok & (ds < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["own_b", "own_n", "own_q", "own_k"])
 def attention_bwd_dmask_kernel(
     q_ptr,  # [B, N, S_q, D]
     k_ptr,  # [B, N_kv, S_k, D]
@@ -1094,9 +1085,11 @@ def attention_bwd_dmask_kernel(
     stride_dob,
     stride_don,
     stride_dos,
-    SUM_B: tl.constexpr,  # the mask is the same for all sequences
-    SUM_N: tl.constexpr,  # for all heads
-    SUM_Q: tl.constexpr,  # for all queries
+    own_b,  # how many sequences the mask has
+    own_n,  # heads
+    own_q,  # tiles of queries
+    own_k,  # tiles of keys
+    SUM_Q: tl.constexpr,  # the mask is the same for all queries
     SUM_K: tl.constexpr,  # for all keys
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -1120,18 +1113,16 @@ def attention_bwd_dmask_kernel(
         last = 0
     tiles_q = tl.cdiv(S_q, BLOCK_M)
     tiles_k = tl.cdiv(S_k, BLOCK_N)
-    # how many there are of each in the mask, and which ones are this program's
-    own_n = 1 if SUM_N else N
-    own_q = 1 if SUM_Q else tiles_q
-    own_k = 1 if SUM_K else tiles_k
     pid = tl.program_id(0)
     own_tile_k = pid % own_k
     own_tile_q = pid // own_k % own_q
     own_head = pid // own_k // own_q
-    sums_n = N if SUM_N else 1
-    sums_q = tiles_q if SUM_Q else 1
-    sums_k = tiles_k if SUM_K else 1
-    steps = (B if SUM_B else 1) * sums_n * sums_q * sums_k
+    # What there is to sum over. That these are not known to be 1 keeps the compiler from holding
+    # all addresses through the loop, for which there are no registers.
+    sums_n = N // own_n
+    sums_q = tiles_q // own_q
+    sums_k = tiles_k // own_k
+    steps = B // own_b * sums_n * sums_q * sums_k
     if not SUM_Q and not SUM_K:
         if last is not None:
             steps = tl.where(own_tile_k * BLOCK_N > (own_tile_q + 1) * BLOCK_M - 1 + last, 0, steps)
@@ -1157,15 +1148,10 @@ def attention_bwd_dmask_kernel(
         keys_ok = (keys < S_k)[:, None]
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         k_ptrs = _rows(k_ptr + b * stride_kb + n_kv * stride_kn, keys, stride_ks, ds)
-        v_ptrs = _rows(v_ptr + b * stride_vb + n_kv * stride_vn, keys, stride_vs, dvs)
-        dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
         q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
         k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
-        v = load_tile(v_ptrs, keys_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
-        dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
         row_0 = (b * N + n) * S_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows < S_q, WIDE)
-        delta = tl.load(delta_ptr + row_0 + rows, mask=rows < S_q, other=0.0)
         mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
         mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
@@ -1173,17 +1159,13 @@ def attention_bwd_dmask_kernel(
         visible = _in_band(inside, keys[None, :], rows[:, None], first, last)
         rule = _rule(factor, slopes_ptr, stride_slopes, b, n, diagonal, softcap, ACC)
         draw = draw_of(b * N + n, seed_ptr, least, tl.full([], growth, ACC))
-        dscores, _ = _score_gradients(
+        p, _ = _weights(
             q,
             k,
-            v,
-            dout,
-            lse,
-            delta,
-            rows,
-            tile_k * BLOCK_N,
+            lse[:, None],
             rule,
-            draw,
+            rows[:, None],
+            keys[None, :],
             mask_rows,
             mask_cols,
             visible,
@@ -1193,12 +1175,19 @@ def attention_bwd_dmask_kernel(
             MASK,
             CAP,
             ALIBI,
-            DROPOUT,
             SCALED,
             True,
             WIDE,
         )
-        dmask += dscores
+        v_ptrs = _rows(v_ptr + b * stride_vb + n_kv * stride_vn, keys, stride_vs, dvs)
+        dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
+        v = load_tile(v_ptrs, keys_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+        dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+        delta = tl.load(delta_ptr + row_0 + rows, mask=rows < S_q, other=0.0)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC))
+        if DROPOUT:
+            dp = tl.where(kept(draw, rows, tile_k * BLOCK_N, BLOCK_N), dp * draw[4], 0.0)
+        dmask += p * (dp - delta[:, None])
 
     # [BLOCK_M or 1, BLOCK_N or 1]
     rows = own_tile_q * BLOCK_M + tl.arange(0, 1 if SUM_Q else BLOCK_M)
@@ -1618,10 +1607,10 @@ def attention_bwd(
         options = _options(_configs.ATTENTION_DMASK, q, v, mask, band, places, scale, form)
         del options["ENDS_MEET"], options["BLOCK_B"]
         blocks = (1, 1, options["BLOCK_M"], options["BLOCK_N"])
-        grid = math.prod(map(_common.cdiv, dmask.shape, blocks))
-        if grid > 0:
+        own = tuple(map(_common.cdiv, dmask.shape, blocks))
+        if dmask.numel() > 0:
             with on_device_of(q):
-                attention_bwd_dmask_kernel[(grid,)](
+                attention_bwd_dmask_kernel[(math.prod(own),)](
                     q,
                     k,
                     v,
@@ -1642,7 +1631,9 @@ def attention_bwd(
                     *form,
                     *steps,
                     *dout.stride()[:3],
-                    *(size == 1 for size in dmask.shape),
+                    *own,
+                    dmask.shape[2] == 1,
+                    dmask.shape[3] == 1,
                     **options,
                 )
     return dq, dk if needs[1] else None, dv if needs[2] else None, dmask, dsinks, None, None
