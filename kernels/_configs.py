@@ -64,20 +64,29 @@ class RecurrenceConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """block_m query rows against block_n key rows."""
+    """block_m query rows against block_n key rows.
+
+    `ruled`: what takes its place under a cap, ALiBi or dropout, where those take more registers
+    than there are.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     tuned_on: str | None = None
+    ruled: "AttentionConfig | None" = None
 
 
 def _both(
-    block_m: int, block_n: int, num_warps: int, num_stages: int
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    ruled: AttentionConfig | None = None,
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """One entry for both."""
-    config = AttentionConfig(block_m, block_n, num_warps, num_stages)
+    config = AttentionConfig(block_m, block_n, num_warps, num_stages, ruled=ruled)
     return config, config
 
 
@@ -186,7 +195,7 @@ _WIDE_FWD = {
     },
     torch.float64: {
         32: _both(64, 32, 8, 2),
-        64: _both(64, 16, 8, 2),
+        64: _both(64, 16, 8, 2, ruled=AttentionConfig(32, 16, 8, 2)),
         128: _both(32, 16, 8, 2),
     },
 }
@@ -227,7 +236,7 @@ _WIDE_DQ = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 2),
+        32: _both(32, 32, 8, 2, ruled=AttentionConfig(32, 16, 8, 1)),
         64: _both(32, 16, 8, 2),
         128: _both(16, 16, 8, 1),
     },
@@ -244,7 +253,10 @@ ATTENTION_DQ = {
     },
     "sm_90": {
         torch.float16: {
-            32: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
+            32: (
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(64, 64, 4, 2, ruled=AttentionConfig(64, 32, 4, 2)),
+            ),
             64: (
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(64, 32, 4, 2),
@@ -269,7 +281,7 @@ _WIDE_DKV = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 1),
+        32: _both(32, 32, 8, 1, ruled=AttentionConfig(16, 32, 8, 1)),
         64: _both(16, 32, 8, 1),
         128: _both(16, 16, 8, 1),
     },
@@ -294,7 +306,7 @@ ATTENTION_DKV = {
             ),
             128: (
                 AttentionConfig(64, 64, 8, 2),
-                AttentionConfig(16, 64, 8, 2),
+                AttentionConfig(16, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 64, 8, 2),
             ),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
@@ -303,6 +315,27 @@ ATTENTION_DKV = {
     },
 }
 
+_DMASK = {
+    torch.float16: {
+        32: _both(64, 64, 8, 1),
+        64: _both(64, 32, 8, 1, ruled=AttentionConfig(32, 32, 8, 1)),
+        128: _both(32, 32, 8, 1),
+        256: _both(16, 16, 8, 1),
+    },
+    torch.float32: {
+        32: _both(32, 32, 8, 1),
+        64: _both(32, 32, 8, 1, ruled=AttentionConfig(32, 16, 8, 1)),
+        128: _both(32, 16, 8, 1, ruled=AttentionConfig(16, 16, 8, 1)),
+        256: _both(16, 16, 8, 1),
+    },
+    torch.float64: {
+        32: _both(32, 16, 8, 1),
+        64: _both(16, 16, 8, 1),
+        128: _both(16, 16, 8, 1),
+    },
+}
+ATTENTION_DMASK = {"sm_80": _DMASK, "sm_90": _DMASK}
+
 #: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
 #: No interpreter runs them, so an entry stands here once its values were compared on a GPU.
 ATTENTION_FWD_SM90 = {
@@ -310,6 +343,7 @@ ATTENTION_FWD_SM90 = {
     (128, 128): HopperConfig(128, 2, H100),
     (64, 128): HopperConfig(128, 2, H100),
     (128, 64): HopperConfig(128, 2, H100),
+    (256, 256): HopperConfig(64, 2, H100),
 }
 ATTENTION_DQ_SM90 = {
     (64, 64): HopperConfig(64, 3, H100),
@@ -429,13 +463,16 @@ def attention(
     block_d: int,
     plain: bool,
     packed: bool,
+    ruled: bool,
 ) -> AttentionConfig:
-    """Block sizes from ATTENTION_FWD, _DQ or _DKV for head dims that round up to `block_d`.
+    """Block sizes from ATTENTION_FWD, _DQ, _DKV or _DMASK for head dims that round up to `block_d`.
 
     `plain`: there is no mask, and the head dims are `block_d` exactly; `packed`: sequences lie one
-    behind the other, or there is a window.
+    behind the other, or there is a window; `ruled`: there is a cap, ALiBi or dropout.
     """
     first, rest, *more = tables[table(capability)][storage(dtype)][block_d]
+    if ruled:
+        return rest.ruled or rest
     if not plain:
         return rest
     return (*more, rest)[0] if packed else first

@@ -36,7 +36,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pykernels import _backends, functional
-from pykernels.cpp import attention as cpp_attention
 from pykernels.reference import _philox
 from pykernels.reference import attention as reference_attention
 from pykernels.testing import ATTENTION_SPECS, AttentionSpec, assert_close, evaluate, stock
@@ -190,7 +189,7 @@ def test_threads_of_other_dtypes(name, dtype, threads):
     repeats_bitwise(find(name), "cpp", dtype)
 
 
-@pytest.mark.parametrize("name", ["attention-plain", "attention-d64"])
+@pytest.mark.parametrize("name", ["attention-plain", "attention-d64", "attention-alibi-all"])
 def test_repeats_bitwise_triton(name):
     repeats_bitwise(find(name), "triton", torch.float32)
 
@@ -484,10 +483,11 @@ class TestDropout:
         ):
             assert abs((centred * shifted).mean()) < 5 / math.sqrt(kept.numel())
 
-    @pytest.mark.parametrize("backend", ["reference", "cpp"])
+    @pytest.mark.parametrize("backend", BACKENDS)
     def test_seed(self, backend):
         """torch.manual_seed decides; each call draws anew."""
-        q, k, v = torch.randn(3, 1, 2, 40, 8)
+        need(find("attention-dropout"), backend, torch.float32)
+        q, k, v = torch.randn(3, 1, 2, 40, 8, device=device(backend))
 
         def draw():
             return functional.attention(q, k, v, dropout_p=0.5, backend=backend)
@@ -500,18 +500,20 @@ class TestDropout:
         torch.manual_seed(4)
         assert not torch.equal(first, draw())
 
-    def test_all_seeds_reach_the_kernel(self):
-        """Both halves of the seed, and its sign."""
-        q, k, v = torch.randn(3, 1, 1, 9, 8, dtype=torch.float64)
+    @pytest.mark.parametrize("backend", ["cpp", "triton"])
+    def test_all_seeds_reach_the_kernel(self, backend):
+        """Both halves of the seed, and its sign: all backends draw the same numbers."""
+        need(find("attention-dropout"), backend, torch.float64)
+        q, k, v = torch.randn(3, 1, 1, 9, 8, dtype=torch.float64, device=device(backend))
         for seed in (0, 1, 1 << 32, -1, -(1 << 63), (1 << 63) - 1):
             found = [
-                backend.attention_fwd(
-                    *(q, k, v, None, None, None, torch.tensor([seed])),
+                module.attention_fwd(
+                    *(q, k, v, None, None, None, torch.tensor([seed], device=q.device)),
                     band=(None, None),
                     scale=1.0,
                     dropout_p=0.5,
                 )[0][0]
-                for backend in (reference_attention, cpp_attention)
+                for module in (reference_attention, _backends.module(backend, "attention"))
             ]
             torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
 

@@ -38,6 +38,7 @@ KERNELS = {
     "attention_bwd_delta_kernel": "attention",
     "attention_bwd_dq_kernel": "attention",
     "attention_bwd_dkv_kernel": "attention",
+    "attention_bwd_dmask_kernel": "attention",
     "linear_cross_entropy_logits_kernel": "linear_cross_entropy",
     "linear_cross_entropy_rows_kernel": "linear_cross_entropy",
     "linear_cross_entropy_gradient_kernel": "linear_cross_entropy",
@@ -86,6 +87,7 @@ class Case:
     size_v: int | None = None  # D_v, where it is not D
     gluon: bool = True  # False: as with a Triton that has no Gluon, or not this one
     packed: bool = False  # attention_varlen, in a window
+    rules: bool = False  # a cap, ALiBi, sinks and dropout
 
     @property
     def id(self):
@@ -100,6 +102,7 @@ class Case:
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
             words += [f"v{self.size_v}"] * (self.size_v is not None)
             words += ["triton"] * (not self.gluon) + ["packed"] * self.packed
+            words += ["rules"] * self.rules
         return "-".join(words)
 
     @property
@@ -109,8 +112,10 @@ class Case:
         sizes = self.size, self.size_v or self.size
         for triton, (gluon, table) in GLUON.items():
             runs = self.chip == 90 and self.dtype in (HALF, BRAIN) and self.mask == "none"
-            runs = runs and self.gluon and not self.packed
+            runs = runs and self.gluon and not self.packed and not self.rules
             names.discard(triton if runs and sizes in table else gluon)
+        if self.mask != "float":
+            names.discard("attention_bwd_dmask_kernel")
         return names
 
 
@@ -153,7 +158,13 @@ def attention_entries():
                         continue  # one table serves all chips: these two stand for it
                     # A mask, and a head dim that does not fill its block, take the most registers.
                     # Of 16-bit floats they have entries of their own in the tables.
-                    yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
+                    for rules in (False, True):
+                        yield Case(
+                            *("attention", chip, name, block_d - 3),
+                            mask="float",
+                            is_causal=True,
+                            rules=rules,
+                        )
 
 
 def attention_cases():
@@ -163,6 +174,9 @@ def attention_cases():
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
         yield Case("attention", chip, HALF, 128, packed=True)
+        yield Case("attention", chip, BRAIN, 61, mask="float", rules=True)
+    yield Case("attention", 90, HALF, 128, rules=True, packed=True)
+    yield Case("attention", 90, SINGLE, 64, mask="float", rules=True, is_causal=True)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
     yield Case("attention", 90, DOUBLE, 64, packed=True)
     for size, size_v in _configs.ATTENTION_FWD_SM90:
@@ -186,6 +200,7 @@ def amd_cases():
     if RELEASE >= (3, 7):  # a pass of 3.6 for AMD fails where a pointer is into one of two tensors
         yield Case("recurrent", GFX, SINGLE, 301, 160, "gru")
     yield Case("attention", GFX, HALF, 64, is_causal=True)
+    yield Case("attention", GFX, HALF, 64, mask="float", rules=True)
     yield Case("linear_cross_entropy", GFX, HALF, 64, batch=160)
 
 
@@ -314,18 +329,22 @@ def launch_attention(case, dtype):
     from pykernels.kernels import _hopper, attention, attention_varlen
 
     attention._hopper = _hopper if case.gluon else None
+    rules, asked = [None] * 3, {}
+    if case.rules:
+        rules = [torch.zeros(case.heads, dtype=dtype)] * 2 + [torch.zeros(1, dtype=torch.int64)]
+        asked = {"softcap": 30.0, "dropout_p": 0.1}
     if case.packed:
         q, k = (torch.zeros(64, n, case.size, dtype=dtype) for n in (case.heads, 2))
         starts, used = torch.tensor([0, 30, 64]), torch.tensor([9, 34])
-        options = {"band": (-20, 0), "ends_meet": True, "scale": 0.125}
+        options = {"band": (-20, 0), "ends_meet": True, "scale": 0.125, **asked}
         run = attention_varlen.attention_varlen_fwd
         places = (starts, starts, used, None)
-        outputs, saved = run(q, k, k, None, None, None, *places, **options)
-        needs = (True, True, True, False)
+        outputs, saved = run(q, k, k, *rules, *places, **options)
+        needs = (True, True, True, case.rules)
         attention_varlen.attention_varlen_bwd(saved, outputs, needs=needs, **options)
         pages = k.reshape(4, 16, *k.shape[1:])
         places = (starts, None, used, torch.tensor([[0, 1, 2], [3, 0, 1]], dtype=torch.int32))
-        run(q, pages, pages, None, None, None, *places, **options)
+        run(q, pages, pages, *rules, *places, **options)
         return
     q = torch.zeros(1, case.heads, case.queries, case.size, dtype=dtype)
     k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
@@ -335,10 +354,11 @@ def launch_attention(case, dtype):
         "bool": torch.ones(case.queries, 64) > 0,
         "float": torch.zeros(case.queries, 64, dtype=dtype),
     }[case.mask]
-    mask = None if mask is None else mask.expand(1, case.heads, case.queries, 64)
-    options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125}
-    outputs, saved = attention.attention_fwd(q, k, v, mask, **options)
-    attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
+    mask = None if mask is None else mask[None, None]
+    options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125, **asked}
+    outputs, saved = attention.attention_fwd(q, k, v, mask, *rules, **options)
+    needs = (True, True, True, case.mask == "float", case.rules, False, False)
+    attention.attention_bwd(saved, outputs, needs=needs, **options)
 
 
 def launch_linear_cross_entropy(case, dtype):
