@@ -25,7 +25,8 @@ class ProductConfig:
     """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2.
 
     Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
-    and the steps of all of them in one loop, so that the next tile is read while one is written.
+    and the steps of all of them in one loop, so that the next tile is read while one is written; on
+    sm_90 alone, as that spills on sm_100.
     `precision` as in `_common.dot`.
     """
 
@@ -361,7 +362,7 @@ LOSS_ROWS = 2048
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
 #: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
-LOSS_COLUMNS = 64
+LOSS_COLUMNS = 128
 LOSS_GRADIENT = {
     torch.float16: LossConfig(8, 512, 8),
     torch.float32: LossConfig(8, 512, 8),

@@ -291,7 +291,7 @@ def operands(
         "BLOCK_K": config.block_k,
         "PRECISION": config.precision,
         "GROUP_M": config.group_m,
-        "FLAT": config.flat,
+        "FLAT": config.flat and capability(a.device) < 100,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH,
