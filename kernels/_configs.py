@@ -339,7 +339,7 @@ CROWDED = {
 DESCRIBED = {
     "sm_90": {
         torch.float16: (
-            ProductConfig(128, 256, 64, 8, 3, flat=True),
+            ProductConfig(128, 256, 64, 8, 3, flat=True, tuned_on=H100),
             ProductConfig(128, 64, 64, 8, 4, flat=True),
         ),
         torch.float32: (
@@ -364,11 +364,11 @@ LOSS_SUMS = LossConfig(16, 64, 4)
 #: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
 LOSS_COLUMNS = 128
 LOSS_GRADIENT = {
-    torch.float16: LossConfig(8, 512, 8),
+    torch.float16: LossConfig(8, 512, 4, H100),
     torch.float32: LossConfig(8, 512, 8),
     torch.float64: LossConfig(8, 256, 8),
 }
-LOSS_SPLIT = 256
+LOSS_SPLIT = 128
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ import re
 
 _LINE = re.compile(r"\s*(?:(%[\w:]+) = )?(tt\.func|[a-z_]+\.[\w.]+)(.*)")
 _VALUE = re.compile(r"%\w+(?:#\d+)?")
+_TYPE = re.compile(r"\bi\d+|(?<=\dx)i\d+")
 _AXES = {"x": 0, "y": 1, "z": 2}
 _LIMITS = {"i32": 2**31, "i64": 2**63}
 
@@ -28,6 +29,7 @@ def overflows(ttir: str, arguments: dict[str, object], grid: tuple[int, ...]) ->
         grid: the programs along each axis.
     """
     known: dict[str, Interval] = {}
+    captured: list[Interval] = []
     found = []
     for line in ttir.splitlines():
         line = re.sub(r" loc\([^()]*\)", "", line)
@@ -52,13 +54,12 @@ def overflows(ttir: str, arguments: dict[str, object], grid: tuple[int, ...]) ->
             low, high = (known.get(bound, _READ) for bound in bounds)
             known[index] = low[0], max(low[0], high[1] - 1)
             continue
-        kind = re.split(r"[ x]", line)[-1].rstrip(">")
         operands = [known.get(name, _READ) for name in _VALUE.findall(rest)]
         value = _interval(op, rest, operands, grid)
         if result is None or value is None:
             continue
         known[result] = value
-        limit = _LIMITS.get(kind, math.inf)
+        limit = _LIMITS.get(_TYPE.findall(line)[-1], math.inf)
         if not -limit <= value[0] <= value[1] < limit:
             found.append(line.strip())
             known[result] = 0, 0  # to name what is wrong once

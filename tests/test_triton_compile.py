@@ -263,6 +263,21 @@ def test_offsets_past_32_bits(case, compiler):
     assert not answer["overflows"]
 
 
+def test_an_overflow_is_found():
+    """Rows of 4096 numbers: the offset of row 2^19 takes 32 bits and a sign."""
+    ir = """
+    tt.func public @kernel(%x: !tt.ptr<f16> {tt.divisibility = 16 : i32} loc("x"), %stride: i32) {
+      %row = tt.get_program_id x : i32 loc(#loc1)
+      %at = arith.muli %row, %stride : i32 loc(#loc2)
+      %wide = arith.extsi %row : i32 to i64 loc(#loc3)
+      %stride_0 = arith.extsi %stride : i32 to i64 loc(#loc3)
+      %right = arith.muli %wide, %stride_0 : i64 loc(#loc3)
+    """
+    assert overflow.overflows(ir, {"x": None, "stride": 4096}, (2**19,)) == []
+    found = overflow.overflows(ir, {"x": None, "stride": 4096}, (2**19 + 1,))
+    assert found == ["%at = arith.muli %row, %stride : i32"]
+
+
 @pytest.mark.parametrize(
     "case",
     [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in ENTRIES)],
@@ -287,7 +302,8 @@ def test_compiles(case, compiler):
         elif kernel["rows"] == 0:
             assert not products
         elif case.dtype == SINGLE:
-            assert not products, f"float32 must not be rounded to TF32: {kernel}"
+            assert not kernel["tf32"], f"float32 must not be rounded to TF32: {kernel}"
+            assert bool(products) == (kernel["precision"] == "bf16x6"), kernel
         elif case.dtype == DOUBLE:
             # older releases do not use the tensor cores of sm_100 for float64
             old = case.chip == 100 and RELEASE < (3, 9)
@@ -435,6 +451,8 @@ def resources(name, compiled, constants):
         # and 0 where there is no product
         "rows": (64 if hopper else constants[tile]) if multiplies else 0,
         "products": sorted(set(products)),
+        "precision": constants.get("PRECISION", "ieee"),
+        "tf32": "tf32" in compiled.asm.get("ptx", ""),
     }
 
 
