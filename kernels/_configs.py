@@ -25,7 +25,8 @@ class ProductConfig:
     """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2.
 
     Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
-    and the steps of all of them in one loop, so that the next tile is read while one is written.
+    and the steps of all of them in one loop, so that the next tile is read while one is written; on
+    sm_90 alone, as that spills on sm_100.
     `precision` as in `_common.dot`.
     """
 
@@ -372,7 +373,7 @@ CROWDED = {
 DESCRIBED = {
     "sm_90": {
         torch.float16: (
-            ProductConfig(128, 256, 64, 8, 3, flat=True),
+            ProductConfig(128, 256, 64, 8, 3, flat=True, tuned_on=H100),
             ProductConfig(128, 64, 64, 8, 4, flat=True),
         ),
         torch.float32: (
@@ -395,13 +396,13 @@ LOSS_ROWS = 2048
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
 #: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
-LOSS_COLUMNS = 64
+LOSS_COLUMNS = 128
 LOSS_GRADIENT = {
-    torch.float16: LossConfig(8, 512, 8),
+    torch.float16: LossConfig(8, 512, 4, H100),
     torch.float32: LossConfig(8, 512, 8),
     torch.float64: LossConfig(8, 256, 8),
 }
-LOSS_SPLIT = 256
+LOSS_SPLIT = 128
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:

@@ -2,8 +2,9 @@
 those of a loss over a large vocabulary.
 
 Written here rather than left to torch.matmul for three reasons: float32 stays float32 whatever
-torch.backends.cuda.matmul.allow_tf32 says; 16-bit operands leave their float32 sums unrounded for
-what comes after; and Triton's interpreter proves the value without a GPU.
+torch.backends.cuda.matmul.allow_tf32 says, on tensor cores too (`_common.dot`); 16-bit operands
+leave their float32 sums unrounded for what comes after; and Triton's interpreter proves the value
+without a GPU.
 
 Tiles are read through pointers, which know any stride, or through tensor descriptors on chips whose
 tensor memory accelerator takes them, from matrices that it can address.
@@ -292,7 +293,7 @@ def operands(
         "BLOCK_K": config.block_k,
         "PRECISION": config.precision,
         "GROUP_M": config.group_m,
-        "FLAT": config.flat,
+        "FLAT": config.flat and capability(a.device) < 100,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH,

@@ -136,10 +136,10 @@ def linear_cross_entropy_logits_kernel(
                         w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
                         weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
                     tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=here_ok)
-                target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
-                place = (target - v).to(tl.int32)  # its bits serve where it is in the tile
-                hit = tl.sum(tl.where(at[None, :] == place[:, None], tile, 0.0), 1)
-                mine = rows_ok & (target >= v) & (target < tl.minimum(v + COLUMNS, V))
+                # 32 bits tell targets apart; only one that is ignored may have more
+                target = tl.load(target_ptr + rows, mask=rows_ok, other=-1).to(tl.int32) - v
+                hit = tl.sum(tl.where(at[None, :] == target[:, None], tile, 0.0), 1)
+                mine = rows_ok & (target >= 0) & (target < tl.minimum(COLUMNS, V - v))
                 tl.store(hit_ptr + rows, hit, mask=mine)
                 tile = tl.where(cols_ok[None, :], tile, float("-inf"))
                 highest = tl.max(tile, 1)
