@@ -1281,14 +1281,15 @@ def _options(
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
     causal = band == (None, 0) and places is ONE
     packed = places is not ONE or band not in ((None, None), (None, 0))
-    plain = mask is None and D == block_d == D_v
+    whole = D == block_d == D_v
     config = _configs.attention(
         tables,
         capability(q.device),
         q.dtype,
         max(block_d, block_dv),
-        plain,
+        whole,
         packed,
+        mask is not None,
         form is not PLAIN,
     )
     kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
