@@ -185,8 +185,9 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
 }
 
 #: By table, dtype and block of head dims: the entry for whole heads without a mask, the one for the
-#: rest, and, where it is not that, the one for whole heads of packed sequences or in a window. A
-#: mask, a head dim that does not fill its block, or lengths of its own take registers.
+#: rest, and, where they are not that, the ones for whole heads of packed sequences or in a window,
+#: and under a mask, a cap, ALiBi or dropout. All these, and head dims that do not fill their block,
+#: take registers.
 _WIDE_FWD = {
     torch.float32: {
         32: _both(64, 32, 8, 2),
@@ -217,11 +218,13 @@ ATTENTION_FWD = {
                 AttentionConfig(128, 128, 8, 3),
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(128, 64, 8, 3),
+                AttentionConfig(128, 64, 8, 2),
             ),
             128: (
                 AttentionConfig(128, 128, 8, 2),
                 AttentionConfig(64, 64, 8, 2),
                 AttentionConfig(128, 64, 8, 3),
+                AttentionConfig(128, 64, 8, 2),
             ),
             256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
@@ -262,11 +265,13 @@ ATTENTION_DQ = {
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(64, 32, 4, 2),
                 AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 2, ruled=AttentionConfig(64, 32, 8, 2)),
             ),
             128: (
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(32, 32, 8, 2),
                 AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 2, ruled=AttentionConfig(64, 32, 8, 2)),
             ),
             256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
@@ -304,11 +309,13 @@ ATTENTION_DKV = {
                 AttentionConfig(64, 128, 8, 2),
                 AttentionConfig(32, 64, 8, 2),
                 AttentionConfig(64, 128, 8, 2),
+                AttentionConfig(32, 128, 8, 2),
             ),
             128: (
                 AttentionConfig(64, 64, 8, 2),
                 AttentionConfig(16, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2),
             ),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
@@ -462,18 +469,19 @@ def attention(
     capability: int,
     dtype: torch.dtype,
     block_d: int,
-    plain: bool,
+    whole: bool,
     packed: bool,
+    masked: bool,
     ruled: bool,
 ) -> AttentionConfig:
     """Block sizes from ATTENTION_FWD, _DQ, _DKV or _DMASK for head dims that round up to `block_d`.
 
-    `plain`: there is no mask, and the head dims are `block_d` exactly; `packed`: sequences lie one
-    behind the other, or there is a window; `ruled`: there is a cap, ALiBi or dropout.
+    `whole`: the head dims are `block_d` exactly; `packed`: sequences lie one behind the other, or
+    there is a window; `masked`: there is a mask; `ruled`: there is a cap, ALiBi or dropout.
     """
     first, rest, *more = tables[table(capability)][storage(dtype)][block_d]
-    if ruled:
-        return rest.ruled or rest
-    if not plain:
-        return rest
-    return (*more, rest)[0] if packed else first
+    of_packed, of_more = (*more, rest, rest)[:2]
+    if whole and not masked and not ruled:
+        return of_packed if packed else first
+    found = of_more if whole else rest
+    return found.ruled or found if ruled else found

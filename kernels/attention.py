@@ -9,10 +9,14 @@ comparison (in the kernel of dK and dV, all: a second loop costs it more registe
 Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
 one order, so two runs agree bit for bit.
 
-Scores live in units that depend on WIDE: float32 and float64, and any dtype under a float mask. If
-not wide they are S * log2(e), so that an exponential is one fused multiply-add and one exp2. Wide
-ones are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse, and make
--inf of a mask's most negative number.
+Scores live in units that depend on WIDE: float32 and float64, and any dtype under a float mask, a
+cap or ALiBi. If not wide they are S * log2(e), so that an exponential is one fused multiply-add and
+one exp2. Wide ones are S itself: the rounded factor log2(e) would cost digits in the subtraction
+S - lse, and make -inf of a mask's most negative number.
+
+What makes scores of products, and what dropout draws, are known when a kernel compiles: without a
+cap, ALiBi and so on, nothing is left of them in the machine code. The weights that dropout keeps
+are drawn again in each pass (`_philox.py`), and backward knows a sink by lse alone.
 """
 
 import math
@@ -84,6 +88,7 @@ def _rule(
     stride_slopes,
     b,
     n,
+    S_q,  # 0 where there is no sequence b
     diagonal,
     softcap,
     ACC: tl.constexpr,
@@ -91,7 +96,7 @@ def _rule(
     """What makes scores of the products of a head: (factor, cap, slope, diagonal)."""
     slope = tl.full([], 0, ACC)
     if slopes_ptr is not None:
-        slope = tl.load(slopes_ptr + b * stride_slopes + n)
+        slope = tl.load(slopes_ptr + b * stride_slopes + n, mask=S_q > 0, other=0.0)
     return factor, tl.full([], softcap, ACC), slope, diagonal
 
 
@@ -424,7 +429,7 @@ def attention_fwd_kernel(
             pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
     factor = _unit_factor(tl.full([], scale, ACC), WIDE)
-    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
     draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
@@ -744,7 +749,7 @@ def attention_bwd_dkv_kernel(
         mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
         inside = keys_ok & rows_ok[None, :]
         visible = _in_band(keys_ok, keys[:, None], rows[None, :], first, last)
-        rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+        rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
         pt, products = _weights(
             k,
             q,
@@ -973,7 +978,7 @@ def attention_bwd_dq_kernel(
     m = tile * BLOCK_M
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
-    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, diagonal, softcap, ACC)
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
     draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
@@ -1157,7 +1162,7 @@ def attention_bwd_dmask_kernel(
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         inside = rows_ok & (keys < S_k)[None, :]
         visible = _in_band(inside, keys[None, :], rows[:, None], first, last)
-        rule = _rule(factor, slopes_ptr, stride_slopes, b, n, diagonal, softcap, ACC)
+        rule = _rule(factor, slopes_ptr, stride_slopes, b, n, S_q, diagonal, softcap, ACC)
         draw = draw_of(b * N + n, seed_ptr, least, tl.full([], growth, ACC))
         p, _ = _weights(
             q,
@@ -1294,14 +1299,15 @@ def _options(
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
     causal = band == (None, 0) and not places.packed
     packed = places.packed or band not in ((None, None), (None, 0))
-    plain = mask is None and D == block_d == D_v
+    whole = D == block_d == D_v
     config = _configs.attention(
         tables,
         capability(q.device),
         q.dtype,
         max(block_d, block_dv),
-        plain,
+        whole,
         packed,
+        mask is not None,
         not form.plain,
     )
     kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"

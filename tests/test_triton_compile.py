@@ -156,6 +156,8 @@ def attention_entries():
                 for chip in chips:
                     if dtype == torch.float16:
                         yield Case("attention", chip, name, block_d, is_causal=True, gluon=False)
+                        if len(blocks[block_d]) > 2:  # entries of their own for whole heads
+                            yield Case("attention", chip, name, block_d, mask="float", rules=True)
                     elif chip != 80 and block_d not in (64, 256):
                         continue  # one table serves all chips: these two stand for it
                     # A mask, and a head dim that does not fill its block, take the most registers.
