@@ -97,9 +97,8 @@ class Backward {
     if (!p_.dq.data || in_place_) return;
     const Range rows = team.share(row_count_);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      for (int64_t d = 0; d < n_.D; d += lanes<T>) {
+      for (int64_t d = 0; d < n_.D; d += lanes<T>)
         store_n(row_at(p_.dq, r) + d, load(dq_ + r * width_ + d), n_.D - d);
-      }
     }
   }
 
