@@ -299,6 +299,24 @@ def test_scratch_is_tiles_alone(dtype, threads):
     assert held[3] - held[1] == 4 * rows * (1 if dtype == torch.float32 else 1 + 64)
 
 
+@pytest.mark.parametrize("window", [None, (150, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_do_not_depend_on_the_number_of_threads(dtype, window, threads):
+    """Threads add to the dq of one head in one order: fewer heads than threads, several blocks."""
+    need(find("attention-plain"), "cpp", dtype)
+    q, k, v = (torch.randn(1, heads, 700, 24).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    out = functional.attention(
+        q, k, v, is_causal=window is not None, window=window, enable_gqa=True, backend="cpp"
+    )
+    grad = torch.randn_like(out)
+    found = []
+    for count in (1, 2, 5):
+        threads(count)
+        found.append(torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lse_has_the_wider_dtype(backend):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
