@@ -287,7 +287,7 @@ def recurrence_kernel(
     if carry_ptr is not None:
         carry = read(carry_ptr, batch, n, ok, H, 0, 1).to(ACC)
     begin_ptr = state_ptr
-    begin = (batch, (batch < B) & (start_ptr is not None))
+    begin = (batch, batch < (0 if start_ptr is None else B))
     if start_ptr is not None:
         begin_ptr = start_ptr
     if FORM == "alone":
@@ -302,7 +302,7 @@ def recurrence_kernel(
             if s > 0:
                 last_ptr = state_ptr + _row(s - 1, T, B, 0, FROM_END) * SLOTS * H
             if start_ptr is None:
-                rows = (batch, (batch < B) & (s > 0))
+                rows = (batch, batch < tl.where(s > 0, B, 0))
             if CHUNKS > 0:
                 for c in tl.static_range(0, CHUNKS, GROUP):
                     k = c * BLOCK_K
@@ -342,7 +342,8 @@ def recurrence_kernel(
                 value = tl.where(_bits(value) == -1, float("nan"), value)
             tl.store(state_ptr + (here * SLOTS + i) * H + n, value, mask=ok)
             if final_ptr is not None:
-                tl.store(final_ptr + (batch * SLOTS + i) * H + n, value, mask=ok & (s == T - 1))
+                ends = ok & (n < tl.where(s == T - 1, H, 0))
+                tl.store(final_ptr + (batch * SLOTS + i) * H + n, value, mask=ends)
             if i < CHUNKS:
                 state = state + (value,)
         inputs = inputs_ahead
