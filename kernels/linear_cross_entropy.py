@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, on_device_of, to_storage
+from ._common import LAUNCH, TRITON_DTYPES, capability, compute_dtype, on_device_of, to_storage
 from ._product import (
     can_describe,
     columns,
@@ -566,7 +566,9 @@ class _Call:
         rows, V = len(x), weight.shape[1]
         smooth = sums and self.smoothing > 0
         outputs = () if z is None else (z,)
-        crowded = smooth or argmax or (sums and self.bias is not None)
+        # on sm_100 the sums and the logits to store are too many for the registers already
+        full = sums and (self.bias is not None or (bool(outputs) and capability(x.device) >= 100))
+        crowded = smooth or argmax or full
         given, constants = operands(
             x, weight, *outputs, crowded=crowded, columns=_configs.LOSS_COLUMNS
         )
