@@ -58,9 +58,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr = IEEE):
         # numpy has no bfloat16
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
-    if acc.dtype == tl.float64:
+    if acc.dtype == tl.float64 and len(a.shape) == 2:
         # Tile by tile, as cuBLAS sums: one chain of additions along all of k loses several times as
-        # much. A plain sum of both would become that chain.
+        # much. A plain sum of both would become that chain. [S, M, N] has its S parts, and more
+        # registers it has not.
         part = tl.dot(a, b, input_precision="ieee", out_dtype=acc.dtype)
         return tl.fma(part, 1.0, acc)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, to_storage
+from ._common import LAUNCH, TRITON_DTYPES, capability, compute_dtype, to_storage
 from ._launch import Call, launch, once
 from ._product import (
     can_describe,
@@ -714,7 +714,9 @@ class _Call:
         x, weight = _rows(self.x, at), self.weight.t()
         rows = len(x)
         smooth = sums and self.smoothing > 0
-        crowded = smooth or argmax or (sums and self.bias is not None)
+        # on sm_100 the sums and the logits to store are too many for the registers already
+        full = sums and (self.bias is not None or (z is not None and capability(x.device) >= 100))
+        crowded = smooth or argmax or full
         tiles = once(_tiles, (x, weight, z), crowded)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:

@@ -56,10 +56,11 @@ def overflows(ttir: str, arguments: dict[str, object], grid: tuple[int, ...]) ->
             continue
         operands = [known.get(name, _READ) for name in _VALUE.findall(rest)]
         value = _interval(op, rest, operands, grid)
-        if result is None or value is None:
+        kinds = _TYPE.findall(line)
+        if result is None or value is None or not kinds:
             continue
         known[result] = value
-        limit = _LIMITS.get(_TYPE.findall(line)[-1], math.inf)
+        limit = _LIMITS.get(kinds[-1], math.inf)
         if not -limit <= value[0] <= value[1] < limit:
             found.append(line.strip())
             known[result] = 0, 0  # to name what is wrong once
