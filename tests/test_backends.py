@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pykernels
-from pykernels import _backends
+from pykernels import _backends, cpp
 from pykernels.testing import check
 from pykernels.testing.specs import find
 
@@ -354,3 +354,10 @@ def test_python_m_pykernels_without_kernels():
     assert (
         out == "the C++ kernels are not built; reinstall pykernels where a C++17 compiler is found"
     )
+
+
+@pytest.mark.parametrize("name", ["rnn-strided", "gru-plain", "lstm-proj", "attention-strided"])
+def test_memory_that_c_cannot_find(name, monkeypatch):
+    """A torch before 2.10 has no exchange functions: each tensor is asked in Python."""
+    monkeypatch.setattr(cpp, "_readers", lambda: (lambda _: None,) * 2)
+    check(find(name), torch.float32, "cpp")
