@@ -250,8 +250,11 @@ class ForwardPass : public Pass {
       : threads_(team_for(threads, p.sizes, p.walk.total(), kGates, 1)), p_(p), n_(p.sizes),
         walk_(p.walk), cell_(cell), layout_(p.sizes, p.w_hr), packed_(p.packed ? 0 : layout_.size),
         weights_(p.packed ? p.packed : packed_.get()),
-        chunk_(std::max<int64_t>(
-            1, (p.link ? kLinkedRows : threads_ * kStepRows) / std::max<int64_t>(1, n_.B))),
+        // No more steps than there are: a thread's rows begin that many steps of others' further
+        // on.
+        chunk_(std::clamp<int64_t>(
+            (p.link ? kLinkedRows : threads_ * kStepRows) / std::max<int64_t>(1, n_.B), 1,
+            std::max<int64_t>(1, n_.T))),
         chunk_rows_(std::min(walk_.total(), chunk_ * n_.B)),
         input_row_(spread_rows<T>(gates_size<T>(kGates, n_.H, 1), kGates)),
         inputs_(2 * chunk_rows_ * input_row_), x_(threads_ * kStepRows * n_.I),
