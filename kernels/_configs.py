@@ -302,7 +302,7 @@ ATTENTION_DKV = {
             32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
             64: (
                 AttentionConfig(64, 128, 8, 2),
-                AttentionConfig(32, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 128, 8, 2),
                 AttentionConfig(32, 128, 8, 2),
             ),
