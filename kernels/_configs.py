@@ -249,7 +249,10 @@ ATTENTION_DQ = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2)),
-            64: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 8, 2)),
+            64: (
+                AttentionConfig(64, 64, 4, 2),
+                AttentionConfig(64, 32, 8, 2, ruled=AttentionConfig(32, 32, 8, 1)),
+            ),
             128: (AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 8, 2)),
             256: (AttentionConfig(32, 32, 4, 1), AttentionConfig(16, 32, 8, 1)),
         },
@@ -296,7 +299,10 @@ ATTENTION_DKV = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)),
-            64: (AttentionConfig(32, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
+            64: (
+                AttentionConfig(32, 64, 4, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(16, 64, 8, 1)),
+            ),
             128: (AttentionConfig(32, 64, 8, 2), AttentionConfig(16, 32, 8, 1)),
             256: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
@@ -307,7 +313,7 @@ ATTENTION_DKV = {
             32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
             64: (
                 AttentionConfig(64, 128, 8, 2),
-                AttentionConfig(32, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 128, 8, 2),
                 AttentionConfig(32, 128, 8, 2),
             ),
