@@ -103,12 +103,13 @@ def _layer(
     if T == 0:
         return x.new_zeros(0, *states[0].shape), [t.clone() for t in states]
     flip = _flip(T, B, lengths, x.device) if reverse else None
-    given = [w for w in weights if w is not None]
-    x = x if flip is None else x[flip]
+    # cuDNN's layers ask for dense tensors
+    given = [w.contiguous() for w in weights if w is not None]
+    x = x.contiguous() if flip is None else x[flip]
     # arguments: has_biases, num_layers, dropout, train, bidirectional
     rest = (given, weights[2] is not None, 1, 0.0, True, False)
     if lengths is None:
-        hx = [t[None].contiguous() for t in states]  # cuDNN's layers ask for that
+        hx = [t[None].contiguous() for t in states]
         y, *last = layer(x, hx if len(hx) > 1 else hx[0], *rest, False)  # not batch first
     else:
         packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
