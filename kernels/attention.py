@@ -14,6 +14,10 @@ cap or ALiBi. If not wide they are S * log2(e), so that an exponential is one fu
 one exp2. Wide ones are S itself: the rounded factor log2(e) would cost digits in the subtraction
 S - lse, and make -inf of a mask's most negative number.
 
+Under a float mask backward knows lse in two parts, a row's highest score and the rest: in a row of
+the most negative number alone, or of -1e9, their sum would be rounded to the first, and every
+weight be 1.
+
 What makes scores of products, and what dropout draws, are known when a kernel compiles: without a
 cap, ALiBi and so on, nothing is left of them in the machine code. The weights that dropout keeps
 are drawn again in each pass (`_philox.py`), and backward knows a sink by lse alone.
@@ -339,6 +343,8 @@ def attention_fwd_kernel(
     mask_ptr,  # [B, N, S_q, S_k], bytes if MASK is "bool"
     out_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
+    highest_ptr,  # [B, N, S_q], contiguous, as rest_ptr; None, both, if nobody asks for the parts
+    rest_ptr,
     N,
     group,  # N // N_kv
     S_q,
@@ -407,7 +413,7 @@ def attention_fwd_kernel(
     b = (head // N).to(tl.int64)
     n = (head % N).to(tl.int64)
     n_kv = n // group
-    lse_ptr += tl.cast(head, tl.int64) * S_q
+    row_0 = tl.cast(head, tl.int64) * S_q
     tile = tiles - 1 - pid % tiles
     sequence = b
     if starts_q_ptr is not None:
@@ -424,7 +430,7 @@ def attention_fwd_kernel(
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         out_ptr += q_0 * stride_os
-        lse_ptr += q_0
+        row_0 += q_0
         if pages_ptr is not None:
             pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
@@ -497,14 +503,19 @@ def attention_fwd_kernel(
 
     blind = total == 0  # saw no key
     total = tl.where(blind, 1.0, total)
-    lse = highest + _log(total, WIDE)
+    rest = _log(total, WIDE)
+    lse = highest + rest
     lse = tl.where(blind, float("-inf"), lse if WIDE else lse * LN_2)
     out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
     if DROPOUT:
         acc *= draw[4]
     out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
-    tl.store(lse_ptr + rows, lse, mask=rows < S_q)
+    at = row_0 + rows
+    tl.store(lse_ptr + at, lse, mask=rows < S_q)
+    if rest_ptr is not None:  # there is a float mask, and so the scores are wide
+        tl.store(highest_ptr + at, highest, mask=rows < S_q)
+        tl.store(rest_ptr + at, rest, mask=rows < S_q)
 
 
 @triton.jit
@@ -515,10 +526,20 @@ def _load_lse(ptrs, ok, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _load_rest(ptr, at, ok, lse):
+    """What `lse` lacks: 0 where nobody kept it, of which nothing is left in the machine code."""
+    if ptr is None:
+        return tl.zeros_like(lse)
+    else:
+        return tl.load(ptr + at, mask=ok, other=0.0)
+
+
+@triton.jit
 def _weights(
     a,  # these as in `_products`
     b,
     lse,  # [M, 1] or [1, N], of `_load_lse`
+    rest,  # the same, of `_load_rest`
     rule,
     rows,  # and these as in `_scores`
     keys,
@@ -553,7 +574,7 @@ def _weights(
         SCALED,
         EDGE,
     )
-    return _exp(_minus(s, rule[0], lse, SCALED), WIDE), products
+    return _exp(_minus(s, rule[0], lse, SCALED) - rest, WIDE), products
 
 
 @triton.jit
@@ -612,7 +633,8 @@ def attention_bwd_dkv_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dk_ptr,  # [B, N_kv, S_k, D]
     dv_ptr,  # [B, N_kv, S_k, D_v]
@@ -686,6 +708,7 @@ def attention_bwd_dkv_kernel(
     b = (head_kv // N_kv).to(tl.int64)
     n_kv = (head_kv % N_kv).to(tl.int64)
     all_q = S_q
+    q_0 = 0
     tile = pid % tiles
     sequence = b
     if starts_q_ptr is not None:
@@ -702,8 +725,6 @@ def attention_bwd_dkv_kernel(
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         dout_ptr += q_0 * stride_dos
-        lse_ptr += q_0
-        delta_ptr += q_0
         dk_ptr += k_0 * stride_dks
         dv_ptr += k_0 * stride_dvs
     key_0 = tile * BLOCK_N
@@ -740,8 +761,9 @@ def attention_bwd_dkv_kernel(
         rows_ok = rows < S_q
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        row_0 = (b * N + n) * all_q
+        row_0 = (b * N + n) * all_q + q_0
         lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
+        rest = _load_rest(rest_ptr, row_0 + rows, rows_ok, lse)
         mask_rows = mask_ptr
         if MASK != "none":
             mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
@@ -754,6 +776,7 @@ def attention_bwd_dkv_kernel(
             k,
             q,
             lse[None, :],
+            rest[None, :],
             rule,
             rows[None, :],
             keys[:, None],
@@ -803,6 +826,7 @@ def _bwd_keys(
     q,  # [BLOCK_M, BLOCK_D]
     dout,  # [BLOCK_M, BLOCK_DV]
     lse,  # [BLOCK_M]
+    rest,  # [BLOCK_M]
     delta,  # [BLOCK_M]
     k_ptr,
     v_ptr,
@@ -855,6 +879,7 @@ def _bwd_keys(
             q,
             k,
             lse[:, None],
+            rest[:, None],
             rule,
             rows[:, None],
             keys[None, :],
@@ -888,7 +913,8 @@ def attention_bwd_dq_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dq_ptr,  # [B, N, S_q, D]
     N,
@@ -991,6 +1017,7 @@ def attention_bwd_dq_kernel(
     dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
     at += rows
     lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
+    rest = _load_rest(rest_ptr, at, rows < S_q, lse)
     delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
     k_ptr += b * stride_kb + n_kv * stride_kn
     v_ptr += b * stride_vb + n_kv * stride_vn
@@ -1007,6 +1034,7 @@ def attention_bwd_dq_kernel(
             q,
             dout,
             lse,
+            rest,
             delta,
             k_ptr,
             v_ptr,
@@ -1054,7 +1082,8 @@ def attention_bwd_dmask_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dmask_ptr,  # [B or 1, N or 1, S_q or 1, S_k or 1], contiguous
     B,
@@ -1157,6 +1186,7 @@ def attention_bwd_dmask_kernel(
         k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
         row_0 = (b * N + n) * S_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows < S_q, WIDE)
+        rest = _load_rest(rest_ptr, row_0 + rows, rows < S_q, lse)
         mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
         mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
@@ -1168,6 +1198,7 @@ def attention_bwd_dmask_kernel(
             q,
             k,
             lse[:, None],
+            rest[:, None],
             rule,
             rows[:, None],
             keys[None, :],
@@ -1401,6 +1432,8 @@ def _fwd_plan(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    highest: Tensor | None,
+    rest: Tensor | None,
     sinks: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1429,6 +1462,8 @@ def _fwd_plan(
         mask,
         out,
         lse,
+        highest,
+        rest,
         N,
         N // max(k.shape[1], 1),
         S_q,
@@ -1487,6 +1522,7 @@ def attention_fwd(
         diagonal: the own place of query i is key i + diagonal; of packed sequences `places` says.
         dropout_p: the probability of dropping a weight.
         places: where sequences are packed.
+        keep: whether there may be a backward pass.
 
     Returns:
         ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``; 0 and -inf in rows of no sequence.
@@ -1499,19 +1535,29 @@ def attention_fwd(
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
+    kept = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
     if places.packed:
         out.zero_()
         lse.fill_(float("-inf"))
     if lse.numel() > 0:
         sinks = None if sinks is None else sinks.contiguous()
-        tensors = (q, k, v, mask, out, lse, sinks, form.slopes, form.seed, *places[:4])
+        parts = (None, None) if kept is lse else kept
+        tensors = (q, k, v, mask, out, lse, *parts, sinks, form.slopes, form.seed, *places[:4])
         launch(_fwd_plan, tensors, form.numbers, *places[4:], band, scale)
-    return (out, lse), (*saved, out, lse)
+    return (out, lse), (*saved, out, kept)
 
 
-def attention_extras(q: Tensor, *_: Tensor | None, **options: object) -> tuple[Tensor]:
-    """Room for what `attention_fwd` saves behind out."""
-    return (q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype)),)
+def _added(attn_mask: Tensor | None) -> bool:
+    return attn_mask is not None and attn_mask.dtype != torch.bool
+
+
+def attention_extras(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *_: Tensor | None, **options: object
+) -> tuple[Tensor]:
+    """Room for what `attention_fwd` saves behind out: lse or, under an added mask, its parts, the
+    row's highest score and the rest."""
+    parts = (2,) if _added(attn_mask) else ()
+    return (q.new_empty(*parts, *q.shape[:3], dtype=compute_dtype(q.dtype)),)
 
 
 def _delta_plan(
@@ -1557,6 +1603,7 @@ def _bwd_plan(
     mask: Tensor | None,
     dout: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     delta: Tensor,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1586,6 +1633,7 @@ def _bwd_plan(
         mask,
         dout,
         lse,
+        rest,
         delta,
         *made,
         N,
@@ -1619,6 +1667,7 @@ def _dmask_plan(
     mask: Tensor,
     dout: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     delta: Tensor,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1641,6 +1690,7 @@ def _dmask_plan(
         mask,
         dout,
         lse,
+        rest,
         delta,
         dmask,
         B,
@@ -1678,7 +1728,7 @@ def attention_bwd(
 
     Args:
         saved: what `attention_fwd` returned: (q, k, v, attn_mask, sinks, alibi_slopes, seed, out,
-            lse), with None for what there is not.
+            kept), with None for what there is not; kept may be lse whole.
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
         band, scale, softcap, diagonal, dropout_p, places: as in `attention_fwd`.
         needs: which of the gradients are wanted.
@@ -1687,7 +1737,8 @@ def attention_bwd(
         ``(dq, dk, dv, dmask, dsinks, None, None)``, None where not wanted; dmask is summed over
         what was broadcast.
     """
-    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, lse = saved
+    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, kept = saved
+    lse, rest = (kept, None) if kept.dim() == 3 else kept
     dout, dlse = grads
     B, N, S_q, _ = q.shape
     form = _form(q, alibi_slopes, seed, diagonal, softcap, dropout_p)
@@ -1707,7 +1758,8 @@ def attention_bwd(
     dsinks = None
     if needs[4]:
         # A sink is a score whose dP is 0. `delta` may have rows behind S_q, lse be -inf.
-        weight = torch.exp(sinks[:, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
+        score = sinks[:, None] - lse.masked_fill(lse == float("-inf"), float("inf"))
+        weight = torch.exp(score if rest is None else score - rest)
         dsinks = (weight * -delta[..., :S_q]).sum((0, 2)).to(sinks.dtype)
     if on_hopper:
         causal = band == (None, 0)
@@ -1715,7 +1767,7 @@ def attention_bwd(
         return (*made, None, dsinks, None, None)
 
     dq = dk = dv = None
-    given = (q, k, v, mask, dout, lse, delta, form.slopes, form.seed)
+    given = (q, k, v, mask, dout, lse, rest, delta, form.slopes, form.seed)
     more = (form.numbers, places.ends_meet, band, scale)
     if needs[0]:
         dq = _room(q, places)

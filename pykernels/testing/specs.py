@@ -1466,6 +1466,7 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         mask="float",
         dead_rows=True,
         finite_mask=True,
+        learned=True,
     ),
     _attention("n0", "no head", SMALL, (2, 0, 4, 8)),
     _attention("huge-stride", "offsets past 32 bits", HOSTILE, (2, 2, 9, 8), layout="huge"),
