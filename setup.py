@@ -23,6 +23,7 @@ ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"baseline":
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/memory.cpp",
     "csrc/probe.cpp",
     "csrc/core/gemm.cpp",
     "csrc/ops/attention.cpp",

@@ -21,6 +21,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullLocator
 
 COLOURS = {"forward": "#1d4e89", "forward+backward": "#00a6a6"}
 DTYPE_COLOURS = {
@@ -166,11 +167,12 @@ def growth(rows: list[records.Row]) -> plt.Figure:
         by_curve.setdefault(name, {})[which] = by
     columns = min(4, len(by_curve))
     lines = math.ceil(len(by_curve) / columns)
-    size = (4.4 * columns, 3.9 * lines)
+    size = (4.4 * columns, 4.4 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(by_curve) :]:
         axis.axis("off")
     for axis, (name, passes) in zip(axes.flat, by_curve.items(), strict=False):
+        moved = name.partition("-")[2]
         for which, by in passes.items():
             for implementation, points in by.items():
                 style = "o-" if implementation == "ours" else "s:"
@@ -180,7 +182,7 @@ def growth(rows: list[records.Row]) -> plt.Figure:
                     style,
                     color=COLOURS[which],
                     markersize=4,
-                    label=f"{implementation} {which}: ^{slope:.2f}",
+                    label=f"{implementation} {which}: {moved}^{slope:.2f}",
                 )
             if points[0]["model_ms"]:
                 slope = scaling.exponent(points, "model_ms")
@@ -189,12 +191,20 @@ def growth(rows: list[records.Row]) -> plt.Figure:
                     color=COLOURS[which],
                     alpha=0.4,
                     linewidth=1,
-                    label=f"model's floor: ^{slope:.2f}",
+                    label=f"model's floor of it: {moved}^{slope:.2f}",
                 )
-        axis.set(xscale="log", yscale="log", xlabel=name.partition("-")[2], ylabel="ms")
+        axis.set(xscale="log", yscale="log", xlabel=moved, ylabel="ms")
+        axis.set_xticks(columns_of(points, "value")[0])
+        axis.xaxis.set_minor_locator(NullLocator())
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", labelrotation=45, labelsize=8)
         axis.set_title(scaling.CURVES[name].title.replace(" (", "\n("), fontsize=9)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=7)
+        # below the panel: nowhere in it is there room beside the curves
+        axis.legend(
+            frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.26)
+        )
     figure.suptitle(
         f"Measured time and the cost model, with exponents of growth: {where(rows[0])}", fontsize=11
     )

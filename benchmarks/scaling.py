@@ -45,6 +45,13 @@ DTYPE = "float32"
 BATCH, STEPS, INPUT, HIDDEN, HEADS = 8, 50, 300, 512, 8
 
 
+class LinearThenLoss(torch.nn.Linear):
+    """Stock torch's way from vectors to their loss, through the logits."""
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(super().forward(x).flatten(0, 1), targets.flatten())
+
+
 class Model(torch.nn.Module):
     """Tokens [B, T] to their loss as a language model: embedding, layer, output projection."""
 
@@ -56,7 +63,9 @@ class Model(torch.nn.Module):
             self.layer = layers.RNN(E, HIDDEN, batch_first=True)
         else:
             self.layer = layers.MultiheadAttention(E, HEADS, batch_first=True)
-        self.head = torch.nn.Linear(HIDDEN, V)
+        ours = layers is pykernels.nn
+        head = pykernels.nn.LinearCrossEntropyLoss if ours else LinearThenLoss
+        self.head = head(HIDDEN, V, bias=True)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -66,7 +75,7 @@ class Model(torch.nn.Module):
             T = tokens.shape[1]
             hidden = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             x, _ = self.layer(x, x, x, attn_mask=hidden, is_causal=True, need_weights=False)
-        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+        return self.head(x, targets)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   m.def("cpu_runs", &cpu_runs, py::arg("isa"));
   m.attr("compiler") = compiler();
   bind_probe(m);
+  bind_memory(m);
   bind_rnn(m);
   bind_gru(m);
   bind_lstm(m);

@@ -73,6 +73,25 @@ class Exchange {
   const dlpack::ExchangeTable* table_ = nullptr;
 };
 
+inline Address address_of(const dlpack::Tensor& t) {
+  return reinterpret_cast<Address>(t.data) + t.byte_offset;
+}
+
+// object.name(arguments...)
+template <class... Arguments>
+py::object ask(py::handle object, PyObject* name, const Arguments&... arguments) {
+  PyObject* const all[] = {object.ptr(), arguments.ptr()...};
+  PyObject* const answer = PyObject_VectorcallMethod(name, all, 1 + sizeof...(arguments), nullptr);
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+// Whether a tensor has the signs that its memory has: torch may keep a minus to itself.
+inline bool signed_as_stored(py::handle tensor) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  return ask(tensor, is_neg).ptr() == Py_False;
+}
+
 inline dlpack::Type exchange_type(int dtype) {
   switch (dtype) {
     case kFloat32: return {dlpack::kFloat, 32, 1};

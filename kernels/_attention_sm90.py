@@ -124,6 +124,7 @@ def _compute(
     GROUP: gl.constexpr,
     CAUSAL: gl.constexpr,
     WHOLE: gl.constexpr,
+    OWN_ROOM: gl.constexpr,
     BLOCK_N: gl.constexpr,
 ):
     o_desc = descs[3]
@@ -183,7 +184,8 @@ def _compute(
             release(v_bars, before)
             p = gl.convert_layout(narrow(e, q.dtype), operand(vs.shape[-1]))
             acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, O_LAYOUT))[:, None]
-        release(q_bars, GROUP)
+        if OWN_ROOM:
+            release(q_bars, GROUP)
         slot = step % STAGES
         acc = warpgroup_mma(p, matrix(vs.index(slot)), acc, is_async=True)
         step += 1
@@ -198,10 +200,14 @@ def _compute(
         release(v_bars, slot)
         acc = acc * gl.convert_layout(1 / total, gl.SliceLayout(1, O_LAYOUT))[:, None]
         out = narrow(acc, q.dtype)
-        tma.store_wait(0)  # the one before
+        if OWN_ROOM:
+            tma.store_wait(0)  # the one before
         matrix(outs.index(GROUP)).store(out)
         fence_async_shared()
         tma_store(o_desc, [head // N, head % N, row, 0], outs.index(GROUP))
+        if not OWN_ROOM:
+            tma.store_wait(0)
+            release(q_bars, GROUP)
         m, head = place(turn, tiles, heads, chunk, CAUSAL)
     tma.store_wait(0)
 
@@ -222,13 +228,16 @@ def attention_fwd_sm90_kernel(
     factor,  # the scale in the units of log2, above zero
     CAUSAL: gl.constexpr,
     WHOLE: gl.constexpr,  # no tile of keys takes a comparison
+    OWN_ROOM: gl.constexpr,  # results have memory of their own: the next queries come earlier
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     qs = room(q_desc, 2)
     ks = room(k_desc, STAGES)
     vs = room(v_desc, STAGES)
-    outs = room(o_desc, 2)  # of their own, not that of the queries: the next ones come earlier
+    outs = qs  # what is as large as a tile of queries may take its place
+    if OWN_ROOM:
+        outs = room(o_desc, 2)
     descs = (q_desc, k_desc, v_desc, o_desc)
     slots = (qs, ks, vs, outs)
     bars = (ring(2, 1), ring(STAGES, 2), ring(STAGES, 2))
@@ -237,10 +246,10 @@ def attention_fwd_sm90_kernel(
     gl.warp_specialize(
         [
             (_compute, (
-                descs, slots, bars, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, BLOCK_N
+                descs, slots, bars, sizes, lse_ptr, factor, 0, CAUSAL, WHOLE, OWN_ROOM, BLOCK_N
             )),
             (_compute, (
-                descs, slots, bars, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, BLOCK_N
+                descs, slots, bars, sizes, lse_ptr, factor, 1, CAUSAL, WHOLE, OWN_ROOM, BLOCK_N
             )),
             (_load, (descs, slots, bars, sizes, CAUSAL, BLOCK_N)),
         ],
@@ -274,6 +283,7 @@ def plan(
     constants = {
         "CAUSAL": causal,
         "WHOLE": not causal and S_k % config.block == 0,
+        "OWN_ROOM": D_v != D or D <= 128,  # of 256 there would be more than a multiprocessor has
         "BLOCK_N": config.block,
         "STAGES": config.num_stages,
         **LAUNCH_SM90,

@@ -33,15 +33,20 @@ DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 #: Whether the kernels below run in Triton's interpreter: fixed when they are decorated.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
+#: The precision of `dot` that is not said; a string that is no constexpr is none to Triton 3.6.
+IEEE = tl.constexpr("ieee")
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def dot(a, b, acc):
+def dot(a, b, acc, PRECISION: tl.constexpr = IEEE):
     """``acc + a @ b``, [M, N] or [S, M, N], with every product exact to the operands' precision.
 
-    "ieee" forbids TF32: float32 operands are multiplied as float32.
+    "ieee" forbids TF32: float32 operands are multiplied as float32. "bf16x6" splits each of them in
+    three of bfloat16, whose digits together are its own, and multiplies those on tensor cores: six
+    products, without the three that are too small to matter.
     """
     if INTERPRETED and a.dtype == acc.dtype:
         # A GPU adds up each entry in the order of k, whatever the tiles: backward then recomputes
@@ -53,7 +58,13 @@ def dot(a, b, acc):
         # numpy has no bfloat16
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+    if acc.dtype == tl.float64 and len(a.shape) == 2:
+        # Tile by tile, as cuBLAS sums: one chain of additions along all of k loses several times as
+        # much. A plain sum of both would become that chain. [S, M, N] has its S parts, and more
+        # registers it has not.
+        part = tl.dot(a, b, input_precision="ieee", out_dtype=acc.dtype)
+        return tl.fma(part, 1.0, acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -14,13 +14,21 @@ from dataclasses import dataclass
 
 import torch
 
+H100 = "NVIDIA H100 80GB HBM3"
+
 #: Bytes of shared memory that one block may use, by table.
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
 
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2."""
+    """C [block_m, block_n] by steps of block_k; group_m rows of tiles share columns of B in L2.
+
+    Where `flat`, there are as many programs as run at the same time. Each goes over its tiles of C
+    and the steps of all of them in one loop, so that the next tile is read while one is written; on
+    sm_90 alone, as that spills on sm_100.
+    `precision` as in `_common.dot`.
+    """
 
     block_m: int
     block_n: int
@@ -28,6 +36,8 @@ class ProductConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    flat: bool = False
+    precision: str = "ieee"
     tuned_on: str | None = None
 
 
@@ -55,20 +65,29 @@ class RecurrenceConfig:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """block_m query rows against block_n key rows."""
+    """block_m query rows against block_n key rows.
+
+    `ruled`: what takes its place under a cap, ALiBi or dropout, where those take more registers
+    than there are.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     tuned_on: str | None = None
+    ruled: "AttentionConfig | None" = None
 
 
 def _both(
-    block_m: int, block_n: int, num_warps: int, num_stages: int
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+    ruled: AttentionConfig | None = None,
 ) -> tuple[AttentionConfig, AttentionConfig]:
     """One entry for both."""
-    config = AttentionConfig(block_m, block_n, num_warps, num_stages)
+    config = AttentionConfig(block_m, block_n, num_warps, num_stages, ruled=ruled)
     return config, config
 
 
@@ -114,7 +133,10 @@ SPLIT_STEP = 64
 #: By dtype: the first entry whose block_m covers M, else the last.
 PRODUCT = {
     torch.float16: (ProductConfig(16, 64, 64, 4, 3), ProductConfig(128, 128, 32, 8, 3)),
-    torch.float32: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
+    torch.float32: (
+        ProductConfig(16, 64, 16, 4, 3),
+        ProductConfig(64, 64, 32, 4, 3, precision="bf16x6", tuned_on=H100),
+    ),
     torch.float64: (ProductConfig(16, 64, 16, 4, 3), ProductConfig(64, 64, 16, 8, 3)),
 }
 
@@ -154,9 +176,7 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
         # Few rows: twice as many programs each multiply half as much, and read less at once. A step
         # of an lstm, H = 768 on 16 rows, takes 3.7 us, 6.0 backward; by the next entry 3.9, 10.1.
-        RecurrenceConfig(
-            16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on="NVIDIA H100 80GB HBM3"
-        ),
+        RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
@@ -165,8 +185,9 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
 }
 
 #: By table, dtype and block of head dims: the entry for whole heads without a mask, the one for the
-#: rest, and, where it is not that, the one for whole heads of packed sequences or in a window. A
-#: mask, a head dim that does not fill its block, or lengths of its own take registers.
+#: rest, and, where they are not that, the ones for whole heads of packed sequences or in a window,
+#: and under a mask, a cap, ALiBi or dropout. All these, and head dims that do not fill their block,
+#: take registers.
 _WIDE_FWD = {
     torch.float32: {
         32: _both(64, 32, 8, 2),
@@ -176,7 +197,7 @@ _WIDE_FWD = {
     },
     torch.float64: {
         32: _both(64, 32, 8, 2),
-        64: _both(64, 16, 8, 2),
+        64: _both(64, 16, 8, 2, ruled=AttentionConfig(32, 16, 8, 2)),
         128: _both(32, 16, 8, 2),
     },
 }
@@ -197,11 +218,13 @@ ATTENTION_FWD = {
                 AttentionConfig(128, 128, 8, 3),
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(128, 64, 8, 3),
+                AttentionConfig(128, 64, 8, 2),
             ),
             128: (
                 AttentionConfig(128, 128, 8, 2),
                 AttentionConfig(64, 64, 8, 2),
                 AttentionConfig(128, 64, 8, 3),
+                AttentionConfig(128, 64, 8, 2),
             ),
             256: (AttentionConfig(128, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
@@ -217,7 +240,7 @@ _WIDE_DQ = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 2),
+        32: _both(32, 32, 8, 2, ruled=AttentionConfig(32, 16, 8, 1)),
         64: _both(32, 16, 8, 2),
         128: _both(16, 16, 8, 1),
     },
@@ -226,7 +249,10 @@ ATTENTION_DQ = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 4, 2)),
-            64: (AttentionConfig(64, 64, 4, 2), AttentionConfig(64, 32, 8, 2)),
+            64: (
+                AttentionConfig(64, 64, 4, 2),
+                AttentionConfig(64, 32, 8, 2, ruled=AttentionConfig(32, 32, 8, 1)),
+            ),
             128: (AttentionConfig(64, 32, 4, 2), AttentionConfig(32, 32, 8, 2)),
             256: (AttentionConfig(32, 32, 4, 1), AttentionConfig(16, 32, 8, 1)),
         },
@@ -234,16 +260,21 @@ ATTENTION_DQ = {
     },
     "sm_90": {
         torch.float16: {
-            32: (AttentionConfig(128, 64, 8, 2), AttentionConfig(64, 64, 4, 2)),
+            32: (
+                AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(64, 64, 4, 2, ruled=AttentionConfig(64, 32, 4, 2)),
+            ),
             64: (
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(64, 32, 4, 2),
                 AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 2, ruled=AttentionConfig(64, 32, 8, 2)),
             ),
             128: (
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(32, 32, 8, 2),
                 AttentionConfig(128, 64, 8, 2),
+                AttentionConfig(128, 64, 8, 2, ruled=AttentionConfig(64, 32, 8, 2)),
             ),
             256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
         },
@@ -259,7 +290,7 @@ _WIDE_DKV = {
         256: _both(16, 16, 8, 1),
     },
     torch.float64: {
-        32: _both(32, 32, 8, 1),
+        32: _both(32, 32, 8, 1, ruled=AttentionConfig(16, 32, 8, 1)),
         64: _both(16, 32, 8, 1),
         128: _both(16, 16, 8, 1),
     },
@@ -268,7 +299,10 @@ ATTENTION_DKV = {
     "sm_80": {
         torch.float16: {
             32: (AttentionConfig(64, 64, 4, 2), AttentionConfig(32, 64, 4, 2)),
-            64: (AttentionConfig(32, 64, 4, 2), AttentionConfig(32, 64, 8, 2)),
+            64: (
+                AttentionConfig(32, 64, 4, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(16, 64, 8, 1)),
+            ),
             128: (AttentionConfig(32, 64, 8, 2), AttentionConfig(16, 32, 8, 1)),
             256: (AttentionConfig(16, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
@@ -279,13 +313,15 @@ ATTENTION_DKV = {
             32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
             64: (
                 AttentionConfig(64, 128, 8, 2),
-                AttentionConfig(32, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 128, 8, 2),
+                AttentionConfig(32, 128, 8, 2),
             ),
             128: (
                 AttentionConfig(64, 64, 8, 2),
-                AttentionConfig(16, 64, 8, 2),
+                AttentionConfig(16, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2),
             ),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },
@@ -293,14 +329,35 @@ ATTENTION_DKV = {
     },
 }
 
+_DMASK = {
+    torch.float16: {
+        32: _both(64, 64, 8, 1),
+        64: _both(64, 32, 8, 1, ruled=AttentionConfig(32, 32, 8, 1)),
+        128: _both(32, 32, 8, 1),
+        256: _both(16, 16, 8, 1),
+    },
+    torch.float32: {
+        32: _both(32, 32, 8, 1),
+        64: _both(32, 32, 8, 1, ruled=AttentionConfig(32, 16, 8, 1)),
+        128: _both(32, 16, 8, 1, ruled=AttentionConfig(16, 16, 8, 1)),
+        256: _both(16, 16, 8, 1),
+    },
+    torch.float64: {
+        32: _both(32, 16, 8, 1),
+        64: _both(16, 16, 8, 1),
+        128: _both(16, 16, 8, 1),
+    },
+}
+ATTENTION_DMASK = {"sm_80": _DMASK, "sm_90": _DMASK}
+
 #: The kernels in Gluon for sm_90, 16-bit floats without a mask, by (D, D_v): these and no others.
 #: No interpreter runs them, so an entry stands here once its values were compared on a GPU.
-H100 = "NVIDIA H100 80GB HBM3"
 ATTENTION_FWD_SM90 = {
     (64, 64): HopperConfig(128, 4, H100),
     (128, 128): HopperConfig(128, 2, H100),
     (64, 128): HopperConfig(128, 2, H100),
     (128, 64): HopperConfig(128, 2, H100),
+    (256, 256): HopperConfig(64, 2, H100),
 }
 ATTENTION_DQ_SM90 = {
     (64, 64): HopperConfig(64, 3, H100),
@@ -328,7 +385,15 @@ CROWDED = {
 #: registers are scarce. Few rows leave such tiles empty: from DESCRIBED_LEAST rows on.
 DESCRIBED = {
     "sm_90": {
-        torch.float16: (ProductConfig(128, 256, 64, 8, 3), ProductConfig(128, 64, 64, 8, 4)),
+        torch.float16: (
+            ProductConfig(128, 256, 64, 8, 3, flat=True, tuned_on=H100),
+            ProductConfig(128, 64, 64, 8, 4, flat=True),
+        ),
+        torch.float32: (
+            # 60 to 63 TFLOP/s; cuBLAS 48 to 50 and a larger error, without tensor cores
+            ProductConfig(128, 128, 32, 8, 3, precision="bf16x6", tuned_on=H100),
+            ProductConfig(64, 64, 32, 4, 3, precision="bf16x6"),
+        ),
     }
 }
 DESCRIBED_LEAST = 65
@@ -343,12 +408,14 @@ LOSS_ROWS = 2048
 #: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
+#: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
+LOSS_COLUMNS = 128
 LOSS_GRADIENT = {
-    torch.float16: LossConfig(8, 512, 8),
+    torch.float16: LossConfig(8, 512, 4, H100),
     torch.float32: LossConfig(8, 512, 8),
     torch.float64: LossConfig(8, 256, 8),
 }
-LOSS_SPLIT = 256
+LOSS_SPLIT = 128
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:
@@ -408,15 +475,19 @@ def attention(
     capability: int,
     dtype: torch.dtype,
     block_d: int,
-    plain: bool,
+    whole: bool,
     packed: bool,
+    masked: bool,
+    ruled: bool,
 ) -> AttentionConfig:
-    """Block sizes from ATTENTION_FWD, _DQ or _DKV for head dims that round up to `block_d`.
+    """Block sizes from ATTENTION_FWD, _DQ, _DKV or _DMASK for head dims that round up to `block_d`.
 
-    `plain`: there is no mask, and the head dims are `block_d` exactly; `packed`: sequences lie one
-    behind the other, or there is a window.
+    `whole`: the head dims are `block_d` exactly; `packed`: sequences lie one behind the other, or
+    there is a window; `masked`: there is a mask; `ruled`: there is a cap, ALiBi or dropout.
     """
     first, rest, *more = tables[table(capability)][storage(dtype)][block_d]
-    if not plain:
-        return rest
-    return (*more, rest)[0] if packed else first
+    of_packed, of_more = (*more, rest, rest)[:2]
+    if whole and not masked and not ruled:
+        return of_packed if packed else first
+    found = of_more if whole else rest
+    return found.ruled or found if ruled else found

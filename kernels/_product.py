@@ -2,8 +2,9 @@
 those of a loss over a large vocabulary.
 
 Written here rather than left to torch.matmul for three reasons: float32 stays float32 whatever
-torch.backends.cuda.matmul.allow_tf32 says; 16-bit operands leave their float32 sums unrounded for
-what comes after; and Triton's interpreter proves the value without a GPU.
+torch.backends.cuda.matmul.allow_tf32 says, on tensor cores too (`_common.dot`); 16-bit operands
+leave their float32 sums unrounded for what comes after; and Triton's interpreter proves the value
+without a GPU.
 
 Tiles are read through pointers, which know any stride, or through tensor descriptors on chips whose
 tensor memory accelerator takes them, from matrices that it can address.
@@ -26,6 +27,7 @@ from ._common import (
     compute_dtype,
     dot,
     load_tile,
+    multiprocessors,
     to_storage,
 )
 from ._launch import Call, launch, once
@@ -43,6 +45,19 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     band_rows = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
     within = pid % (GROUP_M * tiles_n)
     return (band * GROUP_M + within % band_rows) * BLOCK_M, within // band_rows * BLOCK_N
+
+
+@triton.jit
+def turns(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FLAT: tl.constexpr):
+    """The range of the tiles of C [M, N] that are the program's.
+
+    Where not FLAT the compiler must see that it is one, and that there is no loop.
+    """
+    tile = tl.program_id(0)
+    if FLAT:
+        return tile, tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)
+    else:
+        return tile, tile + 1, 1
 
 
 @triton.jit
@@ -66,13 +81,14 @@ def tile_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """`acc` plus rows m ... of A times columns n ... of B, over k in [first, last)."""
     if DESCRIBED:
         for k in range(first, last, BLOCK_K):
             a_tile = a.load([k, m]).T if A_TURNED else a.load([m, k])
             b_tile = b.load([n, k]).T if B_TURNED else b.load([k, n])
-            acc = dot(a_tile, b_tile, acc)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
     else:
         rows = m + tl.arange(0, BLOCK_M)
         cols = n + tl.arange(0, BLOCK_N)
@@ -87,10 +103,20 @@ def tile_product(
             k_ok = k + ks < last
             a_tile = load_tile(a_ptrs, rows_ok, k_ok[None, :], True, True)
             b_tile = load_tile(b_ptrs, k_ok[:, None], cols_ok, True, True)
-            acc = dot(a_tile, b_tile, acc)
+            acc = dot(a_tile, b_tile, acc, PRECISION)
             a_ptrs += BLOCK_K * stride_ak
             b_ptrs += BLOCK_K * stride_bk
     return acc
+
+
+@triton.jit
+def columns(tile, PARTS: tl.constexpr):
+    """The columns of a tile from left to right, in 1, 2 or 4 parts, each thread's own its own."""
+    if PARTS == 1:
+        return (tile,)
+    else:
+        left, right = tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
+        return columns(left, PARTS // 2) + columns(right, PARTS // 2)
 
 
 @triton.jit
@@ -158,57 +184,64 @@ def product_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_REST: tl.constexpr,
     KEEP_REST: tl.constexpr,  # or only add what it holds
+    C_DESCRIBED: tl.constexpr,
     ADD: tl.constexpr,  # to what c, and rest, hold
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     split = tl.program_id(1)
     first = split * split_k
     last = tl.minimum(K, first + split_k)
     # With a rest there would be pointers to three tiles, too many for the registers.
-    if not HAS_REST:
+    if not C_DESCRIBED:
         c += split.to(tl.int64) * M * stride_cm
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    if ADD:
-        acc += _load_c(c, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
-        if HAS_REST:
-            acc += _load_c(rest, m, n, M, N, stride_cm, HAS_REST, BLOCK_M, BLOCK_N).to(ACC)
-    acc = tile_product(
-        acc,
-        a,
-        b,
-        m,
-        n,
-        first,
-        last,
-        M,
-        N,
-        stride_am,
-        stride_ak,
-        stride_bk,
-        stride_bn,
-        DESCRIBED,
-        A_TURNED,
-        B_TURNED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    cols = n + tl.arange(0, BLOCK_N)
-    if HAS_BIAS0:
-        acc += tl.load(bias0_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    if HAS_BIAS1:
-        acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
-    if HAS_SCALE:
-        acc *= tl.load(scale_ptr).to(ACC)
-    storage: tl.constexpr = c.dtype if HAS_REST else c.dtype.element_ty
-    rounded = to_storage(acc, storage)
-    _store_c(c, rounded, m, n, M, N, stride_cm, HAS_REST)
-    if KEEP_REST:
-        _store_c(rest, to_storage(acc - rounded.to(ACC), storage), m, n, M, N, stride_cm, HAS_REST)
+    start, end, step = turns(M, N, BLOCK_M, BLOCK_N, FLAT)
+    for tile in tl.range(start, end, step, flatten=FLAT):
+        m, n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        if ADD:
+            acc += _load_c(c, m, n, M, N, stride_cm, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+            if HAS_REST:
+                acc += _load_c(rest, m, n, M, N, stride_cm, C_DESCRIBED, BLOCK_M, BLOCK_N).to(ACC)
+        acc = tile_product(
+            acc,
+            a,
+            b,
+            m,
+            n,
+            first,
+            last,
+            M,
+            N,
+            stride_am,
+            stride_ak,
+            stride_bk,
+            stride_bn,
+            DESCRIBED,
+            A_TURNED,
+            B_TURNED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        cols = n + tl.arange(0, BLOCK_N)
+        if HAS_BIAS0:
+            acc += tl.load(bias0_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
+        if HAS_BIAS1:
+            acc += tl.load(bias1_ptr + cols, mask=cols < N, other=0.0).to(ACC)[None, :]
+        if HAS_SCALE:
+            acc *= tl.load(scale_ptr).to(ACC)
+        storage: tl.constexpr = c.dtype if C_DESCRIBED else c.dtype.element_ty
+        rounded = to_storage(acc, storage)
+        _store_c(c, rounded, m, n, M, N, stride_cm, C_DESCRIBED)
+        if KEEP_REST:
+            lost = to_storage(acc - rounded.to(ACC), storage)
+            _store_c(rest, lost, m, n, M, N, stride_cm, C_DESCRIBED)
 
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, bool] | None:
@@ -226,12 +259,13 @@ def describe(matrix: Tensor, block: tuple[int, int]) -> tuple[TensorDescriptor, 
 
 
 def operands(
-    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False
+    a: Tensor, b: Tensor, *outputs: Tensor, crowded: bool = False, columns: int | None = None
 ) -> tuple[list[Any], dict[str, Any]]:
     """How a kernel is to read a [M, K] and b [K, N], and write `outputs` [M, N].
 
     Args:
         crowded: what comes after the product takes many registers.
+        columns: how many of a tile, at most, are written at once; None for all.
 
     Returns:
         ``([a, b, *outputs], constants)``: as descriptors where all can be described, else as they
@@ -241,7 +275,8 @@ def operands(
     found: list[Any] = []
     if config is not None:
         m, n, k = config.block_m, config.block_n, config.block_k
-        found = [describe(a, (m, k)), describe(b, (k, n)), *(describe(c, (m, n)) for c in outputs)]
+        found = [describe(a, (m, k)), describe(b, (k, n))]
+        found += [describe(c, (m, min(n, columns or n))) for c in outputs]
     described = bool(found) and None not in found
     turned = [False, False]
     if described:
@@ -256,12 +291,20 @@ def operands(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "PRECISION": config.precision,
         "GROUP_M": config.group_m,
+        "FLAT": config.flat and capability(a.device) < 100,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **LAUNCH,
     }
     return list(found), constants
+
+
+def programs(device: torch.device, M: int, N: int, constants: dict[str, Any]) -> int:
+    """How many programs a launch with `constants` has for its tiles of C [M, N]."""
+    tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+    return min(tiles, multiprocessors(device)) if constants["FLAT"] else tiles
 
 
 def can_describe(a: Tensor, b: Tensor, out: Tensor) -> bool:
@@ -288,10 +331,16 @@ def _plan(
     *splits, M, N = c.shape
     if rest is None:
         given, constants = operands(a, b, crowded=add)
-        given += [c, None]
+        block = constants["BLOCK_M"], constants["BLOCK_N"]
+        alone = constants["DESCRIBED"] and not splits and not add and c.dtype == a.dtype
+        target = describe(c, block) if alone else None
+        given += [target[0] if target else c, None]
+        c_described = target is not None
     else:
         given, constants = operands(a, b, c, rest)
-    tiles = cdiv(M, constants["BLOCK_M"]) * cdiv(N, constants["BLOCK_N"])
+        c_described = True
+    if add or c.element_size() > 2:
+        constants["FLAT"] = False
     args = (
         *given[:2],
         bias0,
@@ -313,8 +362,10 @@ def _plan(
         "HAS_REST": rest is not None,
         "KEEP_REST": rest is not None and not final,
         "ADD": add,
+        "C_DESCRIBED": c_described,
     }
-    return Call(product_kernel, (tiles, *splits), args, constants)
+    grid = (programs(a.device, M, N, constants), *splits)
+    return Call(product_kernel, grid, args, constants)
 
 
 def product(

@@ -9,13 +9,22 @@ comparison (in the kernel of dK and dV, all: a second loop costs it more registe
 Query head n reads K and V of head n // (N // N_kv) by index. Every sum is made by one program in
 one order, so two runs agree bit for bit.
 
-Scores live in units that depend on WIDE: float32 and float64, and any dtype under a float mask. If
-not wide they are S * log2(e), so that an exponential is one fused multiply-add and one exp2. Wide
-ones are S itself: the rounded factor log2(e) would cost digits in the subtraction S - lse, and make
--inf of a mask's most negative number.
+Scores live in units that depend on WIDE: float32 and float64, and any dtype under a float mask, a
+cap or ALiBi. If not wide they are S * log2(e), so that an exponential is one fused multiply-add and
+one exp2. Wide ones are S itself: the rounded factor log2(e) would cost digits in the subtraction
+S - lse, and make -inf of a mask's most negative number.
+
+Under a float mask backward knows lse in two parts, a row's highest score and the rest: in a row of
+the most negative number alone, or of -1e9, their sum would be rounded to the first, and every
+weight be 1.
+
+What makes scores of products, and what dropout draws, are known when a kernel compiles: without a
+cap, ALiBi and so on, nothing is left of them in the machine code. The weights that dropout keeps
+are drawn again in each pass (`_philox.py`), and backward knows a sink by lse alone.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,10 +43,12 @@ from ._common import (
     dot,
     empty_rows_like,
     load_tile,
+    tanh,
     to_storage,
     with_dense_rows,
 )
 from ._launch import Call, launch
+from ._philox import WORD, draw_of, kept
 
 try:
     from . import _attention_sm90, _attention_sm90_bwd, _hopper
@@ -45,7 +56,7 @@ except (AttributeError, ImportError):  # Gluon is experimental: a later Triton m
     _hopper = None  # type: ignore[assignment]
 
 DTYPES = _common.DTYPES
-FEATURES = frozenset({"v_head_dim", "window"})
+FEATURES = frozenset({"alibi", "dropout", "mask_grad", "sinks", "softcap", "v_head_dim", "window"})
 
 #: The smallest block of head dims.
 LEAST_BLOCK_D = 32
@@ -75,40 +86,83 @@ def _rows(ptr, index, stride, cols):
 
 
 @triton.jit
-def _scores(
+def _rule(
+    factor,
+    slopes_ptr,  # [B, N] or, where stride_slopes is 0, [N]; None for no ALiBi
+    stride_slopes,
+    b,
+    n,
+    S_q,  # 0 where there is no sequence b
+    diagonal,
+    softcap,
+    ACC: tl.constexpr,
+):
+    """What makes scores of the products of a head: (factor, cap, slope, diagonal)."""
+    slope = tl.full([], 0, ACC)
+    if slopes_ptr is not None:
+        slope = tl.load(slopes_ptr + b * stride_slopes + n, mask=S_q > 0, other=0.0)
+    return factor, tl.full([], softcap, ACC), slope, diagonal
+
+
+@triton.jit
+def _products(
     a,  # [M, D], queries; or keys, and all is transposed
     b,  # [N, D]
-    factor,
+    rule,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """What `_scores` makes scores of: a b^T or, where there is a cap c, tanh(scale * a b^T / c)."""
+    factor, cap, _, _ = rule
+    s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], ACC))
+    if NEGATIVE:
+        s = -s
+    if CAP:
+        s = tanh(s * (factor / cap))
+    return s
+
+
+@triton.jit
+def _scores(
+    s,  # [M, N], of `_products`
+    rule,
+    rows,  # [M, 1] or [1, N], the places of queries
+    keys,
     mask_rows,  # [M, 1], pointers to the mask's rows
     mask_cols,  # [1, N], offsets in them
     visible,  # [M, N], the causal rule and the end of the keys, checked where EDGE
     inside,  # [M, N], what lies in the mask's memory
     ACC: tl.constexpr,
-    NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SCALED: tl.constexpr,
     EDGE: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """What `_minus` takes an offset from: -inf where a query does not see a key."""
-    s = dot(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], ACC))
-    if NEGATIVE:
-        s = -s
+    factor, cap, slope, diagonal = rule
+    if CAP:
+        s = s * cap
+    elif SCALED:
+        s = s * factor
+    if ALIBI:
+        s = s - slope * tl.abs(rows + diagonal - keys).to(ACC)
     if MASK == "bool":
         keep = tl.load(mask_rows + mask_cols, mask=inside, other=0)
         s = tl.where(keep != 0, s, float("-inf"))
     elif MASK == "float":
         bias = tl.load(mask_rows + mask_cols, mask=inside, other=0.0).to(ACC)
-        s = s * factor + bias
+        s = s + bias
     if EDGE:
         s = tl.where(visible, s, float("-inf"))
     return s
 
 
 @triton.jit
-def _minus(s, factor, offset, MASK: tl.constexpr):
-    """s * factor - offset, rounded once: near the row's maximum it cancels. A float mask forced the
-    factor on `s` already."""
-    return s - offset if MASK == "float" else tl.fma(s, factor, -offset)
+def _minus(s, factor, offset, SCALED: tl.constexpr):
+    """s * factor - offset, rounded once: near the row's maximum it cancels."""
+    return s - offset if SCALED else tl.fma(s, factor, -offset)
 
 
 @triton.jit
@@ -215,10 +269,15 @@ def _fwd_keys(
     stride_ks,
     stride_vs,
     stride_mask_k,
-    factor,
+    rule,
+    draw,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -244,27 +303,31 @@ def _fwd_keys(
         visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
         s = _scores(
-            q,
-            k,
-            factor,
+            _products(q, k, rule, ACC, NEGATIVE, CAP),
+            rule,
+            rows[:, None],
+            keys[None, :],
             mask_rows,
             mask_cols,
             visible,
             inside,
             ACC,
-            NEGATIVE,
             MASK,
+            CAP,
+            ALIBI,
+            SCALED,
             EDGE,
-            WIDE,
         )
 
         top = tl.max(s, 1)
-        highest_now = tl.maximum(highest, top if MASK == "float" else top * factor)
+        highest_now = tl.maximum(highest, top if SCALED else top * rule[0])
         # A row that has seen no key yet has highest -inf, and -inf - -inf would be NaN.
         anchor = tl.where(highest_now == float("-inf"), 0.0, highest_now)
-        p = _exp(_minus(s, factor, anchor[:, None], MASK), WIDE)
+        p = _exp(_minus(s, rule[0], anchor[:, None], SCALED), WIDE)
         fade = _exp(highest - anchor, WIDE)
         total = total * fade + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(kept(draw, rows, n, BLOCK_N), p, 0.0)
         v_ptrs = _rows(v_ptr, places, stride_vs, dvs)
         v = load_tile(v_ptrs, keys_ok[:, None], (dvs < D_V)[None, :], EDGE, not WHOLE_DV)
         acc = dot(to_storage(p, v.dtype), v, acc * fade[:, None])
@@ -280,6 +343,8 @@ def attention_fwd_kernel(
     mask_ptr,  # [B, N, S_q, S_k], bytes if MASK is "bool"
     out_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
+    highest_ptr,  # [B, N, S_q], contiguous, as rest_ptr; None, both, if nobody asks for the parts
+    rest_ptr,
     N,
     group,  # N // N_kv
     S_q,
@@ -296,6 +361,14 @@ def attention_fwd_kernel(
     D,
     D_V,
     scale: tl.float64,
+    sinks_ptr,  # [N]; None for none
+    slopes_ptr,  # these three as in `_rule`
+    stride_slopes,
+    diagonal,
+    softcap: tl.float64,
+    seed_ptr,  # [1]; None for no dropout
+    least: tl.uint32,  # as in `draw_of`
+    growth: tl.float64,  # of what dropout keeps
     stride_qb,
     stride_qn,
     stride_qs,
@@ -317,6 +390,10 @@ def attention_fwd_kernel(
     CAUSAL: tl.constexpr,  # last is 0, and known to be when this compiles
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,  # "none", "bool" or "float"
+    CAP: tl.constexpr,  # there is a softcap
+    ALIBI: tl.constexpr,  # there are slopes
+    DROPOUT: tl.constexpr,  # there is a seed
+    SCALED: tl.constexpr,  # scores are more than products, and come with the factor
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -336,26 +413,30 @@ def attention_fwd_kernel(
     b = (head // N).to(tl.int64)
     n = (head % N).to(tl.int64)
     n_kv = n // group
-    lse_ptr += tl.cast(head, tl.int64) * S_q
+    row_0 = tl.cast(head, tl.int64) * S_q
     tile = tiles - 1 - pid % tiles
+    sequence = b
     if starts_q_ptr is not None:
         sequence, tile, q_0, k_0, S_q, S_k = _sequence(
             tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
         )
         if ENDS_MEET:
+            diagonal = S_k - S_q
             if first is not None:
-                first += S_k - S_q
+                first += diagonal
             if last is not None:
-                last += S_k - S_q
+                last += diagonal
         q_ptr += q_0 * stride_qs
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         out_ptr += q_0 * stride_os
-        lse_ptr += q_0
+        row_0 += q_0
         if pages_ptr is not None:
             pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
     factor = _unit_factor(tl.full([], scale, ACC), WIDE)
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
+    draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
@@ -373,6 +454,11 @@ def attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
     total = tl.zeros([BLOCK_M], ACC)
     highest = tl.full([BLOCK_M], float("-inf"), ACC)
+    if sinks_ptr is not None:
+        # one more score, seen before all keys; one of -inf fades from the sum like a first maximum
+        sink = tl.load(sinks_ptr + n).to(ACC)
+        highest = tl.full([BLOCK_M], sink if WIDE else sink * LOG2_E, ACC)
+        total += 1
     start, full, edge, end = _key_ranges(m, S_k, first, last, BLOCK_M, BLOCK_N)
     for part in tl.static_range(1 if first is None else 0, 3):
         acc, total, highest = _fwd_keys(
@@ -397,10 +483,15 @@ def attention_fwd_kernel(
             stride_ks,
             stride_vs,
             stride_mask_k,
-            factor,
+            rule,
+            draw,
             ACC=ACC,
             NEGATIVE=NEGATIVE,
             MASK=MASK,
+            CAP=CAP,
+            ALIBI=ALIBI,
+            DROPOUT=DROPOUT,
+            SCALED=SCALED,
             EDGE=part != 1,
             WIDE=WIDE,
             BLOCK_N=BLOCK_N,
@@ -412,12 +503,19 @@ def attention_fwd_kernel(
 
     blind = total == 0  # saw no key
     total = tl.where(blind, 1.0, total)
-    lse = highest + _log(total, WIDE)
+    rest = _log(total, WIDE)
+    lse = highest + rest
     lse = tl.where(blind, float("-inf"), lse if WIDE else lse * LN_2)
     out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
+    if DROPOUT:
+        acc *= draw[4]
     out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
-    tl.store(lse_ptr + rows, lse, mask=rows < S_q)
+    at = row_0 + rows
+    tl.store(lse_ptr + at, lse, mask=rows < S_q)
+    if rest_ptr is not None:  # there is a float mask, and so the scores are wide
+        tl.store(highest_ptr + at, highest, mask=rows < S_q)
+        tl.store(rest_ptr + at, rest, mask=rows < S_q)
 
 
 @triton.jit
@@ -425,6 +523,58 @@ def _load_lse(ptrs, ok, WIDE: tl.constexpr):
     """lse in the units of scores; +inf, so that P = 0, in rows that see no key or do not exist."""
     lse = tl.load(ptrs, mask=ok, other=float("-inf"))
     return tl.where(lse == float("-inf"), float("inf"), lse if WIDE else lse * LOG2_E)
+
+
+@triton.jit
+def _load_rest(ptr, at, ok, lse):
+    """What `lse` lacks: 0 where nobody kept it, of which nothing is left in the machine code."""
+    if ptr is None:
+        return tl.zeros_like(lse)
+    else:
+        return tl.load(ptr + at, mask=ok, other=0.0)
+
+
+@triton.jit
+def _weights(
+    a,  # these as in `_products`
+    b,
+    lse,  # [M, 1] or [1, N], of `_load_lse`
+    rest,  # the same, of `_load_rest`
+    rule,
+    rows,  # and these as in `_scores`
+    keys,
+    mask_rows,
+    mask_cols,
+    visible,
+    inside,
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SCALED: tl.constexpr,
+    EDGE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """P of the backward pass, and the products, of which the slope of a cap is made."""
+    products = _products(a, b, rule, ACC, NEGATIVE, CAP)
+    s = _scores(
+        products,
+        rule,
+        rows,
+        keys,
+        mask_rows,
+        mask_cols,
+        visible,
+        inside,
+        ACC,
+        MASK,
+        CAP,
+        ALIBI,
+        SCALED,
+        EDGE,
+    )
+    return _exp(_minus(s, rule[0], lse, SCALED) - rest, WIDE), products
 
 
 @triton.jit
@@ -483,7 +633,8 @@ def attention_bwd_dkv_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dk_ptr,  # [B, N_kv, S_k, D]
     dv_ptr,  # [B, N_kv, S_k, D_v]
@@ -500,6 +651,13 @@ def attention_bwd_dkv_kernel(
     D,
     D_V,
     scale: tl.float64,
+    slopes_ptr,
+    stride_slopes,
+    diagonal,
+    softcap: tl.float64,
+    seed_ptr,
+    least: tl.uint32,
+    growth: tl.float64,
     stride_qb,
     stride_qn,
     stride_qs,
@@ -527,6 +685,10 @@ def attention_bwd_dkv_kernel(
     CAUSAL: tl.constexpr,
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -546,26 +708,28 @@ def attention_bwd_dkv_kernel(
     b = (head_kv // N_kv).to(tl.int64)
     n_kv = (head_kv % N_kv).to(tl.int64)
     all_q = S_q
+    q_0 = 0
     tile = pid % tiles
+    sequence = b
     if starts_q_ptr is not None:
-        _, tile, q_0, k_0, S_q, S_k = _sequence(
+        sequence, tile, q_0, k_0, S_q, S_k = _sequence(
             tile, starts_q_ptr, starts_k_ptr, used_ptr, B, True, BLOCK_N, BLOCK_B
         )
         if ENDS_MEET:
+            diagonal = S_k - S_q
             if first is not None:
-                first += S_k - S_q
+                first += diagonal
             if last is not None:
-                last += S_k - S_q
+                last += diagonal
         q_ptr += q_0 * stride_qs
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         dout_ptr += q_0 * stride_dos
-        lse_ptr += q_0
-        delta_ptr += q_0
         dk_ptr += k_0 * stride_dks
         dv_ptr += k_0 * stride_dvs
     key_0 = tile * BLOCK_N
     scale_acc = tl.full([], scale, ACC)
+    growth_acc = tl.full([], growth, ACC)
     factor = _unit_factor(scale_acc, WIDE)
 
     keys = key_0 + tl.arange(0, BLOCK_N)
@@ -597,8 +761,9 @@ def attention_bwd_dkv_kernel(
         rows_ok = rows < S_q
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        row_0 = (b * N + n) * all_q
+        row_0 = (b * N + n) * all_q + q_0
         lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
+        rest = _load_rest(rest_ptr, row_0 + rows, rows_ok, lse)
         mask_rows = mask_ptr
         if MASK != "none":
             mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
@@ -606,20 +771,49 @@ def attention_bwd_dkv_kernel(
         mask_cols = rows.to(tl.int64)[None, :] * stride_mask_q
         inside = keys_ok & rows_ok[None, :]
         visible = _in_band(keys_ok, keys[:, None], rows[None, :], first, last)
-        st = _scores(
-            k, q, factor, mask_rows, mask_cols, visible, inside, ACC, NEGATIVE, MASK, banded, WIDE
+        rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
+        pt, products = _weights(
+            k,
+            q,
+            lse[None, :],
+            rest[None, :],
+            rule,
+            rows[None, :],
+            keys[:, None],
+            mask_rows,
+            mask_cols,
+            visible,
+            inside,
+            ACC,
+            NEGATIVE,
+            MASK,
+            CAP,
+            ALIBI,
+            SCALED,
+            banded,
+            WIDE,
         )
-        pt = _exp(_minus(st, factor, lse[None, :], MASK), WIDE)
         dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
         dout = load_tile(dout_ptrs, rows_ok[:, None], (dvs < D_V)[None, :], True, not WHOLE_DV)
-        dv = dot(to_storage(pt, dout.dtype), dout, dv)
+        used = pt
+        if DROPOUT:
+            draw = draw_of(sequence * N + n, seed_ptr, least, growth_acc)
+            keep = tl.trans(kept(draw, rows, key_0, BLOCK_N))
+            used = tl.where(keep, pt, 0.0)
+        dv = dot(to_storage(used, dout.dtype), dout, dv)
         delta = tl.load(delta_ptr + row_0 + rows, mask=rows_ok, other=0.0)
         dpt = dot(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_M], ACC))
+        if DROPOUT:
+            dpt = tl.where(keep, dpt * growth_acc, 0.0)
         dst = pt * (dpt - delta[None, :])
+        if CAP:
+            dst *= 1 - products * products
         dk = dot(to_storage(dst, q.dtype), q, dk)
 
     dk_ptrs = _rows(dk_ptr + b * stride_dkb + n_kv * stride_dkn, keys, stride_dks, ds)
     dv_ptrs = _rows(dv_ptr + b * stride_dvb + n_kv * stride_dvn, keys, stride_dvs, dvs)
+    if DROPOUT:
+        dv *= growth_acc
     dk = to_storage(dk * scale_acc, dk_ptr.dtype.element_ty)
     dv = to_storage(dv, dv_ptr.dtype.element_ty)
     tl.store(dk_ptrs, dk, mask=keys_ok & (ds < D)[None, :])
@@ -632,6 +826,7 @@ def _bwd_keys(
     q,  # [BLOCK_M, BLOCK_D]
     dout,  # [BLOCK_M, BLOCK_DV]
     lse,  # [BLOCK_M]
+    rest,  # [BLOCK_M]
     delta,  # [BLOCK_M]
     k_ptr,
     v_ptr,
@@ -648,10 +843,15 @@ def _bwd_keys(
     stride_ks,
     stride_vs,
     stride_mask_k,
-    factor,
+    rule,
+    draw,
     ACC: tl.constexpr,
     NEGATIVE: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
     EDGE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -675,10 +875,14 @@ def _bwd_keys(
         inside = (rows < S_q)[:, None] & visible
         visible = _in_band(visible, keys[None, :], rows[:, None], first, last)
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
-        s = _scores(
+        p, products = _weights(
             q,
             k,
-            factor,
+            lse[:, None],
+            rest[:, None],
+            rule,
+            rows[:, None],
+            keys[None, :],
             mask_rows,
             mask_cols,
             visible,
@@ -686,12 +890,18 @@ def _bwd_keys(
             ACC,
             NEGATIVE,
             MASK,
+            CAP,
+            ALIBI,
+            SCALED,
             EDGE,
             WIDE,
         )
-        p = _exp(_minus(s, factor, lse[:, None], MASK), WIDE)
         dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC))
+        if DROPOUT:
+            dp = tl.where(kept(draw, rows, n, BLOCK_N), dp * draw[4], 0.0)
         dscores = p * (dp - delta[:, None])
+        if CAP:
+            dscores *= 1 - products * products
         dq = dot(to_storage(dscores, k.dtype), k, dq)
     return dq
 
@@ -703,7 +913,8 @@ def attention_bwd_dq_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dq_ptr,  # [B, N, S_q, D]
     N,
@@ -719,6 +930,13 @@ def attention_bwd_dq_kernel(
     D,
     D_V,
     scale: tl.float64,
+    slopes_ptr,
+    stride_slopes,
+    diagonal,
+    softcap: tl.float64,
+    seed_ptr,
+    least: tl.uint32,
+    growth: tl.float64,
     stride_qb,
     stride_qn,
     stride_qs,
@@ -743,6 +961,10 @@ def attention_bwd_dq_kernel(
     CAUSAL: tl.constexpr,
     ENDS_MEET: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -762,15 +984,17 @@ def attention_bwd_dq_kernel(
     n_kv = n // group
     at = tl.cast(head, tl.int64) * S_q
     tile = tiles - 1 - pid % tiles
+    sequence = b
     if starts_q_ptr is not None:
-        _, tile, q_0, k_0, S_q, S_k = _sequence(
+        sequence, tile, q_0, k_0, S_q, S_k = _sequence(
             tile, starts_q_ptr, starts_k_ptr, used_ptr, B, False, BLOCK_M, BLOCK_B
         )
         if ENDS_MEET:
+            diagonal = S_k - S_q
             if first is not None:
-                first += S_k - S_q
+                first += diagonal
             if last is not None:
-                last += S_k - S_q
+                last += diagonal
         q_ptr += q_0 * stride_qs
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
@@ -780,6 +1004,8 @@ def attention_bwd_dq_kernel(
     m = tile * BLOCK_M
     scale_acc = tl.full([], scale, ACC)
     factor = _unit_factor(scale_acc, WIDE)
+    rule = _rule(factor, slopes_ptr, stride_slopes, sequence, n, S_q, diagonal, softcap, ACC)
+    draw = draw_of(sequence * N + n, seed_ptr, least, tl.full([], growth, ACC))
 
     rows = m + tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
@@ -791,6 +1017,7 @@ def attention_bwd_dq_kernel(
     dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
     at += rows
     lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
+    rest = _load_rest(rest_ptr, at, rows < S_q, lse)
     delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
     k_ptr += b * stride_kb + n_kv * stride_kn
     v_ptr += b * stride_vb + n_kv * stride_vn
@@ -807,6 +1034,7 @@ def attention_bwd_dq_kernel(
             q,
             dout,
             lse,
+            rest,
             delta,
             k_ptr,
             v_ptr,
@@ -823,10 +1051,15 @@ def attention_bwd_dq_kernel(
             stride_ks,
             stride_vs,
             stride_mask_k,
-            factor,
+            rule,
+            draw,
             ACC=ACC,
             NEGATIVE=NEGATIVE,
             MASK=MASK,
+            CAP=CAP,
+            ALIBI=ALIBI,
+            DROPOUT=DROPOUT,
+            SCALED=SCALED,
             EDGE=part != 1,
             WIDE=WIDE,
             BLOCK_M=BLOCK_M,
@@ -840,6 +1073,170 @@ def attention_bwd_dq_kernel(
     dq_ptrs = _rows(dq_ptr + b * stride_dqb + n * stride_dqn, rows, stride_dqs, ds)
     dq = to_storage(dq * scale_acc, dq_ptr.dtype.element_ty)
     tl.store(dq_ptrs, dq, mask=rows_ok & (ds < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["own_b", "own_n", "own_q", "own_k"])
+def attention_bwd_dmask_kernel(
+    q_ptr,  # [B, N, S_q, D]
+    k_ptr,  # [B, N_kv, S_k, D]
+    v_ptr,  # [B, N_kv, S_k, D_v]
+    mask_ptr,  # [B, N, S_q, S_k]
+    dout_ptr,  # [B, N, S_q, D_v]
+    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
+    delta_ptr,  # [B, N, S_q], contiguous
+    dmask_ptr,  # [B or 1, N or 1, S_q or 1, S_k or 1], contiguous
+    B,
+    N,
+    group,
+    S_q,
+    S_k,
+    first,
+    last,
+    D,
+    D_V,
+    scale: tl.float64,
+    slopes_ptr,
+    stride_slopes,
+    diagonal,
+    softcap: tl.float64,
+    seed_ptr,
+    least: tl.uint32,
+    growth: tl.float64,
+    stride_qb,
+    stride_qn,
+    stride_qs,
+    stride_kb,
+    stride_kn,
+    stride_ks,
+    stride_vb,
+    stride_vn,
+    stride_vs,
+    stride_mask_b,
+    stride_mask_n,
+    stride_mask_q,
+    stride_mask_k,
+    stride_dob,
+    stride_don,
+    stride_dos,
+    own_b,  # how many sequences the mask has
+    own_n,  # heads
+    own_q,  # tiles of queries
+    own_k,  # tiles of keys
+    SUM_Q: tl.constexpr,  # the mask is the same for all queries
+    SUM_K: tl.constexpr,  # for all keys
+    ACC: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_DV: tl.constexpr,
+):
+    """dS, one tile of the mask's gradient a program, which sums over all that the mask is the same
+    for: in the same order always, and no dS is in memory."""
+    if CAUSAL:
+        last = 0
+    tiles_q = tl.cdiv(S_q, BLOCK_M)
+    tiles_k = tl.cdiv(S_k, BLOCK_N)
+    pid = tl.program_id(0)
+    own_tile_k = pid % own_k
+    own_tile_q = pid // own_k % own_q
+    own_head = pid // own_k // own_q
+    # What there is to sum over. That these are not known to be 1 keeps the compiler from holding
+    # all addresses through the loop, for which there are no registers.
+    sums_n = N // own_n
+    sums_q = tiles_q // own_q
+    sums_k = tiles_k // own_k
+    steps = B // own_b * sums_n * sums_q * sums_k
+    if not SUM_Q and not SUM_K:
+        if last is not None:
+            steps = tl.where(own_tile_k * BLOCK_N > (own_tile_q + 1) * BLOCK_M - 1 + last, 0, steps)
+        if first is not None:
+            steps = tl.where(
+                (own_tile_k + 1) * BLOCK_N - 1 < own_tile_q * BLOCK_M + first, 0, steps
+            )
+
+    factor = _unit_factor(tl.full([], scale, ACC), WIDE)
+    ds = tl.arange(0, BLOCK_D)
+    dvs = tl.arange(0, BLOCK_DV)
+    dmask = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    for step in range(steps):
+        tile_k = own_tile_k + step % sums_k
+        tile_q = own_tile_q + step // sums_k % sums_q
+        at = step // sums_k // sums_q
+        n = (own_head % own_n + at % sums_n).to(tl.int64)
+        b = (own_head // own_n + at // sums_n).to(tl.int64)
+        n_kv = n // group
+        rows = tile_q * BLOCK_M + tl.arange(0, BLOCK_M)
+        keys = tile_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows_ok = (rows < S_q)[:, None]
+        keys_ok = (keys < S_k)[:, None]
+        q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
+        k_ptrs = _rows(k_ptr + b * stride_kb + n_kv * stride_kn, keys, stride_ks, ds)
+        q = load_tile(q_ptrs, rows_ok, (ds < D)[None, :], True, not WHOLE_D)
+        k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
+        row_0 = (b * N + n) * S_q
+        lse = _load_lse(lse_ptr + row_0 + rows, rows < S_q, WIDE)
+        rest = _load_rest(rest_ptr, row_0 + rows, rows < S_q, lse)
+        mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
+        mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
+        mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
+        inside = rows_ok & (keys < S_k)[None, :]
+        visible = _in_band(inside, keys[None, :], rows[:, None], first, last)
+        rule = _rule(factor, slopes_ptr, stride_slopes, b, n, S_q, diagonal, softcap, ACC)
+        draw = draw_of(b * N + n, seed_ptr, least, tl.full([], growth, ACC))
+        p, _ = _weights(
+            q,
+            k,
+            lse[:, None],
+            rest[:, None],
+            rule,
+            rows[:, None],
+            keys[None, :],
+            mask_rows,
+            mask_cols,
+            visible,
+            inside,
+            ACC,
+            NEGATIVE,
+            MASK,
+            CAP,
+            ALIBI,
+            SCALED,
+            True,
+            WIDE,
+        )
+        v_ptrs = _rows(v_ptr + b * stride_vb + n_kv * stride_vn, keys, stride_vs, dvs)
+        dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
+        v = load_tile(v_ptrs, keys_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+        dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
+        delta = tl.load(delta_ptr + row_0 + rows, mask=rows < S_q, other=0.0)
+        dp = dot(dout, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], ACC))
+        if DROPOUT:
+            dp = tl.where(kept(draw, rows, tile_k * BLOCK_N, BLOCK_N), dp * draw[4], 0.0)
+        dmask += p * (dp - delta[:, None])
+
+    # [BLOCK_M or 1, BLOCK_N or 1]
+    rows = own_tile_q * BLOCK_M + tl.arange(0, 1 if SUM_Q else BLOCK_M)
+    keys = own_tile_k * BLOCK_N + tl.arange(0, 1 if SUM_K else BLOCK_N)
+    if SUM_Q:
+        dmask = tl.sum(dmask, 0, keep_dims=True)
+    if SUM_K:
+        dmask = tl.sum(dmask, 1, keep_dims=True)
+    size_q = 1 if SUM_Q else S_q
+    size_k = 1 if SUM_K else S_k
+    to = _rows(dmask_ptr + own_head.to(tl.int64) * size_q * size_k, rows, size_k, keys)
+    dmask = to_storage(dmask, dmask_ptr.dtype.element_ty)
+    tl.store(to, dmask, mask=(rows < size_q)[:, None] & (keys < size_k)[None, :])
 
 
 class Places(NamedTuple):
@@ -872,6 +1269,52 @@ class Places(NamedTuple):
 ONE = Places()
 
 
+class Form(NamedTuple):
+    """What the scores and weights are but for a mask, as the kernels take it."""
+
+    slopes: Tensor | None = None  # [N] or [B, N], contiguous, in the dtype of the arithmetic
+    step: int = 0  # numbers from one sequence's slopes to the next's
+    diagonal: int = 0  # the own place of query i is key i + diagonal
+    softcap: float = 0.0
+    seed: Tensor | None = None  # [1], int64
+    least: int = 0  # a weight is dropped where its number of 32 bits is less
+    growth: float = 1.0  # of the others
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores are scaled products, and all weights are kept."""
+        return self.slopes is None and self.seed is None and not self.softcap
+
+    @property
+    def numbers(self) -> tuple[int, int, float, int, float]:
+        """All but the tensors."""
+        return self.step, self.diagonal, self.softcap, self.least, self.growth
+
+    @staticmethod
+    def of(slopes: Tensor | None, seed: Tensor | None, numbers: tuple[Any, ...]) -> "Form":
+        """That of these tensors and `numbers`."""
+        step, diagonal, softcap, least, growth = numbers
+        return Form(slopes, step, diagonal, softcap, seed, least, growth)
+
+
+def _form(
+    q: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    diagonal: int,
+    softcap: float,
+    dropout_p: float,
+) -> Form:
+    """The form of a call with `dropout_p` where there is a seed."""
+    step = 0
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(compute_dtype(q.dtype)).contiguous()
+        step = alibi_slopes.shape[1] if alibi_slopes.dim() > 1 else 0
+    least = min(int(dropout_p * 2**32), WORD.value)
+    growth = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    return Form(alibi_slopes, step, diagonal, softcap, seed, least, growth)
+
+
 def _options(
     tables: dict,
     q: Tensor,
@@ -880,24 +1323,37 @@ def _options(
     band: tuple[int | None, int | None],
     places: Places,
     scale: float,
+    form: Form,
 ) -> dict[str, object]:
     """The constants of a launch with the block sizes of `tables`."""
     D, D_v = q.shape[-1], v.shape[-1]
     block_d, block_dv = block_size(D, LEAST_BLOCK_D), block_size(D_v, LEAST_BLOCK_D)
     causal = band == (None, 0) and not places.packed
     packed = places.packed or band not in ((None, None), (None, 0))
-    plain = mask is None and D == block_d == D_v
+    whole = D == block_d == D_v
     config = _configs.attention(
-        tables, capability(q.device), q.dtype, max(block_d, block_dv), plain, packed
+        tables,
+        capability(q.device),
+        q.dtype,
+        max(block_d, block_dv),
+        whole,
+        packed,
+        mask is not None,
+        not form.plain,
     )
     kind = "none" if mask is None else "bool" if mask.dtype == torch.uint8 else "float"
+    scaled = kind == "float" or form.softcap > 0 or form.slopes is not None
     return {
         "ACC": TRITON_DTYPES[compute_dtype(q.dtype)],
         "NEGATIVE": scale < 0,
         "CAUSAL": causal,
         "ENDS_MEET": places.ends_meet,
         "MASK": kind,
-        "WIDE": q.dtype == compute_dtype(q.dtype) or kind == "float",
+        "CAP": form.softcap > 0,
+        "ALIBI": form.slopes is not None,
+        "DROPOUT": form.seed is not None,
+        "SCALED": scaled,
+        "WIDE": q.dtype == compute_dtype(q.dtype) or scaled,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_D": block_d,
@@ -939,10 +1395,12 @@ def _on_hopper(
     attn_mask: Tensor | None,
     band: tuple[int | None, int | None],
     places: Places,
+    form: Form,
     *tensors: Tensor,
 ) -> bool:
     """Whether the kernels in Gluon run a call on q, k, v (and dout): 16-bit floats on sm_90 of the
-    head dims in `table`, no mask but the causal one, all within reach of the copy engine.
+    head dims in `table`, plain scores, no mask but the causal one, all within reach of the copy
+    engine.
 
     All else runs on the kernels of this file.
     """
@@ -955,6 +1413,7 @@ def _on_hopper(
         and attn_mask is None
         and band in ((None, None), (None, 0))
         and not places.packed
+        and form.plain
         and scale > 0
         and all(map(_hopper.reachable, tensors))
     )
@@ -973,21 +1432,29 @@ def _fwd_plan(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    highest: Tensor | None,
+    rest: Tensor | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
     used: Tensor | None,
     pages: Tensor | None,
+    numbers: tuple[Any, ...],
     page_size: int,
     ends_meet: bool,
     band: tuple[int | None, int | None],
     scale: float,
 ) -> Call:
     places = Places(starts_q, starts_k, used, pages, page_size, ends_meet)
-    if _on_hopper(_configs.ATTENTION_FWD_SM90, scale, mask, band, places, q, k, v):
+    form = Form.of(slopes, seed, numbers)
+    table = _configs.ATTENTION_FWD_SM90
+    if sinks is None and _on_hopper(table, scale, mask, band, places, form, q, k, v):
         return _attention_sm90.plan(q, k, v, out, lse, band == (None, 0), scale)
     B, N, S_q, D = q.shape
     S_k, D_v = v.shape[2:]
-    options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale)
+    options = _options(_configs.ATTENTION_FWD, q, v, mask, band, places, scale, form)
     args = (
         q,
         k,
@@ -995,6 +1462,8 @@ def _fwd_plan(
         mask,
         out,
         lse,
+        highest,
+        rest,
         N,
         N // max(k.shape[1], 1),
         S_q,
@@ -1010,6 +1479,8 @@ def _fwd_plan(
         D,
         D_v,
         scale,
+        sinks,
+        *form,
         *_steps(q, k, v, mask),
         *out.stride()[:3],
     )
@@ -1022,12 +1493,15 @@ def attention_fwd(
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
-    sinks: None = None,
-    alibi_slopes: None = None,
-    seed: None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    seed: Tensor | None = None,
     *,
     band: tuple[int | None, int | None],
     scale: float,
+    softcap: float = 0.0,
+    diagonal: int = 0,
+    dropout_p: float = 0.0,
     keep: bool = True,
     places: Places = ONE,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
@@ -1037,11 +1511,18 @@ def attention_fwd(
         q: [B, N, S_q, D].
         k: [B, N_kv, S_k, D]; N is a multiple of N_kv.
         v: [B, N_kv, S_k, D_v].
-        attn_mask: None, or [B, N, S_q, S_k] of any strides, bool (True: attend) or added to the
-            scores.
+        attn_mask: None, or [B, N, S_q, S_k] of any strides, or 1 for any of them, bool (True:
+            attend) or added to the scores.
+        sinks: [N], a score more in the row of each query of a head.
+        alibi_slopes: [N] or [B, N], what a score loses a step from the query's own place.
+        seed: [1] in int64, of the dropout.
         band: the first and last j - i at which query i sees key j; None for no bound.
         scale: what the scores are multiplied by.
+        softcap: c > 0 makes c * tanh(score / c) of a scaled score.
+        diagonal: the own place of query i is key i + diagonal; of packed sequences `places` says.
+        dropout_p: the probability of dropping a weight.
         places: where sequences are packed.
+        keep: whether there may be a backward pass.
 
     Returns:
         ``((out [B, N, S_q, D_v], lse [B, N, S_q]), saved)``; 0 and -inf in rows of no sequence.
@@ -1049,21 +1530,34 @@ def attention_fwd(
     B, N, S_q, D = q.shape
     D_v = v.shape[3]
     saved = (q, k, v, attn_mask, sinks, alibi_slopes, seed)
+    form = _form(q, alibi_slopes, seed, diagonal, softcap, dropout_p)
     q, k, v, mask = _dense(q, k, v, attn_mask)
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
+    kept = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
     if places.packed:
         out.zero_()
         lse.fill_(float("-inf"))
     if lse.numel() > 0:
-        launch(_fwd_plan, (q, k, v, mask, out, lse, *places[:4]), *places[4:], band, scale)
-    return (out, lse), (*saved, out, lse)
+        sinks = None if sinks is None else sinks.contiguous()
+        parts = (None, None) if kept is lse else kept
+        tensors = (q, k, v, mask, out, lse, *parts, sinks, form.slopes, form.seed, *places[:4])
+        launch(_fwd_plan, tensors, form.numbers, *places[4:], band, scale)
+    return (out, lse), (*saved, out, kept)
 
 
-def attention_extras(q: Tensor, *_: Tensor | None, **options: object) -> tuple[Tensor]:
-    """Room for what `attention_fwd` saves behind out."""
-    return (q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype)),)
+def _added(attn_mask: Tensor | None) -> bool:
+    return attn_mask is not None and attn_mask.dtype != torch.bool
+
+
+def attention_extras(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *_: Tensor | None, **options: object
+) -> tuple[Tensor]:
+    """Room for what `attention_fwd` saves behind out: lse or, under an added mask, its parts, the
+    row's highest score and the rest."""
+    parts = (2,) if _added(attn_mask) else ()
+    return (q.new_empty(*parts, *q.shape[:3], dtype=compute_dtype(q.dtype)),)
 
 
 def _delta_plan(
@@ -1109,24 +1603,29 @@ def _bwd_plan(
     mask: Tensor | None,
     dout: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     delta: Tensor,
+    slopes: Tensor | None,
+    seed: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     starts_q: Tensor | None,
     starts_k: Tensor | None,
     used: Tensor | None,
+    numbers: tuple[Any, ...],
     ends_meet: bool,
     band: tuple[int | None, int | None],
     scale: float,
 ) -> Call:
     """That of dq or, without it, that of dk and dv."""
     places = Places(starts_q, starts_k, used, ends_meet=ends_meet)
+    form = Form.of(slopes, seed, numbers)
     B, N, S_q, D = q.shape
     N_kv, S_k, D_v = v.shape[1:]
     made = (dk, dv) if dq is None else (dq,)
     table = _configs.ATTENTION_DKV if dq is None else _configs.ATTENTION_DQ
-    options = _options(table, q, v, mask, band, places, scale)
+    options = _options(table, q, v, mask, band, places, scale, form)
     args = (
         q,
         k,
@@ -1134,6 +1633,7 @@ def _bwd_plan(
         mask,
         dout,
         lse,
+        rest,
         delta,
         *made,
         N,
@@ -1148,6 +1648,7 @@ def _bwd_plan(
         D,
         D_v,
         scale,
+        *form,
         *_steps(q, k, v, mask),
         *dout.stride()[:3],
         *(step for t in made for step in t.stride()[:3]),
@@ -1159,36 +1660,94 @@ def _bwd_plan(
     return Call(attention_bwd_dq_kernel, grid, args, options)
 
 
+def _dmask_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    rest: Tensor | None,
+    delta: Tensor,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    dmask: Tensor,
+    numbers: tuple[Any, ...],
+    band: tuple[int | None, int | None],
+    scale: float,
+) -> Call:
+    form = Form.of(slopes, seed, numbers)
+    B, N, S_q, D = q.shape
+    N_kv, S_k, D_v = v.shape[1:]
+    options = _options(_configs.ATTENTION_DMASK, q, v, mask, band, ONE, scale, form)
+    del options["ENDS_MEET"], options["BLOCK_B"]
+    blocks = (1, 1, options["BLOCK_M"], options["BLOCK_N"])
+    own = tuple(map(_common.cdiv, dmask.shape, blocks))
+    args = (
+        q,
+        k,
+        v,
+        mask,
+        dout,
+        lse,
+        rest,
+        delta,
+        dmask,
+        B,
+        N,
+        N // max(N_kv, 1),
+        S_q,
+        S_k,
+        *band,
+        D,
+        D_v,
+        scale,
+        *form,
+        *_steps(q, k, v, mask),
+        *dout.stride()[:3],
+        *own,
+        dmask.shape[2] == 1,
+        dmask.shape[3] == 1,
+    )
+    return Call(attention_bwd_dmask_kernel, (math.prod(own),), args, options)
+
+
 def attention_bwd(
     saved: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, Tensor | None],
     *,
     band: tuple[int | None, int | None],
     scale: float,
+    softcap: float = 0.0,
+    diagonal: int = 0,
+    dropout_p: float = 0.0,
     needs: tuple[bool, ...],
     places: Places = ONE,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v.
+    """The gradients of q, k, v, an added mask and the sinks.
 
     Args:
-        saved: what `attention_fwd` returned: (q, k, v, attn_mask or None, None, None, None,
-            out, lse).
+        saved: what `attention_fwd` returned: (q, k, v, attn_mask, sinks, alibi_slopes, seed, out,
+            kept), with None for what there is not; kept may be lse whole.
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
-        band, scale, places: as in `attention_fwd`.
-        needs: which of the gradients are wanted; those of q, k and v are served.
+        band, scale, softcap, diagonal, dropout_p, places: as in `attention_fwd`.
+        needs: which of the gradients are wanted.
 
     Returns:
-        ``(dq, dk, dv)`` and a None for each further tensor, None where not wanted.
+        ``(dq, dk, dv, dmask, dsinks, None, None)``, None where not wanted; dmask is summed over
+        what was broadcast.
     """
-    q, k, v, attn_mask, _, _, _, out, lse = saved
+    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, kept = saved
+    lse, rest = (kept, None) if kept.dim() == 3 else kept
     dout, dlse = grads
     B, N, S_q, _ = q.shape
+    form = _form(q, alibi_slopes, seed, diagonal, softcap, dropout_p)
     q, k, v, mask = _dense(q, k, v, attn_mask)
     out = with_dense_rows(out)
     dout = torch.zeros_like(out) if dout is None else with_dense_rows(dout)
 
     table = _configs.ATTENTION_DQ_SM90
-    on_hopper = _on_hopper(table, scale, mask, band, places, q, k, v, dout)
+    on_hopper = _on_hopper(table, scale, mask, band, places, form, q, k, v, dout)
     # units[0] is lse as kernels on Hopper take it, units[1] is delta; there, whole tiles of both.
     rows = _common.cdiv(S_q, _hopper.BLOCK.value) * _hopper.BLOCK.value if on_hopper else S_q
     units = torch.empty(1 + on_hopper, B, N, rows, dtype=lse.dtype, device=lse.device)
@@ -1196,13 +1755,20 @@ def attention_bwd(
     if delta.numel() > 0:
         dlse = None if dlse is None else dlse.contiguous()
         launch(_delta_plan, (out, dout, lse, dlse, delta, units[0] if on_hopper else None))
+    dsinks = None
+    if needs[4]:
+        # A sink is a score whose dP is 0. `delta` may have rows behind S_q, lse be -inf.
+        score = sinks[:, None] - lse.masked_fill(lse == float("-inf"), float("inf"))
+        weight = torch.exp(score if rest is None else score - rest)
+        dsinks = (weight * -delta[..., :S_q]).sum((0, 2)).to(sinks.dtype)
     if on_hopper:
         causal = band == (None, 0)
         made = _attention_sm90_bwd.attention_bwd_sm90(q, k, v, dout, units, causal, scale, needs)
-        return (*made, None, None, None, None)
+        return (*made, None, dsinks, None, None)
 
     dq = dk = dv = None
-    given, more = (q, k, v, mask, dout, lse, delta), (places.ends_meet, band, scale)
+    given = (q, k, v, mask, dout, lse, rest, delta, form.slopes, form.seed)
+    more = (form.numbers, places.ends_meet, band, scale)
     if needs[0]:
         dq = _room(q, places)
         if dq.numel() > 0:
@@ -1211,4 +1777,9 @@ def attention_bwd(
         dk, dv = _room(k, places), _room(v, places)
         if dk.numel() > 0:
             launch(_bwd_plan, (*given, None, dk, dv, *places[:3]), *more)
-    return dq, dk if needs[1] else None, dv if needs[2] else None, None, None, None, None
+    dmask = None
+    if needs[3]:
+        dmask = attn_mask.new_empty(attn_mask.shape)
+        if dmask.numel() > 0:
+            launch(_dmask_plan, (*given, dmask), form.numbers, band, scale)
+    return dq, dk if needs[1] else None, dv if needs[2] else None, dmask, dsinks, None, None

@@ -11,24 +11,19 @@ from torch import Tensor
 
 from . import attention
 from ._common import compute_dtype
-from .attention import DTYPES, FEATURES, Places
+from .attention import Places
 
-__all__ = [
-    "DTYPES",
-    "FEATURES",
-    "attention_varlen_bwd",
-    "attention_varlen_extras",
-    "attention_varlen_fwd",
-]
+DTYPES = attention.DTYPES
+FEATURES = attention.FEATURES - {"mask_grad"}
 
 
 def attention_varlen_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: None,
-    alibi_slopes: None,
-    seed: None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None,
     seqused_k: Tensor | None,
@@ -50,15 +45,27 @@ def attention_varlen_fwd(
         cu_seqlens_q, cu_seqlens_k: [B + 1], the first row of each sequence, and the end.
         seqused_k: [B], how many keys of a sequence count; None for all.
         block_table: [B, pages], where the keys of a sequence are.
-        band, scale: as in `attention.attention_fwd`, of each sequence; with `ends_meet` the band is
-            from where its last query stands at its last key.
+        sinks, alibi_slopes, seed, band, scale, softcap, dropout_p: as in `attention.attention_fwd`,
+            of each sequence; with `ends_meet` the band and the own places of its queries are from
+            where the last one stands at its last key.
 
     Returns:
         ``((out [T_q, N, D_v], lse [N, T_q]), saved)``; 0 and -inf in rows of no sequence.
     """
     given = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
     heads, places = _as_heads((q, k, v), given, ends_meet)
-    outputs, _ = attention.attention_fwd(*heads, None, band=band, scale=scale, places=places)
+    outputs, _ = attention.attention_fwd(
+        *heads,
+        None,
+        sinks,
+        alibi_slopes,
+        seed,
+        band=band,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        places=places,
+    )
     out, lse = _as_rows(outputs[0]), outputs[1][0]
     return (out, lse), (q, k, v, sinks, alibi_slopes, seed, *given, out, lse)
 
@@ -79,19 +86,29 @@ def attention_varlen_bwd(
     dropout_p: float = 0.0,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v: zeros in rows of no sequence, and of keys that do not count."""
-    q, k, v, _, _, _, *given, out, lse = saved
+    """The gradients of q, k, v and the sinks: zeros in rows of no sequence, and of keys that do not
+    count."""
+    q, k, v, *rule, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, lse = saved
+    given = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
     dout, dlse = grads
     heads, places = _as_heads((q, k, v), given, ends_meet)
-    kept = (*heads, None, None, None, None, _as_head(out), lse[None])
+    kept = (*heads, None, *rule, _as_head(out), lse[None])
     upstream = (
         None if dout is None else _as_head(dout),
         None if dlse is None else dlse[None],
     )
-    made = attention.attention_bwd(
-        kept, upstream, band=band, scale=scale, needs=needs, places=places
-    )[:3]
-    return (*(None if t is None else _as_rows(t) for t in made), *(None for _ in saved[3:-2]))
+    *made, _, dsinks, _, _ = attention.attention_bwd(
+        kept,
+        upstream,
+        band=band,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        needs=(*needs[:3], False, needs[3], False, False),
+        places=places,
+    )
+    grads = (None if t is None else _as_rows(t) for t in made)
+    return (*grads, dsinks, *(None for _ in saved[4:-2]))
 
 
 def _as_head(rows: Tensor) -> Tensor:

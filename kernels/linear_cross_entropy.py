@@ -21,9 +21,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common, _configs
-from ._common import LAUNCH, TRITON_DTYPES, compute_dtype, to_storage
+from ._common import LAUNCH, TRITON_DTYPES, capability, compute_dtype, to_storage
 from ._launch import Call, launch, once
-from ._product import can_describe, deep_product, operands, product, tile_of, tile_product
+from ._product import (
+    can_describe,
+    columns,
+    deep_product,
+    operands,
+    product,
+    programs,
+    tile_of,
+    tile_product,
+    turns,
+)
 
 DTYPES = _common.DTYPES
 FEATURES: frozenset[str] = frozenset()
@@ -66,69 +76,82 @@ def linear_cross_entropy_logits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of a tile at a time, whose sums go together
+    PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
-    n, v = tile_of(tl.program_id(0), N, V, BLOCK_M, BLOCK_N, GROUP_M)
-    tile = tile_product(
-        tl.zeros([BLOCK_M, BLOCK_N], ACC),
-        x,
-        weight,
-        n,
-        v,
-        0,
-        H,
-        N,
-        V,
-        stride_xn,
-        stride_xh,
-        stride_wh,
-        stride_wv,
-        DESCRIBED,
-        A_TURNED,
-        B_TURNED,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    rows = n + tl.arange(0, BLOCK_M)
-    cols = v + tl.arange(0, BLOCK_N)
-    rows_ok = rows < N
-    cols_ok = cols < V
-    if HAS_BIAS:
-        tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
-    # The sums are those of the logits that backward will see: else its probabilities would not add
-    # up to one.
-    rounded = to_storage(tile, STORAGE)
-    tile = rounded.to(ACC)
-    if STORE:
-        if DESCRIBED:
-            z.store([n, v], rounded)
-        else:
-            z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
-            tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
-    if SUMS:
-        here = (v // BLOCK_N).to(tl.int64) * N + rows
-        if SMOOTH:
-            weighted = tl.where(cols_ok[None, :], tile, 0.0)
-            if HAS_CLASS_WEIGHT:
-                w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
-                weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
-            tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=rows_ok)
-        target = tl.load(target_ptr + rows, mask=rows_ok, other=-1)
-        hit = tl.sum(tl.where(cols[None, :] == target[:, None], tile, 0.0), 1)
-        mine = rows_ok & (target >= v) & (target < tl.minimum(v + BLOCK_N, V))
-        tl.store(hit_ptr + rows, hit, mask=mine)
-        tile = tl.where(cols_ok[None, :], tile, float("-inf"))
-        highest = tl.max(tile, 1)
-        if ARGMAX:
-            # tl.argmax would carry a second tile, of numbers
-            first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
-            tl.store(argmax_ptr + here, first, mask=rows_ok)
-        # where all are -inf, -inf - -inf would be NaN
-        anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
-        tl.store(highest_ptr + here, highest, mask=rows_ok)
-        tl.store(total_ptr + here, total, mask=rows_ok)
+    start, end, step = turns(N, V, BLOCK_M, BLOCK_N, FLAT)
+    for turn in tl.range(start, end, step, flatten=FLAT):
+        n, first_v = tile_of(turn, N, V, BLOCK_M, BLOCK_N, GROUP_M)
+        tile = tile_product(
+            tl.zeros([BLOCK_M, BLOCK_N], ACC),
+            x,
+            weight,
+            n,
+            first_v,
+            0,
+            H,
+            N,
+            V,
+            stride_xn,
+            stride_xh,
+            stride_wh,
+            stride_wv,
+            DESCRIBED,
+            A_TURNED,
+            B_TURNED,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            PRECISION,
+        )
+        rows = n + tl.arange(0, BLOCK_M)
+        rows_ok = rows < N
+        parts = columns(tile, BLOCK_N // COLUMNS)  # one after the other, for the registers
+        for part in tl.static_range(BLOCK_N // COLUMNS):
+            tile = parts[part]
+            v = first_v + part * COLUMNS
+            at = tl.arange(0, COLUMNS)
+            cols = v + at
+            cols_ok = at < V - v
+            if HAS_BIAS:
+                tile += tl.load(bias_ptr + cols, mask=cols_ok, other=0.0).to(ACC)[None, :]
+            # The sums are those of the logits that backward will see: else its probabilities would
+            # not add up to one.
+            rounded = to_storage(tile, STORAGE)
+            tile = rounded.to(ACC)
+            if STORE:
+                if DESCRIBED:
+                    z.store([n, v], rounded)
+                else:
+                    z_ptrs = z + rows.to(tl.int64)[:, None] * stride_z + cols[None, :]
+                    tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
+            if SUMS:
+                here = (v // COLUMNS).to(tl.int64) * N + rows
+                here_ok = rows_ok & (v < V)
+                if SMOOTH:
+                    weighted = tl.where(cols_ok[None, :], tile, 0.0)
+                    if HAS_CLASS_WEIGHT:
+                        w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
+                        weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
+                    tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=here_ok)
+                # 32 bits tell targets apart; only one that is ignored may have more
+                target = tl.load(target_ptr + rows, mask=rows_ok, other=-1).to(tl.int32) - v
+                hit = tl.sum(tl.where(at[None, :] == target[:, None], tile, 0.0), 1)
+                mine = rows_ok & (target >= 0) & (target < tl.minimum(COLUMNS, V - v))
+                tl.store(hit_ptr + rows, hit, mask=mine)
+                tile = tl.where(cols_ok[None, :], tile, float("-inf"))
+                highest = tl.max(tile, 1)
+                if ARGMAX:
+                    # tl.argmax would carry a second tile, of numbers
+                    first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
+                    tl.store(argmax_ptr + here, first, mask=here_ok)
+                # where all are -inf, -inf - -inf would be NaN
+                anchor = tl.where(highest == float("-inf"), 0.0, highest)
+                total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
+                tl.store(highest_ptr + here, highest, mask=here_ok)
+                tl.store(total_ptr + here, total, mask=here_ok)
 
 
 @triton.jit
@@ -296,8 +319,7 @@ def _logits_plan(
     crowded: bool,
 ) -> Call:
     (N, H), V = x.shape, weight.shape[1]
-    written = () if z is None else (z,)
-    (a, b, *written), constants = operands(x, weight, *written, crowded=crowded)
+    (a, b, *written), constants = _logits_operands(x, weight, z, crowded)
     args = (
         a,
         b,
@@ -326,14 +348,23 @@ def _logits_plan(
         "ARGMAX": argmax is not None,
         "STORE": z is not None,
     }
-    tiles = _common.cdiv(N, constants["BLOCK_M"]) * _common.cdiv(V, constants["BLOCK_N"])
-    return Call(linear_cross_entropy_logits_kernel, (tiles,), args, constants)
+    grid = (programs(x.device, N, V, constants),)
+    return Call(linear_cross_entropy_logits_kernel, grid, args, constants)
+
+
+def _logits_operands(
+    x: Tensor, weight: Tensor, z: Maybe, crowded: bool
+) -> tuple[list[Any], dict[str, Any]]:
+    """`operands`, and how many columns of a tile are worked on at once."""
+    written = () if z is None else (z,)
+    given, constants = operands(x, weight, *written, crowded=crowded, columns=_configs.LOSS_COLUMNS)
+    return given, constants | {"COLUMNS": min(constants["BLOCK_N"], _configs.LOSS_COLUMNS)}
 
 
 def _tiles(x: Tensor, weight: Tensor, z: Maybe, crowded: bool) -> int:
-    """How many tiles `_logits_plan` has side by side."""
-    _, constants = operands(x, weight, *(() if z is None else (z,)), crowded=crowded)
-    return _common.cdiv(weight.shape[1], constants["BLOCK_N"])
+    """How many pieces of a row `_logits_plan` has side by side."""
+    _, constants = _logits_operands(x, weight, z, crowded)
+    return _common.cdiv(weight.shape[1], constants["COLUMNS"])
 
 
 def _rows_plan(
@@ -683,7 +714,9 @@ class _Call:
         x, weight = _rows(self.x, at), self.weight.t()
         rows = len(x)
         smooth = sums and self.smoothing > 0
-        crowded = smooth or argmax or (sums and self.bias is not None)
+        # on sm_100 the sums and the logits to store are too many for the registers already
+        full = sums and (self.bias is not None or (z is not None and capability(x.device) >= 100))
+        crowded = smooth or argmax or full
         tiles = once(_tiles, (x, weight, z), crowded)
 
         def room(wanted: bool, *shape: int, dtype: torch.dtype = self.dtype) -> Maybe:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOTHING = contextlib.nullcontext()  # a new one costs as much as a small step
+
 
 def on(device: torch.device) -> bool:
     """Whether autocast is on for `device`."""
@@ -36,6 +38,4 @@ def cast(*tensors: Any) -> list[Any]:
 
 def disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context without autocast: an op computes in the dtype of what it was given."""
-    if on(device):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False) if on(device) else _NOTHING

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+_STRIDED = torch.strided
+
 
 def fail(op: str, name: str, must: str, got: object) -> NoReturn:
     """Raises the ValueError ``op: `name` must be <must>, got <got>``."""
@@ -39,16 +41,14 @@ def alike(op: str, like: Tensor, names: Sequence[str], values: Sequence[Any]) ->
     """Each of `values` is None or what `tensor` asks for: the same checks, in less time."""
     dtype, place = like.dtype, like.device
     for i, value in enumerate(values):
-        if (
-            value is not None
-            and value is not like
-            and not (
-                isinstance(value, Tensor)
-                and value.dtype is dtype
-                and value.device == place
-                and value.layout is torch.strided
-                and not value.is_nested
-            )
+        if value is None or value is like:
+            continue
+        if not (
+            isinstance(value, Tensor)
+            and value.dtype is dtype
+            and value.device == place
+            and value.layout is _STRIDED
+            and not value.is_nested
         ):
             tensor(op, names[i], value, like)
 

@@ -256,6 +256,32 @@ def attention(
     )
 
 
+def attention_varlen(
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    N: int,
+    D: int,
+    *,
+    D_v: int | None = None,
+    N_kv: int | None = None,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    itemsize: int = 4,
+    which: str = "forward",
+) -> Cost:
+    """`attention` of sequences packed one behind the other: each costs what it would alone.
+
+    Args:
+        lengths_q, lengths_k: the queries and the keys of each sequence.
+        N, D, D_v, N_kv, is_causal, window, itemsize, which: as in `attention`.
+    """
+    shared: dict[str, Any] = {"D_v": D_v, "N_kv": N_kv, "is_causal": is_causal, "window": window}
+    return total(
+        attention(1, N, S_q, S_k, D, **shared, itemsize=itemsize, which=which)
+        for S_q, S_k in zip(lengths_q, lengths_k, strict=True)
+    )
+
+
 def linear_cross_entropy(
     N: int, H: int, V: int, *, bias: bool = True, itemsize: int = 4, which: str = "forward"
 ) -> Cost:

@@ -314,7 +314,8 @@ def test_operator(name):
         ({"window": (-1, 0)}, ValueError, "`window` must be of sides of at least 0"),
         ({"sinks": torch.zeros(3)}, ValueError, "`sinks` must be [N] = [2], got [3]"),
         (
-            {"softcap": 1.0, "backend": "triton"},
+            {"backend": "triton"}
+            | {name: torch.zeros(1, 2, 3, 300) for name in ("dout", "q", "k", "v", "out")},
             ValueError,
             "backend 'triton' cannot serve this call",
         ),

@@ -216,7 +216,7 @@ PAGED = {
             "`block_table` must be None where a gradient is wanted",
         ),
         (
-            {"backend": "triton", "softcap": 5.0},
+            {"backend": "triton"} | {name: torch.zeros(7, 2, 300) for name in "qkv"},
             ValueError,
             "backend 'triton' cannot serve this call",
         ),

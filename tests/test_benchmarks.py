@@ -439,7 +439,7 @@ def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
     rows = overhead.records.read(path)
     ops = {row["op"] for row in rows}
     assert ops == {*functional.__all__} - {"AttentionGradients", "PackedWeights"}
-    assert len(rows) == 2 * len(ops)
+    assert len(rows) == 2 * len(ops) - 1  # attention_backward is not trained through
     for row in rows:
         ours, kernel = float(row["ours_us"]), float(row["kernel_us"])
         assert kernel > 0

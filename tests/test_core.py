@@ -1,5 +1,6 @@
 """The C++ core, in every build that this processor runs: functions, matrix product, rates."""
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from pykernels import _backends
+from pykernels import _backends, functional
 
 HEADER = Path(__file__).parents[1] / "csrc" / "core" / "vec_math.h"
 EXHAUSTIVE = os.environ.get("PYKERNELS_EXHAUSTIVE") == "1"
@@ -305,6 +306,53 @@ def test_gemm_keeps_nan_and_infinity(extension):
     assert not c[:3].isnan().any()
     assert not c[4:].isnan().any()
     assert torch.equal(c[:, 2].isinf(), (a @ b)[:, 2].isinf())
+
+
+# --- denormal numbers ----------------------------------------------------------------------------
+
+TINY = 2.0**-140  # denormal in float32
+
+
+def keeps_denormals(threads):
+    """Whether each thread of the team, as torch runs it, tells a denormal product from zero."""
+    n = 32768 * threads  # torch gives a thread this many elements and more
+    return [part.sum().item() > 0 for part in (torch.full((n,), TINY) * 0.5).chunk(threads)]
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="torch cannot set the mode here")
+@pytest.mark.parametrize("count", [1, 2])
+def test_denormals_are_zero_inside_and_the_mode_returns(count, threads):
+    """A kernel takes denormals for zero, on all its threads, and leaves each one's mode alone."""
+    threads(count)
+    weights, tiny = torch.eye(8), torch.full((1, 64, 8), TINY)
+    for flush in (False, True):
+        assert torch.set_flush_denormal(flush)
+        try:
+            before = keeps_denormals(count)
+            y, _ = functional.rnn(tiny, weights, weights, nonlinearity="relu", backend="cpp")
+            after = keeps_denormals(count)
+        finally:
+            torch.set_flush_denormal(False)
+        assert before[0] is not flush  # torch sets the mode of the thread that calls
+        assert after == before
+        assert (y == 0).all()
+
+
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
+def test_a_denormal_state_becomes_zero(op):
+    """Gates and weights would keep it where it is, and on many processors every step be slow."""
+    H, gates = 64, {"rnn": 1, "gru": 3, "lstm": 4}[op]
+    x, w_ih, w_hh = torch.zeros(3, 8, H), torch.zeros(gates * H, H), torch.ones(gates * H, H) / H
+    keeping = torch.zeros(gates, H)
+    if op != "rnn":
+        keeping[1] = 100.0  # the gate of the state before: z or f
+    states = [torch.full((8, H), TINY)] * (2 if op == "lstm" else 1)
+    options = {"nonlinearity": "relu"} if op == "rnn" else {}
+    run = functools.partial(getattr(functional, op), x, w_ih, w_hh, keeping.flatten(), None)
+    _, last = run(*states, **options, backend="cpp")
+    assert all((state == 0).all() for state in (last if op == "lstm" else [last]))
+    _, last = run(*states, **options, backend="reference")
+    assert all((state > 0).all() for state in (last if op == "lstm" else [last]))
 
 
 # --- rates ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from pykernels import __main__ as about
 from pykernels import cost
 
 
@@ -208,6 +209,39 @@ def test_windows_count_only_visible_pairs(S_q, S_k, window, is_causal):
     assert counted.multiply_adds == 4 * visible
 
 
+def test_every_op_is_counted():
+    assert all(callable(getattr(cost, op)) for op in about._OPS)
+
+
+@pytest.mark.parametrize("which", cost.PASSES)
+def test_packed_sequences_cost_what_they_cost_alone(which):
+    rest = {"N": 4, "D": 8, "N_kv": 2, "is_causal": True, "window": (2, None), "which": which}
+    packed = cost.attention_varlen([5, 0, 3], [7, 2, 3], **rest)
+    alone = [cost.attention(1, S_q=q, S_k=k, **rest) for q, k in ((5, 7), (0, 2), (3, 3))]
+    assert packed == cost.total(alone)
+    assert cost.attention_varlen([5] * 3, [7] * 3, **rest) == cost.attention(
+        3, S_q=5, S_k=7, **rest
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_is_that_of_its_tensors(dtype, bias):
+    """The logits forward, dx and dW backward; bytes of the tensors read and written."""
+    N, H, V = 6, 5, 9
+    layer = torch.nn.Linear(H, V, bias=bias, dtype=dtype)
+    x, target, loss = torch.empty(N, H, dtype=dtype), torch.empty(N).long(), layer.weight[0, 0]
+    sizes = {"N": N, "H": H, "V": V, "bias": bias, "itemsize": x.element_size()}
+    forward = cost.linear_cross_entropy(**sizes)
+    assert forward.multiply_adds == N * H * V
+    assert forward.parameters == sum(p.numel() for p in layer.parameters())
+    assert forward.bytes == nbytes(x, *layer.parameters(), target, loss)
+    backward = cost.linear_cross_entropy(**sizes, which="backward")
+    assert backward.multiply_adds == 2 * N * H * V
+    read, written = [x, *layer.parameters(), target, loss], [x, *layer.parameters()]
+    assert backward.bytes == nbytes(*read, *written)
+
+
 def test_attention_products():
     """Q K^T and P V forward; Q K^T again, dP, dQ, dK, dV backward: 2.5 times as many."""
     sizes = {"B": 1, "N": 8, "S_q": 2048, "S_k": 2048, "D": 64}
@@ -225,6 +259,7 @@ def test_attention_products():
         (cost.gru, {"T": 5, "B": 4, "I": 3, "H": 2}),
         (cost.lstm, {"T": 5, "B": 4, "I": 3, "H": 2, "proj_size": 1}),
         (cost.attention, {"B": 1, "N": 2, "S_q": 3, "S_k": 4, "D": 5}),
+        (cost.linear_cross_entropy, {"N": 4, "H": 3, "V": 7}),
         (cost.linear, {"rows": 4, "I": 3, "O": 2}),
         (cost.embedding, {"rows": 4, "V": 9, "D": 3}),
         (cost.layer_norm, {"rows": 4, "D": 3}),

@@ -518,6 +518,43 @@ def test_scaled_dot_product_attention(changes, error, words):
         functional.scaled_dot_product_attention(**made | changes)
 
 
+LOSS = [
+    ({"x": [1.0]}, TypeError, "`x` must be a Tensor, got list"),
+    ({"x": Z(())}, ValueError, "`x` must be [..., H], got 0 dimensions: []"),
+    ({"x": Z(2, 3, 4).long()}, TypeError, "`x` must have a floating-point dtype, got torch.int64"),
+    ({"x": Z(2, 3, 0)}, ValueError, "`hidden size H` must be at least 1, got 0"),
+    ({"weight": Z(0, 4)}, ValueError, "`vocabulary size V` must be at least 1, got 0"),
+    ({"weight": Z(4)}, ValueError, "`weight` must be [V, H], got 1 dimensions: [4]"),
+    ({"weight": Z(7, 5)}, ValueError, "`weight` must be [V, H] = [7, 4], got [7, 5]"),
+    (
+        {"weight": Z(7, 4).double()},
+        TypeError,
+        "`weight` must have the dtype of the input, torch.float32, got torch.float64",
+    ),
+    ({"bias": Z(6)}, ValueError, "`bias` must be [V] = [7], got [6]"),
+    ({"class_weight": Z(6)}, ValueError, "`class_weight` must be [V] = [7], got [6]"),
+    (
+        {"class_weight": Z(7, requires_grad=True)},
+        ValueError,
+        "`class_weight` must be without gradient, got requires_grad=True",
+    ),
+    ({"target": Z(2, 3)}, TypeError, "`target` must have dtype torch.int64, got torch.float32"),
+    ({"target": Z(3, 2).long()}, ValueError, "`target` must be [...] = [2, 3], got [3, 2]"),
+    ({"reduction": "max"}, ValueError, "`reduction` must be one of 'mean', 'sum', 'none', got"),
+    ({"label_smoothing": 1.1}, ValueError, "`label_smoothing` must be between 0 and 1, got 1.1"),
+    ({"label_smoothing": "no"}, TypeError, "`label_smoothing` must be a number, got str"),
+    ({"z_loss": -1.0}, ValueError, "`z_loss` must be at least 0 and finite, got -1.0"),
+    ({"ignore_index": 0.5}, TypeError, "`ignore_index` must be an integer, got float"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), LOSS, ids=[words for *_, words in LOSS])
+def test_linear_cross_entropy(changes, error, words):
+    made = {"x": Z(2, 3, 4), "weight": Z(7, 4), "target": Z(2, 3, dtype=torch.int64)}
+    with pytest.raises(error, match=re.escape(f"linear_cross_entropy: {words}")):
+        functional.linear_cross_entropy(**made | changes)
+
+
 def test_unknown_spec_lists_the_known():
     from pykernels.testing.specs import find, with_layout
 

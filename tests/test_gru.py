@@ -204,11 +204,6 @@ def test_lengths(name, backend):
     cases.lengths_in_any_form(spec, backend)
 
 
-def test_the_reference_is_torchs_layer():
-    names = ("plain", "reverse", "no-bias", "no-h0", "ragged", "ragged-reverse")
-    cases.reference_is_torchs_layer(f"gru-{name}" for name in names)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_far_inputs_saturate(backend):
     """Gates at +-1e30 and +-inf are 0 or 1, and their gradients zero, not NaN."""

@@ -244,24 +244,6 @@ def test_lengths(name, backend):
     cases.lengths_in_any_form(spec, backend)
 
 
-def test_the_reference_is_torchs_layer():
-    names = (
-        "plain",
-        "reverse",
-        "no-bias",
-        "no-h0",
-        "ragged",
-        "ragged-reverse",
-        "proj",
-        "proj-bare",
-        "proj-square",
-        "proj-ragged",
-        "cells",
-        "cells-ragged-proj",
-    )
-    cases.reference_is_torchs_layer(f"lstm-{name}" for name in names)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_far_inputs_saturate(backend):

@@ -781,6 +781,18 @@ class TestMultiheadAttention:
             ):
                 torch.testing.assert_close(one.float(), two.float(), rtol=5e-2, atol=5e-2)
 
+    def test_help(self):
+        """It names what the constructor takes and what the layer holds; its example runs."""
+        layer = pykernels.nn.MultiheadAttention
+        words, _, rest = inspect.getdoc(layer).partition("Example::")
+        takes = {*inspect.signature(nn.MultiheadAttention.__init__).parameters} - {"self"}
+        holds = set()
+        for options in ({}, {"kdim": 4, "add_bias_kv": True}):
+            holds |= {name for name, _ in layer(8, 2, **options).named_parameters()}
+        assert all(name in words for name in takes | holds)
+        example = rest.partition("\n\n`")[0]
+        exec(inspect.cleandoc(example), {"pykernels": pykernels, "torch": torch})
+
     @pytest.mark.parametrize("hidden", [-1e6, -1e9, torch.finfo(torch.float32).min])
     def test_weights_of_a_padded_batch(self, hidden):
         """Rows of weights sum to 1 where every key is hidden by a number, as torch's do."""

@@ -203,21 +203,18 @@ def test_reverse_is_a_flip_of_time(name):
     cases.reverse_is_a_flip_of_time(find(name), "cpp")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "name", ["rnn-ragged", "rnn-ragged-reverse", "rnn-ragged-b1", "rnn-ragged-one-long"]
+    ("spec", "backend"),
+    cases.some(
+        ["rnn-ragged", "rnn-ragged-reverse", "rnn-ragged-b1", "rnn-ragged-one-long"],
+        ["rnn-ragged", "rnn-ragged-reverse", "rnn-ragged-b1"],
+    ),
 )
-def test_lengths(name, backend):
-    spec = find(name)
+def test_lengths(spec, backend):
     cases.padding_does_not_matter(spec, backend)
     cases.each_alone(spec, backend)
     cases.packed_rows(spec, backend)
     cases.lengths_in_any_form(spec, backend)
-
-
-def test_the_reference_is_torchs_layer():
-    names = ("plain", "relu", "reverse", "no-bias", "no-h0", "ragged", "ragged-reverse")
-    cases.reference_is_torchs_layer(f"rnn-{name}" for name in names)
 
 
 def test_harness_rejects_mutants(monkeypatch):

@@ -189,6 +189,30 @@ def test_mixed_precision_with_a_scaler(dtype):
         assert not torch.equal(one, before[name])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_on_a_gpu(dtype):
+    """Layers give autocast's dtype, the loss and all gradients are float32, every weight learns."""
+    device = "cuda"
+    model, (x, target) = Model(nn, device=device), batch(torch.float32)
+    x, target = x.to(device), target.to(device)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    with torch.autocast(device, dtype):
+        assert model.sequences(x).dtype == dtype
+        loss = model(x, target)
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    scaler.step(optimizer)
+    scaler.update()
+    for name, p in model.named_parameters():
+        assert p.isfinite().all()
+        assert not torch.equal(p, before[name])
+
+
 def test_deterministic_algorithms():
     """Nothing refuses to run where torch's flag forbids what differs from run to run."""
     model, (x, target) = Model(nn, dropout=0.3), batch(torch.float32, grad=True)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import overflow
 import pytest
 import torch
 
@@ -38,6 +39,7 @@ KERNELS = {
     "attention_bwd_delta_kernel": "attention",
     "attention_bwd_dq_kernel": "attention",
     "attention_bwd_dkv_kernel": "attention",
+    "attention_bwd_dmask_kernel": "attention",
     "linear_cross_entropy_logits_kernel": "linear_cross_entropy",
     "linear_cross_entropy_rows_kernel": "linear_cross_entropy",
     "linear_cross_entropy_gradient_kernel": "linear_cross_entropy",
@@ -86,6 +88,8 @@ class Case:
     size_v: int | None = None  # D_v, where it is not D
     gluon: bool = True  # False: as with a Triton that has no Gluon, or not this one
     packed: bool = False  # attention_varlen, in a window
+    rules: bool = False  # a cap, ALiBi, sinks and dropout
+    huge: bool = False  # tensors of more than 2^31 elements, on the meta device
 
     @property
     def id(self):
@@ -100,7 +104,8 @@ class Case:
             words += ["alone"] * (self.heads == 2) + ["decode"] * (self.queries == 1)
             words += [f"v{self.size_v}"] * (self.size_v is not None)
             words += ["triton"] * (not self.gluon) + ["packed"] * self.packed
-        return "-".join(words)
+            words += ["rules"] * self.rules
+        return "-".join(words + ["huge"] * self.huge)
 
     @property
     def launched(self):
@@ -109,8 +114,10 @@ class Case:
         sizes = self.size, self.size_v or self.size
         for triton, (gluon, table) in GLUON.items():
             runs = self.chip == 90 and self.dtype in (HALF, BRAIN) and self.mask == "none"
-            runs = runs and self.gluon and not self.packed
+            runs = runs and self.gluon and not self.packed and not self.rules
             names.discard(triton if runs and sizes in table else gluon)
+        if self.mask != "float":
+            names.discard("attention_bwd_dmask_kernel")
         return names
 
 
@@ -149,11 +156,19 @@ def attention_entries():
                 for chip in chips:
                     if dtype == torch.float16:
                         yield Case("attention", chip, name, block_d, is_causal=True, gluon=False)
+                        if len(blocks[block_d]) > 2:  # entries of their own for whole heads
+                            yield Case("attention", chip, name, block_d, mask="float", rules=True)
                     elif chip != 80 and block_d not in (64, 256):
                         continue  # one table serves all chips: these two stand for it
                     # A mask, and a head dim that does not fill its block, take the most registers.
                     # Of 16-bit floats they have entries of their own in the tables.
-                    yield Case("attention", chip, name, block_d - 3, mask="float", is_causal=True)
+                    for rules in (False, True):
+                        yield Case(
+                            *("attention", chip, name, block_d - 3),
+                            mask="float",
+                            is_causal=True,
+                            rules=rules,
+                        )
 
 
 def attention_cases():
@@ -163,6 +178,9 @@ def attention_cases():
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
         yield Case("attention", chip, HALF, 128, packed=True)
+        yield Case("attention", chip, BRAIN, 61, mask="float", rules=True)
+    yield Case("attention", 90, HALF, 128, rules=True, packed=True)
+    yield Case("attention", 90, SINGLE, 64, mask="float", rules=True, is_causal=True)
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
     yield Case("attention", 90, DOUBLE, 64, packed=True)
     for size, size_v in _configs.ATTENTION_FWD_SM90:
@@ -186,6 +204,7 @@ def amd_cases():
     if RELEASE >= (3, 7):  # a pass of 3.6 for AMD fails where a pointer is into one of two tensors
         yield Case("recurrent", GFX, SINGLE, 301, 160, "gru")
     yield Case("attention", GFX, HALF, 64, is_causal=True)
+    yield Case("attention", GFX, HALF, 64, mask="float", rules=True)
     yield Case("linear_cross_entropy", GFX, HALF, 64, batch=160)
 
 
@@ -232,6 +251,50 @@ def compiler(tmp_path_factory):
     process.wait(timeout=60)
 
 
+#: Offsets past 2^31 elements, through pointers and, where a chip has them, descriptors.
+HUGE = [
+    *(
+        Case("recurrent", chip, HALF, 1024, 2**11, cell, huge=True)
+        for chip in (80, 90)
+        for cell in ("rnn", "gru", "lstm")
+    ),
+    *(
+        Case("attention", chip, HALF, 64, mask=mask, huge=True)
+        for chip in (80, 90)
+        for mask in ("none", "bool", "float")
+    ),
+    Case("attention", 80, HALF, 64, packed=True, huge=True),
+    *(
+        Case("linear_cross_entropy", chip, HALF, size, 2**17, everything=everything, huge=True)
+        for chip, size in ((80, 2**15), (90, 2**15), (90, 2**15 + 1))
+        for everything in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize("case", HUGE, ids=lambda case: case.id)
+def test_offsets_past_32_bits(case, compiler):
+    answer = compiler(case)
+    assert "error" not in answer, answer["error"]
+    assert {kernel["name"] for kernel in answer["kernels"]} | SHARED == case.launched | SHARED
+    assert not answer["overflows"]
+
+
+def test_an_overflow_is_found():
+    """Rows of 4096 numbers: the offset of row 2^19 takes 32 bits and a sign."""
+    ir = """
+    tt.func public @kernel(%x: !tt.ptr<f16> {tt.divisibility = 16 : i32} loc("x"), %stride: i32) {
+      %row = tt.get_program_id x : i32 loc(#loc1)
+      %at = arith.muli %row, %stride : i32 loc(#loc2)
+      %wide = arith.extsi %row : i32 to i64 loc(#loc3)
+      %stride_0 = arith.extsi %stride : i32 to i64 loc(#loc3)
+      %right = arith.muli %wide, %stride_0 : i64 loc(#loc3)
+    """
+    assert overflow.overflows(ir, {"x": None, "stride": 4096}, (2**19,)) == []
+    found = overflow.overflows(ir, {"x": None, "stride": 4096}, (2**19 + 1,))
+    assert found == ["%at = arith.muli %row, %stride : i32"]
+
+
 @pytest.mark.parametrize(
     "case",
     [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in ENTRIES)],
@@ -256,7 +319,8 @@ def test_compiles(case, compiler):
         elif kernel["rows"] == 0:
             assert not products
         elif case.dtype == SINGLE:
-            assert not products, f"float32 must not be rounded to TF32: {kernel}"
+            assert not kernel["tf32"], f"float32 must not be rounded to TF32: {kernel}"
+            assert bool(products) == (kernel["precision"] == "bf16x6"), kernel
         elif case.dtype == DOUBLE:
             # older releases do not use the tensor cores of sm_100 for float64
             old = case.chip == 100 and RELEASE < (3, 9)
@@ -273,8 +337,9 @@ def test_compiles(case, compiler):
 class Driver:
     """As much of a Triton driver as a compilation asks for: which GPU there is."""
 
-    def __init__(self, chip):
+    def __init__(self, chip, huge=False):
         self.chip = chip
+        self.huge = huge
 
     def get_current_device(self):
         return self.chip  # a cache of compiled kernels for each chip
@@ -294,7 +359,7 @@ def launch_recurrent(case, dtype):
     """Two steps, as a single one needs no other program."""
     op, gates = case.cell, {"rnn": 1, "gru": 3, "lstm": 4}[case.cell]
     module = importlib.import_module(f"pykernels.kernels.{op}")
-    T, B, I, H = 2, case.batch, 48, case.size
+    T, B, I, H = 2**10 if case.huge else 2, case.batch, 48, case.size
     x, h0 = torch.zeros(T, B, I, dtype=dtype), torch.zeros(B, H, dtype=dtype)
     w_ih, w_hh, b = (torch.zeros(gates * H, *more, dtype=dtype) for more in ((I,), (H,), ()))
     own = {"rnn": {"nonlinearity": "tanh"}, "lstm": {"return_cell_states": True}}.get(op, {})
@@ -314,38 +379,45 @@ def launch_attention(case, dtype):
     from pykernels.kernels import _hopper, attention, attention_varlen
 
     attention._hopper = _hopper if case.gluon else None
+    tokens = 2**24 if case.huge else 64
+    rules, asked = [None] * 3, {}
+    if case.rules:
+        rules = [torch.zeros(case.heads, dtype=dtype)] * 2 + [torch.zeros(1, dtype=torch.int64)]
+        asked = {"softcap": 30.0, "dropout_p": 0.1}
     if case.packed:
-        q, k = (torch.zeros(64, n, case.size, dtype=dtype) for n in (case.heads, 2))
+        q, k = (torch.zeros(tokens, n, case.size, dtype=dtype) for n in (case.heads, 2))
         starts, used = torch.tensor([0, 30, 64]), torch.tensor([9, 34])
-        options = {"band": (-20, 0), "ends_meet": True, "scale": 0.125}
+        options = {"band": (-20, 0), "ends_meet": True, "scale": 0.125, **asked}
         run = attention_varlen.attention_varlen_fwd
         places = (starts, starts, used, None)
-        outputs, saved = run(q, k, k, None, None, None, *places, **options)
-        needs = (True, True, True, False)
+        outputs, saved = run(q, k, k, *rules, *places, **options)
+        needs = (True, True, True, case.rules)
         attention_varlen.attention_varlen_bwd(saved, outputs, needs=needs, **options)
-        pages = k.reshape(4, 16, *k.shape[1:])
+        pages = k.reshape(tokens // 16, 16, *k.shape[1:])
         places = (starts, None, used, torch.tensor([[0, 1, 2], [3, 0, 1]], dtype=torch.int32))
-        run(q, pages, pages, None, None, None, *places, **options)
+        run(q, pages, pages, *rules, *places, **options)
         return
-    q = torch.zeros(1, case.heads, case.queries, case.size, dtype=dtype)
-    k = torch.zeros(1, 2, 64, case.size, dtype=dtype)
-    v = torch.zeros(1, 2, 64, case.size_v or case.size, dtype=dtype)
+    B, S_q, S_k = (2**8, 2**16, 2**16) if case.huge else (1, case.queries, 64)
+    q = torch.zeros(B, case.heads, S_q, case.size, dtype=dtype)
+    k = torch.zeros(B, 2, S_k, case.size, dtype=dtype)
+    v = torch.zeros(B, 2, S_k, case.size_v or case.size, dtype=dtype)
     mask = {
         "none": None,
-        "bool": torch.ones(case.queries, 64) > 0,
-        "float": torch.zeros(case.queries, 64, dtype=dtype),
+        "bool": torch.ones(S_q, S_k) > 0,
+        "float": torch.zeros(S_q, S_k, dtype=dtype),
     }[case.mask]
-    mask = None if mask is None else mask.expand(1, case.heads, case.queries, 64)
-    options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125}
-    outputs, saved = attention.attention_fwd(q, k, v, mask, **options)
-    attention.attention_bwd(saved, outputs, needs=(True, True, True, False), **options)
+    mask = None if mask is None else mask[None, None]
+    options = {"band": (None, 0 if case.is_causal else None), "scale": 0.125, **asked}
+    outputs, saved = attention.attention_fwd(q, k, v, mask, *rules, **options)
+    needs = (True, True, True, case.mask == "float", case.rules, False, False)
+    attention.attention_bwd(saved, outputs, needs=needs, **options)
 
 
 def launch_linear_cross_entropy(case, dtype):
     from pykernels.kernels import _configs, linear_cross_entropy
     from pykernels.ops.linear_cross_entropy import Ahead
 
-    N, H, V = case.batch, case.size, 300
+    N, H, V = case.batch, case.size, 2**17 if case.huge else 300
     x, weight = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
     bias = torch.zeros(V, dtype=dtype)
     target = torch.zeros(N, dtype=torch.int64)
@@ -355,6 +427,9 @@ def launch_linear_cross_entropy(case, dtype):
     needs = (True, True, False, True, False)
     ahead = Ahead(needs)
     run = linear_cross_entropy.linear_cross_entropy_fwd
+    alone = x, weight, target, None, None  # whose tiles are the widest
+    run(*alone, **options, **asked)
+    run(*alone, **options, **asked, ahead=Ahead(needs))
     inputs = (x, weight, target, bias, bias if case.everything else None)
     run(*inputs, **options, **asked)  # without a gradient, so without logits in memory
     (loss, lse, _), saved = run(*inputs, **options, **asked, ahead=ahead)
@@ -401,6 +476,8 @@ def resources(name, compiled, constants):
         # and 0 where there is no product
         "rows": (64 if hopper else constants[tile]) if multiplies else 0,
         "products": sorted(set(products)),
+        "precision": constants.get("PRECISION", "ieee"),
+        "tf32": "tf32" in compiled.asm.get("ptx", ""),
     }
 
 
@@ -412,7 +489,7 @@ def serve():
     for op in ("rnn", "gru", "lstm", "attention", "linear_cross_entropy"):
         importlib.import_module(f"pykernels.kernels.{op}")
     modules = [m for name, m in sys.modules.items() if name.startswith("pykernels.kernels.")]
-    known, used = {}, {}
+    known, used, checked, wrong = {}, {}, set(), []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **options):
@@ -422,11 +499,18 @@ def serve():
         if kernel.hash not in known:
             known[kernel.hash] = resources(self.__name__, kernel, options)
         used[kernel.hash] = known[kernel.hash]
+        values = dict(zip(self.arg_names, args, strict=False)) | options
+        sizes = kernel.hash, grid, *(v for v in values.values() if isinstance(v, int))
+        if driver.active.huge and sizes not in checked:
+            checked.add(sizes)
+            ir = kernel.asm.get("ttir", kernel.asm["ttgir"])
+            found = overflow.overflows(ir, values, grid)
+            wrong.extend(f"{self.__name__}{grid}: {line}" for line in found)
 
     JITFunction.run = compile_only
     for line in sys.stdin:
         case = Case(**json.loads(line))
-        driver.set_active(Driver(case.chip))
+        driver.set_active(Driver(case.chip, case.huge))
         for module in modules:
             if hasattr(module, "on_device_of"):
                 module.on_device_of = lambda tensor: contextlib.nullcontext()
@@ -435,11 +519,13 @@ def serve():
                 module.capability = lambda device, chip=case.chip: 80 if chip == GFX else chip
             if hasattr(module, "multiprocessors"):
                 module.multiprocessors = lambda device: 132
-        used.clear()
+        for record in (used, checked, wrong):
+            record.clear()
         sys.modules["pykernels.kernels._launch"]._found.clear()  # of another chip
         try:
-            globals()[f"launch_{case.op}"](case, getattr(torch, case.dtype))
-            answer = {"kernels": list(used.values())}
+            with torch.device("meta" if case.huge else "cpu"):
+                globals()[f"launch_{case.op}"](case, getattr(torch, case.dtype))
+            answer = {"kernels": list(used.values()), "overflows": wrong}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)

@@ -248,12 +248,18 @@ def ops():
                 q, k = z(2, 4, 33, D, dtype=dtype), z(2, 2, 33, D, dtype=dtype)
                 own = {"band": band, "scale": 0.125}
                 outputs, saved = attention.attention_fwd(q, k, k, None, **own)
-                attention.attention_bwd(saved, outputs, needs=(True,) * 7, **own)
+                needs = (True,) * 3 + (False,) * 4
+                attention.attention_bwd(saved, outputs, needs=needs, **own)
+        more = (z(2, 4, 33, 33, dtype=dtype), z(4), z(4), torch.tensor([7]))  # mask ... seed
+        own |= {"softcap": 5.0, "diagonal": 0, "dropout_p": 0.5}
+        outputs, saved = attention.attention_fwd(q, k, k, *more, **own)
+        attention.attention_bwd(saved, outputs, needs=(True,) * 5 + (False,) * 2, **own)
         rows, starts = z(64, 4, 64, dtype=dtype), torch.tensor([0, 30, 64])
         own = {"band": (None, 0), "ends_meet": True, "scale": 0.125}
         given = (rows, rows, rows, None, None, None, starts, starts, None, None)
         outputs, saved = attention_varlen.attention_varlen_fwd(*given, **own)
-        attention_varlen.attention_varlen_bwd(saved, outputs, needs=(True,) * 10, **own)
+        needs = (True,) * 3 + (False,) * 7
+        attention_varlen.attention_varlen_bwd(saved, outputs, needs=needs, **own)
         loss = linear_cross_entropy
         x, weight, target = z(150, H, dtype=dtype), z(301, H, dtype=dtype), z(150).long()
         own = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.1, "z_loss": 0.1}

@@ -135,6 +135,35 @@ def test_scale_of_any_sign(dtype, scale):
     evaluate.check(spec, dtype, "triton", DEVICE)
 
 
+@pytest.mark.parametrize(
+    ("mask_shape", "band"),
+    [
+        (("1", "N", "S_q", "S_k"), {"is_causal": True}),
+        (("N", "S_q", "S_k"), {"window": (30, 20)}),
+        (("B", "1", "1", "S_k"), {}),
+        (("1", "N", "S_q", "1"), {"is_causal": True}),
+        (("1", "1"), {"window": (30, 20)}),
+    ],
+)
+def test_gradient_of_a_mask_sums_over_tiles(mask_shape, band):
+    """One program owns a tile of it; what the mask is the same for may be several tiles, too."""
+    spec = specs.AttentionSpec(
+        "attention-mask-tiles",
+        "see above",
+        b=2,
+        n=2,
+        s_q=40,
+        s_k=70,
+        d=4,
+        mask="float",
+        mask_shape=mask_shape,
+        learned=True,
+        softcap=1.5,
+        **band,
+    )
+    evaluate.check(spec, torch.float32, "triton", DEVICE)
+
+
 class Programs:
     """As much of Gluon's language as says which program has what to do."""
 
@@ -225,7 +254,7 @@ def test_described_products(dtype, turned, described):
     out = torch.empty(M, N, device=DEVICE, dtype=dtype)
     scale = torch.tensor(0.37, device=DEVICE)
     _product.product(a, b, out, scale=scale)
-    assert len(described) == 2
+    assert len(described) == 3
     assert None not in described
     testing.assert_close(out, a.double() @ b.double() * scale.double(), (a @ b) * scale.to(dtype))
 

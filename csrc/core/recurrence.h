@@ -116,19 +116,36 @@ void pack_gates(const Team& team, View<S> w, int64_t gates, int64_t units, int64
                     to + (block * gates + gate) * depth * width);
 }
 
-// left [rows, depth] times the packed gates of some blocks, then
+// Runs body(row, unit, count, product) on every register of units in a tile of products. A call for
+// each would cost as much as what it does, so all in it is inlined; and `body` is a copy, which the
+// compiler knows that nothing written through a pointer can change.
+template <class T, int kGates, class Body>
+__attribute__((flatten)) void finish_tile(Range rows, Range blocks, int64_t units, T* product,
+                                          const Body body) {
+  constexpr int64_t width = kPanel<T>;
+  for (int64_t row = rows.begin; row < rows.end; ++row)
+    for (int64_t block = blocks.begin; block < blocks.end; ++block, product += kGates * width) {
+      const int64_t unit = block * width;
+      for (int64_t x = 0; x < width && unit + x < units; x += lanes<T>)
+        body(row, unit + x, std::min<int64_t>(lanes<T>, units - unit - x), product + x);
+    }
+}
+
+// left [rows, depth] times the packed gates of some blocks, then for each of `finish`, in turn
 //
 //   finish(row, unit, count, product)    on one register of units, of which `count` are valid;
 //                                        that of gate g is at product + g * kPanel
 //
-// and before the products of some units, fetch(row, unit) for each panel of them: what finish will
-// read may lie a page apart from row to row, where the processor does not fetch ahead by itself.
+// over a tile of them before the next: where a cell is a long chain of operations, its parts are
+// short ones, and the processor reaches far enough ahead to run several side by side. Before the
+// products of some units fetch(row, unit) for each panel of them: what finish will read may lie a
+// page apart from row to row, where the processor does not fetch ahead by itself.
 //
 // `left` is nullptr for zeros; its rows are `left_row` apart.
-template <class T, int kGates, class Fetch, class Finish>
+template <class T, int kGates, class Fetch, class... Finish>
 PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t depth, const T* left,
                               int64_t left_row, const T* packed, const Fetch& fetch,
-                              const Finish& finish) {
+                              const Finish&... finish) {
   constexpr int64_t width = kPanel<T>;
   alignas(kCacheLine) T tile[kStepRows * kGates * width];
   if (!left) depth = 0;
@@ -144,20 +161,16 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
       for (int64_t r = 0; r < count; ++r)
         for (int64_t b = 0; b < wide; ++b) fetch(row + r, (block + b) * width);
       for (int64_t k = 0; k == 0 || k < depth; k += kDepth<T>)
-        for_each_tile({0, count}, {0, wide * kGates},
-                      [&](int64_t r, int64_t height, int64_t panel, int64_t panels) {
-                        multiply_tile(height, panels, std::min(kDepth<T>, depth - k),
-                                      left ? left + (row + r) * left_row + k : nullptr, left_row, 1,
-                                      right + panel * panel_size + k * width, panel_size, width,
-                                      k > 0, tile + r * tile_row + panel * width, tile_row);
-                      });
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t b = 0; b < wide; ++b) {
-          const int64_t unit = (block + b) * width;
-          const T* const product = tile + r * tile_row + b * kGates * width;
-          for (int64_t x = 0; x < width && unit + x < units; x += lanes<T>)
-            finish(row + r, unit + x, std::min<int64_t>(lanes<T>, units - unit - x), product + x);
-        }
+        for_each_tile_column(
+            {0, count}, {0, wide * kGates},
+            [&](int64_t r, int64_t tiles, int64_t height, int64_t panel, int64_t panels) {
+              multiply_tile(height, panels, std::min(kDepth<T>, depth - k),
+                            left ? left + (row + r) * left_row + k : nullptr, left_row, 1,
+                            right + panel * panel_size + k * width, panel_size, width, k > 0,
+                            tile + r * tile_row + panel * width, tile_row, tiles,
+                            height * left_row);
+            });
+      (finish_tile<T, kGates>({row, row + count}, {block, block + wide}, units, tile, finish), ...);
     }
   }
 }

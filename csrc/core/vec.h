@@ -171,7 +171,15 @@ typedef uint32_t word_bits __attribute__((vector_size(kVecBytes)));
 PK_INLINE vec<float> load(const bf16* p) {
   half_bits bits;
   std::memcpy(&bits, p, sizeof bits);
-  return bit_cast<vec<float>>(__builtin_convertvector(bits, word_bits) << 16);
+  // One instruction, where GCC 12 makes five of the conversion.
+#if defined(__AVX512F__)
+  const word_bits words = (word_bits)_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)bits);
+#elif defined(__AVX2__)
+  const word_bits words = (word_bits)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  const word_bits words = __builtin_convertvector(bits, word_bits);
+#endif
+  return bit_cast<vec<float>>(words << 16);
 }
 
 PK_INLINE void store(bf16* p, vec<float> v) {

@@ -1,4 +1,5 @@
 // The gradient of attention, its weights computed once more from the scores.
+#include <memory>
 #include <type_traits>
 
 #include "attention_tiles.h"
@@ -14,10 +15,12 @@ constexpr int64_t kBackwardKeys = 128;
 //
 //   dV = P^T dout      dP = dout V^T      dS = P * (dP - delta)      dQ = dS K      dK = dS^T Q
 //
-// where dQ and dK take the scale. An item is one head of K and V, or every `splits`-th block of its
-// keys where there are fewer heads than threads; each split adds to a dQ of its own, and these are
-// summed in order at the end. All that adds to one element of the mask's gradient is one item:
-// where sequences or heads share a mask, the item goes through them all.
+// where dQ and dK take the scale. An item is a block of keys of one head of K and V. A thread takes
+// the blocks of a head one after the other, and when no head is left helps those that others are
+// at: blocks of one head add to the same dQ, each a little behind the block before it, so that the
+// order of additions is always the same. All that adds to one element of the mask's gradient is one
+// item: where sequences or heads share a mask, they count as one head, and the item goes through
+// them all.
 template <class S>
 class Backward {
   using T = compute_t<S>;
@@ -27,9 +30,10 @@ class Backward {
       : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
         batches_(p.dmask.data && p.dmask.batch == 0 ? n_.B : 1),
         heads_(p.dmask.data && p.dmask.head == 0 ? n_.N_kv : 1), width_(round_up(n_.D, kPanel<T>)),
-        v_width_(round_up(n_.D_v, kPanel<T>)), splits_(choose_splits(threads)),
+        v_width_(round_up(n_.D_v, kPanel<T>)),
+        blocks_(ceil_div(p.packing.queries ? p.packing.longest_k : n_.S_k, kBackwardKeys)),
         row_count_(row_count(n_, p.packing)),
-        in_place_(std::is_same_v<S, T> && splits_ == 1 && width_ == n_.D && !p.packing.queries),
+        in_place_(std::is_same_v<S, T> && width_ == n_.D && !p.packing.queries),
         per_thread_(
             Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
             Arena<T>::padded(kBackwardKeys * width_) * 2 +
@@ -38,10 +42,10 @@ class Backward {
             Arena<T>::padded(kBackwardRows * v_width_) +
             Arena<T>::padded(kBackwardRows * kTileLine) * 2),
         scratch_(threads * per_thread_), delta_(row_count_),
-        dq_scratch_(p.dq.data && !in_place_ ? splits_ * row_count_ * width_ : 0),
-        dq_(in_place_ ? reinterpret_cast<T*>(p.dq.data) : dq_scratch_.get()) {}
-
-  int64_t items() const { return groups() * splits_; }
+        dq_scratch_(p.dq.data && !in_place_ ? row_count_ * width_ : 0),
+        dq_(in_place_ ? reinterpret_cast<T*>(p.dq.data) : dq_scratch_.get()),
+        sets_(n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_)), next_set_(sets_),
+        next_block_(new std::atomic<int64_t>[sets_]()), done_(new Progress[sets_ * blocks_]) {}
 
   // Before any item: this thread's share of delta, and of a cleared dQ.
   void prepare(const Team& team) const {
@@ -55,11 +59,12 @@ class Backward {
       delta_.get()[r] = reduce_add(sum) - (p_.dlse ? p_.dlse[r] : 0);
     }
     if (!p_.dq.data) return;
-    const Range all = team.share(splits_ * row_count_ * width_, lanes<T>);
+    const Range all = team.share(row_count_ * width_, lanes<T>);
     std::fill(dq_ + all.begin, dq_ + all.end, T(0));
   }
 
-  void run(const Team& team, int64_t item) const {
+  // Items until none is left.
+  void run(const Team& team) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
     Tile tile;
     tile.keys_t = arena.take(kBackwardKeys * n_.D);
@@ -75,13 +80,15 @@ class Backward {
     rows.weights = arena.take(kBackwardRows * kTileLine);
     rows.dscores = arena.take(kBackwardRows * kTileLine);
 
-    const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // items over the heads
-    const int64_t b0 = item / splits_ / wide * batches_, g0 = item / splits_ % wide * heads_;
-    for (int64_t b = b0; b < b0 + batches_; ++b)
-      for (int64_t g = g0; g < g0 + heads_; ++g) run_head(b, g, item % splits_, tile, rows);
+    const auto run_set = [&](int64_t set) {
+      for (int64_t block; (block = next_block_[set].fetch_add(1)) < blocks_;)
+        run(set, block, tile, rows);
+    };
+    for (int64_t set; next_set_.take(&set);) run_set(set);
+    for (int64_t set = 0; set < sets_; ++set) run_set(set);  // what others have begun
   }
 
-  // After all items: this thread's share of the sinks, and of dQ, the splits added in order.
+  // After all items: this thread's share of the sinks, and of dQ where it is wanted.
   void finish(const Team& team) const {
     if (p_.dsinks) {
       const Range all = team.share(n_.N);
@@ -90,11 +97,8 @@ class Backward {
     if (!p_.dq.data || in_place_) return;
     const Range rows = team.share(row_count_);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      for (int64_t d = 0; d < n_.D; d += lanes<T>) {
-        vec<T> sum = load(dq_ + r * width_ + d);
-        for (int64_t s = 1; s < splits_; ++s) sum += load(dq_ + (s * row_count_ + r) * width_ + d);
-        store_n(row_at(p_.dq, r) + d, sum, n_.D - d);
-      }
+      for (int64_t d = 0; d < n_.D; d += lanes<T>)
+        store_n(row_at(p_.dq, r) + d, load(dq_ + r * width_ + d), n_.D - d);
     }
   }
 
@@ -136,53 +140,55 @@ class Backward {
     return static_cast<T>(sum);
   }
 
-  // The heads of K and V, or the sets of them that share a mask.
-  int64_t groups() const { return n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_); }
-
-  int64_t choose_splits(int threads) const {
-    const int64_t heads = std::max<int64_t>(1, groups());
-    const int64_t blocks = std::max<int64_t>(
-        1, ceil_div(p_.packing.queries ? p_.packing.longest_k : n_.S_k, kBackwardKeys));
-    return heads >= 2 * threads || heads % threads == 0 ? 1 : std::min<int64_t>(threads, blocks);
+  // One block of the keys of all heads of a set.
+  void run(int64_t set, int64_t block, const Tile& tile, const Rows& rows) const {
+    const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // sets over the heads
+    const int64_t b0 = set / wide * batches_, g0 = set % wide * heads_;
+    Progress* const done = done_.get() + set * blocks_ + block;
+    for (int64_t b = b0; b < b0 + batches_; ++b)
+      for (int64_t g = g0; g < g0 + heads_; ++g)
+        run_head(b, g, block * kBackwardKeys, tile, rows, block ? done - 1 : nullptr, done);
+    done->reach(std::numeric_limits<int64_t>::max());
   }
 
-  // The share of `split` in the gradients of one head of K and V.
-  void run_head(int64_t b, int64_t g, int64_t split, const Tile& tile, const Rows& rows) const {
+  // The share of a block of keys, from j0 on, in the gradients of one head of K and V. A row of dQ
+  // is `before`'s, the item of the block before, until it has been there.
+  void run_head(int64_t b, int64_t g, int64_t j0, const Tile& tile, const Rows& rows,
+                const Progress* before, Progress* done) const {
     const AttentionSizes n = sequence(n_, p_.packing, b);
-    for (int64_t j0 = split * kBackwardKeys; j0 < n.S_k; j0 += splits_ * kBackwardKeys) {
-      const int64_t keys = std::min(kBackwardKeys, n.S_k - j0);
-      const S* const k = p_.k.at(b, g, j0);
-      pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, tile.keys_t);
-      pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, tile.values_t);
-      pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, tile.keys_scaled);
-      scale_row(tile.keys_scaled, keys * width_, T(n_.scale));
-      std::fill(tile.dk, tile.dk + keys * width_, T(0));
-      std::fill(tile.dv, tile.dv + keys * v_width_, T(0));
-      for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-        // The queries that see any of these keys.
-        const int64_t end = std::min(n.S_q, j0 + keys - n.first);
-        for (int64_t i0 = std::max<int64_t>(0, j0 - n.last); i0 < end; i0 += kBackwardRows) {
-          const int64_t count = std::min(kBackwardRows, end - i0);
-          Range seen = visible_keys(n, {i0, i0 + count}, {j0, j0 + keys});
-          seen.begin -= seen.begin % kPanel<T>;
-          weights(n, b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, rows);
-          if (p_.dv.data)
-            multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels,
-                     count, true, tile.dv + seen.begin * v_width_, v_width_);
-          if (p_.dk.data)
-            multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
-                     true, tile.dk + seen.begin * width_, width_);
-          if (p_.dq.data)
-            multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
-                     tile.keys_scaled + seen.begin * kPanel<T>, keys, true,
-                     dq_ + (split * row_count_ + row_of(n_, p_.packing, b, h, i0)) * width_,
-                     width_);
-        }
+    const int64_t keys = std::min(kBackwardKeys, n.S_k - j0);
+    if (keys <= 0) return;
+    const S* const k = p_.k.at(b, g, j0);
+    pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, tile.keys_t);
+    pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, tile.values_t);
+    pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, tile.keys_scaled);
+    scale_row(tile.keys_scaled, keys * width_, T(n_.scale));
+    std::fill(tile.dk, tile.dk + keys * width_, T(0));
+    std::fill(tile.dv, tile.dv + keys * v_width_, T(0));
+    for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
+      // The queries that see any of these keys: the later the block, the later they begin and end.
+      const int64_t end = std::min(n.S_q, j0 + keys - n.first);
+      for (int64_t i0 = std::max<int64_t>(0, j0 - n.last); i0 < end; i0 += kBackwardRows) {
+        const int64_t count = std::min(kBackwardRows, end - i0);
+        Range seen = visible_keys(n, {i0, i0 + count}, {j0, j0 + keys});
+        seen.begin -= seen.begin % kPanel<T>;
+        weights(n, b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, rows);
+        if (p_.dv.data)
+          multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels, count,
+                   true, tile.dv + seen.begin * v_width_, v_width_);
+        if (p_.dk.data)
+          multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
+                   true, tile.dk + seen.begin * width_, width_);
+        if (!p_.dq.data) continue;
+        const int64_t row = row_of(n_, p_.packing, b, h, i0);
+        if (before) before->await(row + count);
+        multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
+                 tile.keys_scaled + seen.begin * kPanel<T>, keys, true, dq_ + row * width_, width_);
+        done->reach(row + count);
       }
-      if (p_.dk.data)
-        write(tile.dk, keys, n_.D, width_, T(n_.scale), p_.dk.at(b, g, j0), p_.dk.row);
-      if (p_.dv.data) write(tile.dv, keys, n_.D_v, v_width_, T(1), p_.dv.at(b, g, j0), p_.dv.row);
     }
+    if (p_.dk.data) write(tile.dk, keys, n_.D, width_, T(n_.scale), p_.dk.at(b, g, j0), p_.dk.row);
+    if (p_.dv.data) write(tile.dv, keys, n_.D_v, v_width_, T(1), p_.dv.at(b, g, j0), p_.dv.row);
   }
 
   // P and dS of queries [i0, i0 + count) by the keys j0 + `seen`.
@@ -246,11 +252,15 @@ class Backward {
   const AttentionSizes& n_;
   const int64_t group_;
   const int64_t batches_, heads_;  // sequences and heads of K and V that one item goes through
-  const int64_t width_, v_width_, splits_, row_count_;
+  const int64_t width_, v_width_, blocks_, row_count_;
   const bool in_place_;  // dQ is summed where it is wanted
   const int64_t per_thread_;
   const Scratch<T> scratch_, delta_, dq_scratch_;
-  T* const dq_;  // [splits, rows, width]
+  T* const dq_;  // [rows, width]
+  const int64_t sets_;
+  mutable Items next_set_;
+  const std::unique_ptr<std::atomic<int64_t>[]> next_block_;  // [sets]
+  const std::unique_ptr<Progress[]> done_;                    // [sets, blocks]: rows of dQ
 };
 
 }  // namespace
@@ -258,11 +268,10 @@ class Backward {
 template <class S>
 void attention_backward(int threads, const AttentionBackward<S>& p) {
   const Backward<S> backward(threads, p);
-  Items items(backward.items());
   parallel(threads, [&](const Team& team) {
     backward.prepare(team);
     team.wait();
-    for (int64_t item; items.take(&item);) backward.run(team, item);
+    backward.run(team);
     team.wait();
     backward.finish(team);
   });

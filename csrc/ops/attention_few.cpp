@@ -8,8 +8,13 @@
 namespace pykernels {
 namespace {
 
-// Queries by heads that share a head of keys.
-constexpr int64_t kFewRows = 4;
+// Queries by heads that share a head of keys, up to which keys read as they lie beat packed ones,
+// by measurement; of 16-bit storage, each query widens them again.
+template <class S>
+constexpr int64_t kFewRows = sizeof(S) < 4 ? 2 : 3;
+
+// And where spans of keys keep more threads busy than heads do.
+constexpr int64_t kFewRowsOfFewHeads = 4;
 
 // Keys whose scores become weights at a time: they and their values stay in the first cache.
 constexpr int64_t kFewKeys = 128;
@@ -206,9 +211,11 @@ class Few {
 }  // namespace
 
 template <class S>
-bool are_few(const AttentionForward<S>& p) {
+bool are_few(int threads, const AttentionForward<S>& p) {
   const AttentionSizes& n = p.sizes;
-  return !p.rows.top && n.N_kv > 0 && n.N / n.N_kv * longest_queries(n, p.packing) <= kFewRows;
+  if (p.rows.top || n.N_kv == 0) return false;
+  const int64_t rows = n.N / n.N_kv * longest_queries(n, p.packing);
+  return rows <= (n.B * n.N_kv < threads ? kFewRowsOfFewHeads : kFewRows<S>);
 }
 
 template <class S>
@@ -222,13 +229,13 @@ void attend_few(int threads, const AttentionForward<S>& p) {
   });
 }
 
-template bool are_few(const AttentionForward<float>&);
+template bool are_few(int, const AttentionForward<float>&);
 template void attend_few(int, const AttentionForward<float>&);
-template bool are_few(const AttentionForward<double>&);
+template bool are_few(int, const AttentionForward<double>&);
 template void attend_few(int, const AttentionForward<double>&);
-template bool are_few(const AttentionForward<bf16>&);
+template bool are_few(int, const AttentionForward<bf16>&);
 template void attend_few(int, const AttentionForward<bf16>&);
-template bool are_few(const AttentionForward<f16>&);
+template bool are_few(int, const AttentionForward<f16>&);
 template void attend_few(int, const AttentionForward<f16>&);
 
 }  // namespace pykernels

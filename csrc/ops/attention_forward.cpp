@@ -163,7 +163,7 @@ class Forward {
 
 template <class S>
 void attention_forward(int threads, const AttentionForward<S>& p) {
-  if (are_few(p)) return attend_few(threads, p);
+  if (are_few(threads, p)) return attend_few(threads, p);
   if (fill_panels(p)) return attend_panels(threads, p);
   const Forward<S> forward(threads, p);
   Items items(forward.items());

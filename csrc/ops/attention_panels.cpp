@@ -20,8 +20,11 @@ constexpr double kBound = 40;
 // Powers of two by which a score may exceed the level that weights are measured from.
 constexpr int kHeadroom = 4;
 
+// Queries by heads that no item is cut shorter than, lest the packing of its keys show.
+constexpr int64_t kFewestRows = 256;
+
 // One item is a chunk of queries of all heads that share one head of K and V: `group` heads by
-// `chunk` queries, as rows in that order, cut into panels.
+// these queries, as rows in that order, cut into panels.
 template <class S>
 class Panels {
   using T = compute_t<S>;
@@ -31,8 +34,8 @@ class Panels {
  public:
   Panels(int threads, const AttentionForward<S>& p)
       : p_(p), n_(p.sizes), group_(std::max<int64_t>(1, n_.N / std::max<int64_t>(1, n_.N_kv))),
-        chunk_(choose_chunk(threads)), chunks_(ceil_div(longest_queries(n_, p.packing), chunk_)),
-        rows_(round_up(group_ * chunk_, kWidth)), widest_(std::max(n_.D, n_.D_v)),
+        chunks_(cut(threads)), rows_(round_up(group_ * longest_chunk(), kWidth)),
+        widest_(std::max(n_.D, n_.D_v)),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * n_.D_v) +
                     Arena<T>::padded(rows_) * 2 + Arena<T>::padded(rows_ / kWidth) +
                     Arena<T>::padded(kKeyBlock * n_.D) + Arena<T>::padded(kKeyBlock * n_.D_v) +
@@ -40,7 +43,7 @@ class Panels {
                     Arena<T>::padded(kWidth * std::max(kTurnedRow, widest_ + lanes<T>))),
         scratch_(threads * per_thread_), gathered_(threads * gathered_rows()) {}
 
-  int64_t items() const { return n_.B * n_.N_kv * chunks_; }
+  int64_t items() const { return chunks_.size(); }
 
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
@@ -57,11 +60,10 @@ class Panels {
     const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
     const bool ruled = !scale_waits(n_, p_.rule) || p_.rule.mask.kind != AttentionMask::kNone;
 
-    // The last chunks see the most keys in a causal mask: they go first.
-    const int64_t b = item / n_.N_kv % n_.B, g = item % n_.N_kv;
-    const int64_t i0 = (chunks_ - 1 - item / (n_.B * n_.N_kv)) * chunk_;
+    const Chunk chunk = chunks_[item];
+    const int64_t b = chunk.head / n_.N_kv, g = chunk.head % n_.N_kv, i0 = chunk.queries.begin;
     const AttentionSizes n = sequence(n_, p_.packing, b);
-    const int64_t length = std::min(chunk_, n.S_q - i0), rows = group_ * length;
+    const int64_t length = std::min(chunk.queries.end, n.S_q) - i0, rows = group_ * length;
     if (length <= 0) return;
     // Runs body(r, h, i) for the rows of the panel at r0: counted from there, head h, query i.
     const auto for_rows = [&](int64_t r0, const auto& body) {
@@ -157,6 +159,11 @@ class Panels {
   }
 
  private:
+  struct Chunk {
+    int64_t head;  // of K and V, of all sequences
+    Range queries;
+  };
+
   // A panel of queries, and what has come of it so far.
   struct Panel {
     const T* queries;  // [D, kWidth]
@@ -298,19 +305,32 @@ class Panels {
 
   int64_t gathered_rows() const { return p_.pages.table ? kKeyBlock * widest_ : 0; }
 
-  // As many queries as fit in the cache, unless that leaves threads idle.
-  int64_t choose_chunk(int threads) const {
-    const int64_t longest = longest_queries(n_, p_.packing);
+  // As many queries as fit in the cache, but fewer of the last heads, so that threads end together.
+  std::vector<Chunk> cut(int threads) const {
+    const int64_t longest = longest_queries(n_, p_.packing), heads = n_.B * n_.N_kv;
     const int64_t fit = kQueryBytes / (group_ * (n_.D + n_.D_v) * int64_t(sizeof(T)));
-    const int64_t heads = n_.B * n_.N_kv;
-    const int64_t pieces = heads ? ceil_div(threads > 1 ? 4 * threads : 1, heads) : 1;
-    return std::max<int64_t>(1, std::min({round_up(std::max<int64_t>(fit, 1), kWidth),
-                                          round_up(ceil_div(longest, pieces), kWidth), longest}));
+    std::vector<Chunk> chunks;
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t pieces = threads > 1 ? ceil_div(2 * threads, heads - head) : 1;
+      const int64_t even = std::max(ceil_div(longest, pieces), kFewestRows / group_);
+      const int64_t length = round_up(std::max<int64_t>(1, std::min(fit, even)), kWidth);
+      // The last queries see the most keys in a causal mask: they go first.
+      for (int64_t i = (longest - 1) / length * length; i >= 0; i -= length)
+        chunks.push_back({head, {i, std::min(i + length, longest)}});
+    }
+    return chunks;
+  }
+  int64_t longest_chunk() const {
+    int64_t most = 0;
+    for (const Chunk& chunk : chunks_) most = std::max(most, chunk.queries.size());
+    return most;
   }
 
   const AttentionForward<S>& p_;
   const AttentionSizes& n_;
-  const int64_t group_, chunk_, chunks_, rows_, widest_, per_thread_;
+  const int64_t group_;
+  const std::vector<Chunk> chunks_;
+  const int64_t rows_, widest_, per_thread_;
   const Scratch<T> scratch_;
   const Scratch<S> gathered_;
 };

@@ -273,7 +273,7 @@ class Items {
 // Forward for so few queries that to pack keys and values would cost more than it saves; without
 // what backward needs, which would make scores in another order of additions.
 template <class S>
-bool are_few(const AttentionForward<S>& p);
+bool are_few(int threads, const AttentionForward<S>& p);
 template <class S>
 void attend_few(int threads, const AttentionForward<S>& p);
 

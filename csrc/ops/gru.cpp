@@ -14,33 +14,41 @@ struct GruForwardCell {
   static constexpr int kGates = 3, kBiases = 4;
   static constexpr T* unprojected = nullptr;
   int64_t H;
-  T* gates;  // r, z, n and hn of all rows in blocks where kept, or nullptr
+  T* kept;  // r, z, n and hn of all rows in blocks, or nullptr
 
   PK_INLINE void fetch(const ForwardStep<T>& step, int64_t row, int64_t unit) const {
     const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
     for (int g = 0; g < 3; ++g) prefetch(input + g * kPanel<T>);
   }
 
-  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
-                         const T* product) const {
+  // Leaves z and what n is the tanh of in the places of the first two products.
+  PK_INLINE void gates(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t,
+                       T* product) const {
     constexpr int64_t next = kPanel<T>;
     const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
     const T* const bias = step.bias + gate_at<T>(4, unit);
-    const T* const before = row < step.carried ? step.before : step.h0;
-    const vec<T> h = before ? load_n(before + row * H + unit, count) : vec<T>{};
     const auto sum = [&](int g) {
       return load(input + g * next) + load(product + g * next) + load(bias + g * next);
     };
     const vec<T> r = sigmoid<T>(sum(0)), z = sigmoid<T>(sum(1));
     const vec<T> hn = load(product + 2 * next) + load(bias + 3 * next);
-    const vec<T> n = tanh<T>(load(input + 2 * next) + load(bias + 2 * next) + r * hn);
-    if (gates) {
-      T* const to = gates + gate_at<T>(4, H, step.first + row, unit);
+    store(product, z);
+    store(product + next, load(input + 2 * next) + load(bias + 2 * next) + r * hn);
+    if (kept) {
+      T* const to = kept + gate_at<T>(4, H, step.first + row, unit);
       store(to, r);
       store(to + next, z);
-      store(to + 2 * next, n);
       store(to + 3 * next, hn);
     }
+  }
+
+  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
+                         const T* product) const {
+    constexpr int64_t next = kPanel<T>;
+    const T* const before = row < step.carried ? step.before : step.h0;
+    const vec<T> h = before ? load_n(before + row * H + unit, count) : vec<T>{};
+    const vec<T> z = load(product), n = tanh<T>(load(product + next));
+    if (kept) store(kept + gate_at<T>(4, H, step.first + row, unit) + 2 * next, n);
     return (1 - z) * n + z * h;
   }
 };

@@ -154,11 +154,13 @@ class Pass {
       copy_slice(team, v, {h, h + size});
       for (int64_t k = 0; k < size; k += kDepth<T>) {
         const int64_t depth = std::min(kDepth<T>, size - k);
-        for_each_tile(
-            {0, v.size()}, panels, [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-              multiply_tile(count, wide, depth, w + row * w_row_ + k, w_row_, 1,
+        for_each_tile_column(
+            {0, v.size()}, panels,
+            [&](int64_t row, int64_t tiles, int64_t height, int64_t panel, int64_t wide) {
+              multiply_tile(height, wide, depth, w + row * w_row_ + k, w_row_, 1,
                             xt_.get() + panel * n_.H * kWidth + (h + k) * kWidth, n_.H * kWidth,
-                            kWidth, h + k > 0, z + row * z_row_ + panel * kWidth, z_row_);
+                            kWidth, h + k > 0, z + row * z_row_ + panel * kWidth, z_row_, tiles,
+                            height * w_row_);
             });
       }
     }
@@ -304,12 +306,13 @@ class Pass {
       const int64_t size = std::min(kSlice<T>, n_.H - h);
       // A single slice is still there from the product that made these logits.
       if (stored_ || size < n_.H) copy_slice(team, v, {h, h + size});
-      for_each_tile({0, rows.size()}, {0, ceil_div(size, kWidth)},
-                    [&](int64_t row, int64_t count, int64_t panel, int64_t wide) {
-                      multiply_tile(count, wide, v.size(), z + row, 1, z_row_, w + panel * kWidth,
-                                    kWidth, w_row_, !first, dx + row * h_row_ + h + panel * kWidth,
-                                    h_row_);
-                    });
+      for_each_tile_column(
+          {0, rows.size()}, {0, ceil_div(size, kWidth)},
+          [&](int64_t row, int64_t tiles, int64_t height, int64_t panel, int64_t wide) {
+            multiply_tile(height, wide, v.size(), z + row, 1, z_row_, w + panel * kWidth, kWidth,
+                          w_row_, !first, dx + row * h_row_ + h + panel * kWidth, h_row_, tiles,
+                          height);
+          });
     }
   }
 

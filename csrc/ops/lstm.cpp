@@ -21,7 +21,7 @@ template <class T>
 struct LstmForwardCell {
   static constexpr int kGates = 4, kBiases = 4;
   int64_t H;
-  T* gates;
+  T* kept;  // the gates, or nullptr
   T* unprojected;
   T* cells;  // or nullptr
   T* c;      // [B, H]: the cell of each sequence, c0 at first and c_n in the end
@@ -32,8 +32,9 @@ struct LstmForwardCell {
     prefetch(c + row * H + unit);
   }
 
-  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
-                         const T* product) const {
+  // Leaves c_t where the product for i was, and o where that for f was.
+  PK_INLINE void gates(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
+                       T* product) const {
     constexpr int64_t next = kPanel<T>;
     const int64_t at = gate_at<T>(4, unit);
     const T* const input = step.input + row * step.input_row + at;
@@ -46,15 +47,20 @@ struct LstmForwardCell {
     T* const cell = c + row * H + unit;
     const vec<T> now = f * load_n(cell, count) + i * g;
     store_n(cell, now, count);
-    if (gates) {
-      T* const to = gates + gate_at<T>(4, H, step.first + row, unit);
+    store(product, now);
+    store(product + next, o);
+    if (kept) {
+      T* const to = kept + gate_at<T>(4, H, step.first + row, unit);
       store(to, i);
       store(to + next, f);
       store(to + 2 * next, g);
       store(to + 3 * next, o);
     }
     if (cells) store_n(cells + (step.first + row) * H + unit, now, count);
-    return o * tanh<T>(now);
+  }
+
+  PK_INLINE vec<T> state(const ForwardStep<T>&, int64_t, int64_t, int64_t, const T* product) const {
+    return load(product + kPanel<T>) * tanh<T>(load(product));
   }
 };
 

@@ -236,9 +236,11 @@ struct ForwardStep {
 //   T* unprojected           [N, H] where states before a projection are kept, or nullptr
 //   void fetch(step, row, unit)
 //                            asks for what `state` will read of a panel of units
+//   void gates(step, row, unit, count, product)
+//                            those of some units that do not wait for another; `product` is
+//                            W_hh h_{t-1} of their gates, kPanel apart, and may be written to
 //   vec<T> state(step, row, unit, count, product)
-//                            the state of some units, before a projection; `product` is
-//                            W_hh h_{t-1} of their gates, kPanel apart
+//                            then their state, before a projection, of what `gates` has left
 template <class S, class Cell>
 class ForwardPass : public Pass {
   using T = compute_t<S>;
@@ -250,8 +252,11 @@ class ForwardPass : public Pass {
       : threads_(team_for(threads, p.sizes, p.walk.total(), kGates, 1)), p_(p), n_(p.sizes),
         walk_(p.walk), cell_(cell), layout_(p.sizes, p.w_hr), packed_(p.packed ? 0 : layout_.size),
         weights_(p.packed ? p.packed : packed_.get()),
-        chunk_(std::max<int64_t>(
-            1, (p.link ? kLinkedRows : threads_ * kStepRows) / std::max<int64_t>(1, n_.B))),
+        // No more steps than there are: a thread's rows begin that many steps of others' further
+        // on.
+        chunk_(std::clamp<int64_t>(
+            (p.link ? kLinkedRows : threads_ * kStepRows) / std::max<int64_t>(1, n_.B), 1,
+            std::max<int64_t>(1, n_.T))),
         chunk_rows_(std::min(walk_.total(), chunk_ * n_.B)),
         input_row_(spread_rows<T>(gates_size<T>(kGates, n_.H, 1), kGates)),
         inputs_(2 * chunk_rows_ * input_row_), x_(threads_ * kStepRows * n_.I),
@@ -344,13 +349,14 @@ class ForwardPass : public Pass {
       }
     }
     for (int64_t k = 0; k < n_.I; k += kDepth<T>)
-      for_each_tile({0, count}, {blocks.begin * kGates, blocks.end * kGates},
-                    [&](int64_t r, int64_t height, int64_t panel, int64_t wide) {
-                      multiply_tile(height, wide, std::min(kDepth<T>, n_.I - k), x + r * n_.I + k,
-                                    n_.I, 1, w_ih + (panel * n_.I + k) * width, n_.I * width, width,
-                                    k > 0, chunk.inputs + (i + r) * input_row_ + panel * width,
-                                    input_row_);
-                    });
+      for_each_tile_column(
+          {0, count}, {blocks.begin * kGates, blocks.end * kGates},
+          [&](int64_t r, int64_t tiles, int64_t height, int64_t panel, int64_t wide) {
+            multiply_tile(height, wide, std::min(kDepth<T>, n_.I - k), x + r * n_.I + k, n_.I, 1,
+                          w_ih + (panel * n_.I + k) * width, n_.I * width, width, k > 0,
+                          chunk.inputs + (i + r) * input_row_ + panel * width, input_row_, tiles,
+                          height * n_.I);
+          });
   }
 
   // Steps so small that one thread runs them all. Meanwhile the others prepare the input products
@@ -390,25 +396,37 @@ class ForwardPass : public Pass {
                                 chunk.inputs + input * input_row_,
                                 input_row_,
                                 weights_ + layout_.bias};
+      // What the innermost loops read, by value: see finish_tile.
+      const int64_t H = n_.H, R = n_.R;
+      const bool projects = p_.w_hr;
+      const Cell cell = cell_;
       T* const unprojected =
-          cell_.unprojected ? cell_.unprojected + step.first * n_.H : unprojected_.get();
-      const auto finish = [&](int64_t row, int64_t unit, int64_t count, const T* product) {
-        const vec<T> state = cell_.state(step, row, unit, count, product);
-        if (p_.w_hr) store_n(unprojected + row * n_.H + unit, state, count);
-        else keep(s, row, unit, count, state);
+          cell.unprojected ? cell.unprojected + step.first * H : unprojected_.get();
+      const auto keep = [R, to = states(s), y = p_.y + step.first * R](
+                            int64_t row, int64_t unit, int64_t count, vec<T> state) {
+        store_n(to + row * R + unit, state, count);
+        if constexpr (!kSame) store_n(y + row * R + unit, state, count);
       };
-      const Range old{rows.begin, std::min(rows.end, step.carried)};
-      const Range fresh{std::max(rows.begin, step.carried), rows.end};
-      const auto fetch = [&](int64_t row, int64_t unit) { cell_.fetch(step, row, unit); };
-      multiply_gates<T, kGates>(old, blocks, n_.H, n_.R, step.before, n_.R, w_hh, fetch, finish);
-      multiply_gates<T, kGates>(fresh, blocks, n_.H, n_.R, h0_.get(), n_.R, w_hh, fetch, finish);
+      const auto fetch = [=](int64_t row, int64_t unit) { cell.fetch(step, row, unit); };
+      const auto gates = [=](int64_t row, int64_t unit, int64_t count, T* product) {
+        cell.gates(step, row, unit, count, product);
+      };
+      const auto finish = [=](int64_t row, int64_t unit, int64_t count, const T* product) {
+        const vec<T> state = cell.state(step, row, unit, count, product);
+        if (projects) store_n(unprojected + row * H + unit, state, count);
+        else keep(row, unit, count, state);
+      };
+      const auto multiply = [&](Range part, const T* before) {
+        multiply_gates<T, kGates>(part, blocks, H, R, before, R, w_hh, fetch, gates, finish);
+      };
+      multiply({rows.begin, std::min(rows.end, step.carried)}, step.before);
+      multiply({std::max(rows.begin, step.carried), rows.end}, h0_.get());
       share.meet();
-      if (!p_.w_hr) continue;
+      if (!projects) continue;
       if (share.idle()) return;
-      multiply_gates<T, 1>(rows, share.blocks(all_out), n_.R, n_.H, unprojected, n_.H, w_hr,
-                           nothing,
-                           [&](int64_t row, int64_t unit, int64_t count, const T* product) {
-                             keep(s, row, unit, count, load(product));
+      multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, nothing,
+                           [=](int64_t row, int64_t unit, int64_t count, const T* product) {
+                             keep(row, unit, count, load(product));
                            });
       share.meet();
     }
@@ -418,11 +436,6 @@ class ForwardPass : public Pass {
   T* states(int64_t s) const {
     if constexpr (kSame) return p_.y + walk_.first(s) * n_.R;
     else return states_.get() + (s & 1) * n_.B * n_.R;
-  }
-
-  PK_INLINE void keep(int64_t s, int64_t row, int64_t unit, int64_t count, vec<T> state) const {
-    store_n(states(s) + row * n_.R + unit, state, count);
-    if constexpr (!kSame) store_n(p_.y + (walk_.first(s) + row) * n_.R + unit, state, count);
   }
 
   const int threads_;
@@ -543,17 +556,23 @@ class BackwardPass : public Pass {
       const T* const after = s > 0 ? delta_.get() + walk_.first(s - 1) * row_size : nullptr;
       T* const delta = delta_.get() + step.first * row_size;
       T* const dstate = p_.w_hr ? dstate_.get() + step.first * n_.R : nullptr;
-      const auto finish = [&](int64_t row, int64_t unit, int64_t count, const T* product) {
+      // What the innermost loops read, by value: see finish_tile.
+      const int64_t R = n_.R;
+      const bool projects = p_.w_hr;
+      const Cell cell = cell_;
+      const S* const dy = p_.dy ? p_.dy + step.first * R : nullptr;
+      const S* const dh_n = p_.dh_n;
+      const auto finish = [=](int64_t row, int64_t unit, int64_t count, const T* product) {
         vec<T> dh = load(product);
-        const int64_t at = row * n_.R + unit;
-        if (p_.dy) dh += load_n(p_.dy + step.first * n_.R + at, count);
-        if (p_.dh_n && row >= step.carried) dh += load_n(p_.dh_n + at, count);
-        if (p_.w_hr) store_n(dstate + at, dh, count);
-        else cell_.delta(step, row, unit, count, dh, delta + row * row_size + unit);
+        const int64_t at = row * R + unit;
+        if (dy) dh += load_n(dy + at, count);
+        if (dh_n && row >= step.carried) dh += load_n(dh_n + at, count);
+        if (projects) store_n(dstate + at, dh, count);
+        else cell.delta(step, row, unit, count, dh, delta + row * row_size + unit);
       };
-      const auto fetch = [&](int64_t row, int64_t unit) {
-        if (p_.dy) prefetch(p_.dy + (step.first + row) * n_.R + unit);
-        if (!p_.w_hr) cell_.fetch(step, row, unit);
+      const auto fetch = [=](int64_t row, int64_t unit) {
+        if (dy) prefetch(dy + row * R + unit);
+        if (!projects) cell.fetch(step, row, unit);
       };
       multiply_gates<T, 1>(old, out_blocks, n_.R, kGates * n_.H, after, row_size, w_hh_.get(),
                            fetch, finish);

@@ -15,6 +15,8 @@ struct RnnForwardCell {
     prefetch(step.input + row * step.input_row + unit);
   }
 
+  PK_INLINE void gates(const ForwardStep<T>&, int64_t, int64_t, int64_t, T*) const {}
+
   PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t,
                          const T* product) const {
     const vec<T> input = load(step.input + row * step.input_row + unit);

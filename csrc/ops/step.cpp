@@ -4,22 +4,6 @@
 #include <memory>
 
 namespace pykernels {
-namespace {
-
-Address address_of(const dlpack::Tensor& t) {
-  return reinterpret_cast<Address>(t.data) + t.byte_offset;
-}
-
-// object.name(arguments...)
-template <class... Arguments>
-py::object ask(py::handle object, PyObject* name, const Arguments&... arguments) {
-  PyObject* const all[] = {object.ptr(), arguments.ptr()...};
-  PyObject* const answer = PyObject_VectorcallMethod(name, all, 1 + sizeof...(arguments), nullptr);
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
-}
-
-}  // namespace
 
 PackedStep::PackedStep(StepKernel kernel, int states, const py::type& tensor_type,
                        const Exchange& exchange, const py::tuple& weights, const py::object& values,
@@ -114,8 +98,7 @@ bool PackedStep::plain(py::handle object, int64_t columns, dlpack::Tensor* out) 
   if ((last != 0 && last != 1) || out->shape[last] != columns || out->strides[last] != 1 ||
       (last == 1 && out->strides[0] != columns))
     return false;
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  return ask(object, is_neg).ptr() == Py_False;
+  return signed_as_stored(object);
 }
 
 void bind_step(py::module_& m, const std::string& op, StepKernel kernel, int states) {

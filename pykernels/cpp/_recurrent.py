@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous
+from pykernels.cpp import address, addresses
 
 #: (T, B, I, H, R), batch sizes, whether time runs backwards; the arguments of the op
 Call = tuple[Any, ...]
@@ -34,9 +34,12 @@ class Packed(NamedTuple):
 
 def sizes(x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | None) -> Sizes:
     """T, B, I, H, R."""
-    T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), batch_sizes[0])
+    if batch_sizes is None:
+        T, B, I = x.shape
+    else:
+        T, B, I = len(batch_sizes), batch_sizes[0], x.shape[1]
     rows, R = w_hh.shape
-    return T, B, x.shape[-1], rows // gates, R
+    return T, B, I, rows // gates, R
 
 
 class Made(NamedTuple):
@@ -56,7 +59,7 @@ def forward(
     chained: bool,
     keep: bool,
 ) -> list[Made]:
-    """Runs calls side by side, or one on all threads.
+    """Runs calls side by side.
 
     Args:
         op: the name of the op.
@@ -70,14 +73,14 @@ def forward(
     for (x, *tensors), own in calls:
         x = made[-1].results[0] if chained and made else x
         made.append(make(x, *tensors, keep=keep, **own))
-    _launch(f"{op}_forward", calls[0][0][0], made, *options, chained)
+    launch(f"{op}_forward", calls[0][0][0], made, *options, chained)
     return made
 
 
 def backward(
     op: str, make: Callable[..., Made], calls: Sequence[Backward], *options: object, chained: bool
 ) -> list[Made]:
-    """The backward passes of calls, side by side, or of one on all threads.
+    """The backward passes of calls, side by side.
 
     As `forward`; `make` takes what a call saved, the gradients of its outputs, what is needed, and
     options. If `chained`, the gradient of each y is that of the input of the call before.
@@ -86,11 +89,12 @@ def backward(
     for saved, (dy, *grads), needs, own in calls:
         dy = made[-1].results[0] if chained and made else dy
         made.append(make(saved, (dy, *grads), needs=needs, **own))
-    _launch(f"{op}_backward", calls[0][0][0], made, *options, chained)
+    launch(f"{op}_backward", calls[0][0][0], made, *options, chained)
     return made
 
 
-def _launch(name: str, x: Tensor, made: Sequence[Made], *options: object) -> None:
+def launch(name: str, x: Tensor, made: Sequence[Made], *options: object) -> None:
+    """Runs what is made: several calls side by side, one on all threads."""
     run = getattr(_backends.load_extension(), name)
     run(cpp.DTYPES[x.dtype], torch.get_num_threads(), *options, [each.call for each in made])
 
@@ -105,17 +109,6 @@ def empty_gates(x: Tensor, H: int) -> Tensor:
     dtype = compute_dtype(x)
     row = _backends.load_extension().kept_row(cpp.DTYPES[dtype], 4, H)
     return x.new_empty(*x.shape[:-1], row, dtype=dtype)
-
-
-def addresses(tensors: Sequence[Maybe]) -> tuple[list[Maybe], list[int]]:
-    """Contiguous versions, which must outlive the call, and where they are."""
-    dense = [contiguous(t) for t in tensors]
-    return dense, [address(t) for t in dense]
-
-
-def forward_addresses(*tensors: Maybe, packed: Packed | None) -> tuple[list[Maybe], list[int]]:
-    """`addresses` of x, w_ih, w_hh, b_ih, b_hh, h0, w_hr and of what `pack` left, if anything."""
-    return addresses((*tensors, None if packed is None else packed.values))
 
 
 def pack(
@@ -159,16 +152,17 @@ def gradients(
     With `one_bias` the two biases have the same gradient, and only the first is made.
     """
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_h0 = needs
-    _, B, _, _, R = sizes
+    _, B, I, _, R = sizes
     if one_bias:
         need_b_ih, need_b_hh = need_b_ih or need_b_hh, False
+    rows, empty = len(w_ih), x.new_empty  # of sizes one by one: it takes them in half the time
     return [
-        x.new_empty(x.shape) if need_x else None,
-        x.new_empty(w_ih.shape) if need_w_ih else None,
-        x.new_empty(w_hh.shape) if need_w_hh else None,
-        x.new_empty(len(w_ih)) if need_b_ih else None,
-        x.new_empty(len(w_ih)) if need_b_hh else None,
-        x.new_empty(B, R) if need_h0 else None,
+        empty(*x.shape) if need_x else None,
+        empty(rows, I) if need_w_ih else None,
+        empty(rows, R) if need_w_hh else None,
+        empty(rows) if need_b_ih else None,
+        empty(rows) if need_b_hh else None,
+        empty(B, R) if need_h0 else None,
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous, plain
+from pykernels.cpp import address, contiguous, plain, rows
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset(
@@ -40,11 +40,12 @@ def attention_fwd(
     keep: bool = True,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
-    out = q.new_empty(*q.shape[:3], v.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+    B, N, S_q, _ = q.shape
+    out = q.new_empty(B, N, S_q, v.shape[3])
+    lse = q.new_empty(B, N, S_q, dtype=compute_dtype(q))
     row_stats = attention_extras(q)[0] if keep else None
     # The copies must outlive the call: their addresses alone reach it.
-    rows = [dense_rows(t) for t in (q, k, v)]
+    _held, (*inputs, output) = rows(q, k, v, out)
     rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
     _backends.load_extension().attention_forward(
         cpp.DTYPES[q.dtype],
@@ -53,9 +54,9 @@ def attention_fwd(
         (scale, softcap, dropout_p),
         _NO_PACKING,
         rule.packed,
-        [_strided(t) for t in rows],
+        inputs,
         NO_PAGES,
-        _strided(out),
+        output,
         address(lse),
         address(row_stats),
     )
@@ -84,15 +85,17 @@ def attention_bwd(
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv = (
-        t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs[:3], strict=True)
+        t.new_empty(*t.shape) if need else None
+        for t, need in zip((q, k, v), needs[:3], strict=True)
     )
     dsinks = sinks.new_empty(sinks.shape) if needs[4] else None
-    rows = [dense_rows(t) for t in (q, k, v, out, dout)]
-    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
-    sums, dmask = None, _strided(None)
+    sums = seen_sums = None
     if needs[3]:
         sums = row_stats.new_zeros(*attn_mask.shape[:3], k.shape[2])
-        dmask = _strided(sums.expand(*q.shape[:3], k.shape[2]))
+        seen_sums = sums.expand(*q.shape[:3], k.shape[2])
+    # The copies must outlive the call: their addresses alone reach it.
+    _held, found = rows(q, k, v, out, dout, dq, dk, dv, seen_sums)
+    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
     dlse = contiguous(dlse)
     _backends.load_extension().attention_backward(
         cpp.DTYPES[q.dtype],
@@ -101,11 +104,11 @@ def attention_bwd(
         (scale, softcap, dropout_p),
         _NO_PACKING,
         rule.packed,
-        [_strided(t) for t in rows],
+        found[:5],
         address(row_stats),
         address(dlse),
-        [_strided(t) for t in (dq, dk, dv)],
-        dmask,
+        found[5:8],
+        found[8],
         address(dsinks),
     )
     if sums is not None:
@@ -165,7 +168,7 @@ class Rule:
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, diagonal: int) -> tuple[int, ...]:
@@ -176,14 +179,3 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, diagonal: int) -> tuple[
     first = -S_q if first is None else max(first, -S_q)
     last = S_k if last is None else min(last, S_k)
     return B, N, k.shape[1], S_q, S_k, D, v.shape[3], first, last, diagonal
-
-
-def dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, copied only if it is not."""
-    tensor = plain(tensor)
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Address, and strides of batch, head and row; zeros for None."""
-    return (0, (0, 0, 0)) if tensor is None else (tensor.data_ptr(), tensor.stride()[:3])

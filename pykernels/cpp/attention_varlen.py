@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous
+from pykernels.cpp import address, contiguous, dense_rows
 from pykernels.cpp.attention import FEATURES as OF_ATTENTION
-from pykernels.cpp.attention import NO_PAGES, Band, Rule, compute_dtype, dense_rows
+from pykernels.cpp.attention import NO_PAGES, Band, Rule, compute_dtype
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = OF_ATTENTION - {"mask_grad"}

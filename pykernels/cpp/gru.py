@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import _recurrent, address
+from pykernels.cpp import _recurrent, addresses
 from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -17,7 +17,9 @@ FEATURES = frozenset({"ragged"})
 
 def gru_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    return gru_group_fwd([(tensors, options)], chained=False, keep=keep)[0]
+    made = _forward(*tensors, keep=keep, **options)
+    _recurrent.launch("gru_forward", made.results[0], [made], False)
+    return made.results, made.saved
 
 
 def gru_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
@@ -39,7 +41,9 @@ def gru_bwd(
     **options: Any,
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return gru_group_bwd([(saved, grads, needs, options)], chained=False)[0]
+    made = _backward(saved, grads, needs=needs, **options)
+    _recurrent.launch("gru_backward", saved[0], [made], False)
+    return tuple(made.results)
 
 
 def gru_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
@@ -72,12 +76,13 @@ def _forward(
     packed: Packed | None = None,
 ) -> Made:
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
-    _, B, _, H, _ = sizes
-    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
+    T, B, _, H, _ = sizes
+    rows = (T, B) if batch_sizes is None else (len(x),)
+    y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
     gates = gru_extras(x, w_ih, w_hh)[0] if keep else None
-    held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
-    outputs = (address(y), address(h_n))
-    call = (sizes, batch_sizes or (), reverse, inputs, outputs, address(gates))
+    values = None if packed is None else packed.values
+    held, at = addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values, y, h_n, gates))
+    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:10], at[10])
     return Made(call, (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y, gates), held)
 
 
@@ -92,7 +97,6 @@ def _backward(
     x, w_ih, w_hh, _, _, h0, y, gates = saved
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
     found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=False)
-    held, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, None, y, *grads))
-    outputs = [*map(address, found), 0]
-    call = (sizes, batch_sizes or (), reverse, inputs, outputs, address(gates))
+    held, at = addresses((x, w_ih, w_hh, h0, None, y, *grads, *found, None, gates))
+    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:15], at[15])
     return Made(call, found, (), held)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import _recurrent, address
+from pykernels.cpp import _recurrent, addresses
 from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -18,19 +18,23 @@ FEATURES = frozenset({"ragged", "projection"})
 
 def lstm_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    return lstm_group_fwd([(tensors, options)], chained=False, keep=keep)[0]
+    made = _forward(*tensors, keep=keep, **options)
+    _recurrent.launch("lstm_forward", made.results[0], [made], False)
+    return _outputs(made, keep), made.saved
 
 
 def lstm_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
     """See `pykernels._backends` for the contract."""
-    found = []
-    for each in _recurrent.forward("lstm", _forward, calls, chained=chained, keep=keep):
-        *outputs, cells = each.results
-        if cells is not None:
-            # what is saved for backward must not be what the caller may write to
-            outputs.append(cells.to(outputs[0].dtype, copy=keep))
-        found.append((tuple(outputs), each.saved))
-    return found
+    made = _recurrent.forward("lstm", _forward, calls, chained=chained, keep=keep)
+    return [(_outputs(each, keep), each.saved) for each in made]
+
+
+def _outputs(made: Made, keep: bool) -> tuple[Tensor, ...]:
+    y, h_n, c_n, cells = made.results
+    if cells is None:
+        return y, h_n, c_n
+    # what is saved for backward must not be what the caller may write to
+    return y, h_n, c_n, cells.to(y.dtype, copy=keep)
 
 
 def lstm_extras(
@@ -51,7 +55,9 @@ def lstm_bwd(
     **options: Any,
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return lstm_group_bwd([(saved, grads, needs, options)], chained=False)[0]
+    made = _backward(saved, grads, needs=needs, **options)
+    _recurrent.launch("lstm_backward", saved[0], [made], False)
+    return _recurrent.with_second_bias(made.results, needs)
 
 
 def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
@@ -92,27 +98,20 @@ def _forward(
 ) -> Made:
     """The last of its results are all cell states, where they are asked for."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
-    _, B, _, H, R = sizes
-    rows = x.shape[:-1]
+    T, B, _, H, R = sizes
+    rows = (T, B) if batch_sizes is None else (len(x),)
     y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
     gates = cells = unprojected = None
     if keep:
         gates, cells, unprojected = lstm_extras(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     elif return_cell_states:
         cells = x.new_empty(*rows, H, dtype=_recurrent.compute_dtype(x))
-    held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, packed=packed)
-    first = cpp.contiguous(c0)
-    call = (
-        sizes,
-        batch_sizes or (),
-        reverse,
-        inputs,
-        (address(y), address(h_n)),
-        (address(first), address(c_n)),
-        [address(t) for t in (gates, cells, unprojected)],
-    )
+    values = None if packed is None else packed.values
+    inputs, kept = (x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, values), (gates, cells, unprojected)
+    held, at = addresses((*inputs, y, h_n, c0, c_n, *kept))
+    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:10], at[10:12], at[12:])
     saved = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, y, gates, cells, unprojected)
-    return Made(call, (y, h_n, c_n, cells if return_cell_states else None), saved, (held, first))
+    return Made(call, (y, h_n, c_n, cells if return_cell_states else None), saved, held)
 
 
 def _backward(
@@ -131,16 +130,8 @@ def _backward(
     _, B, _, H, _ = sizes
     found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6], one_bias=True)
     dc0 = x.new_empty(B, H) if needs[6] else None
-    dw_hr = x.new_empty(w_hr.shape) if needs[7] else None
-    held, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, w_hr, y, dy, dh_n))
-    held_cells, cell_inputs = _recurrent.addresses((c0, dcells, dc_n))
-    call = (
-        sizes,
-        batch_sizes or (),
-        reverse,
-        inputs,
-        [address(t) for t in (*found, dw_hr)],
-        (*cell_inputs, address(dc0)),
-        [address(t) for t in (gates, cells, unprojected)],
-    )
-    return Made(call, (*found, dc0, dw_hr), (), (held, held_cells))
+    dw_hr = x.new_empty(*w_hr.shape) if needs[7] else None
+    inputs, kept = (x, w_ih, w_hh, h0, w_hr, y, dy, dh_n), (gates, cells, unprojected)
+    held, at = addresses((*inputs, *found, dw_hr, c0, dcells, dc_n, dc0, *kept))
+    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:15], at[15:19], at[19:])
+    return Made(call, (*found, dc0, dw_hr), (), held)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import _recurrent, address
+from pykernels.cpp import _recurrent, addresses
 from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -17,7 +17,10 @@ FEATURES = frozenset({"ragged"})
 
 def rnn_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    return rnn_group_fwd([(tensors, options)], chained=False, keep=keep)[0]
+    made = _forward(*tensors, keep=keep, **options)
+    relu = options["nonlinearity"] == "relu"
+    _recurrent.launch("rnn_forward", made.results[0], [made], relu, False)
+    return made.results, made.saved
 
 
 def rnn_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
@@ -35,7 +38,10 @@ def rnn_bwd(
     **options: Any,
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return rnn_group_bwd([(saved, grads, needs, options)], chained=False)[0]
+    made = _backward(saved, grads, needs=needs, **options)
+    relu = options["nonlinearity"] == "relu"
+    _recurrent.launch("rnn_backward", saved[0], [made], relu, False)
+    return _recurrent.with_second_bias(made.results, needs)
 
 
 def rnn_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
@@ -73,10 +79,12 @@ def _forward(
     packed: Packed | None = None,
 ) -> Made:
     sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
-    _, B, _, H, _ = sizes
-    y, h_n = x.new_empty(*x.shape[:-1], H), x.new_empty(B, H)
-    held, inputs = _recurrent.forward_addresses(x, w_ih, w_hh, b_ih, b_hh, h0, None, packed=packed)
-    call = (sizes, batch_sizes or (), reverse, inputs, (address(y), address(h_n)))
+    T, B, _, H, _ = sizes
+    rows = (T, B) if batch_sizes is None else (len(x),)
+    y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
+    values = None if packed is None else packed.values
+    held, at = addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values, y, h_n))
+    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:])
     return Made(call, (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y), held)
 
 
@@ -92,6 +100,5 @@ def _backward(
     x, w_ih, w_hh, _, _, h0, y = saved
     sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
     found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=True)
-    held, inputs = _recurrent.addresses((x, w_ih, w_hh, h0, None, y, *grads))
-    outputs = [*map(address, found), 0]
-    return Made((sizes, batch_sizes or (), reverse, inputs, outputs), found, (), held)
+    held, at = addresses((x, w_ih, w_hh, h0, None, y, *grads, *found, None))
+    return Made((sizes, batch_sizes or (), reverse, at[:8], at[8:]), found, (), held)

@@ -35,6 +35,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       weights are an output, not torch's numbers.
     * Nested tensors are a TypeError.
 
+    Args:
+        embed_dim: E, the size of query and output.
+        num_heads: N; each head has D = E / N.
+        dropout: the probability, in training, of dropping a weight.
+        bias: whether the projections of query, key, value and output have biases.
+        add_bias_kv: one more key and value, learned, behind the others of each sequence.
+        add_zero_attn: one more key and value, of zeros, behind them.
+        kdim, vdim: the sizes of key and value; E where None.
+        batch_first: query, key, value and output are [B, ., E] instead of [., B, E].
+        device, dtype: of the parameters.
+
+    Parameters:
+        in_proj_weight: W^Q, W^K, W^V one below the other, [3E, E]; where `kdim` or `vdim` differs
+            from E, q_proj_weight [E, E], k_proj_weight [E, kdim], v_proj_weight [E, vdim].
+        in_proj_bias: [3E].
+        out_proj.weight, out_proj.bias: W^O, [E, E], and b^O, [E].
+        bias_k, bias_v: the learned key and value, [1, 1, E].
+
+    Example::
+
+        layer = pykernels.nn.MultiheadAttention(8, 2, batch_first=True)
+        x = torch.randn(3, 5, 8)
+        out, _ = layer(x, x, x, need_weights=False)  # [B, L, E] -> [B, L, E]
+
     `torch.nn.TransformerEncoderLayer` has an inference path (eval mode without gradients) that
     reads this module's weights and never calls its forward: there stock kernels run. It is left by
     ``torch.backends.mha.set_fastpath_enabled(False)``, and by `pykernels.replace_modules`.

@@ -54,17 +54,25 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
     def num_classes(self) -> int:
         return self.out_features
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        return_lse: bool = False,
+        return_argmax: bool = False,
+    ) -> Any:
         """The loss.
 
         Args:
             input: x, [..., H].
             target: the classes, [...], int64.
+            return_lse, return_argmax: as `functional.linear_cross_entropy`.
 
         Returns:
-            A number, or [...] with reduction "none".
+            A number, or [...] with reduction "none"; a tuple with what else is asked for.
         """
-        loss: Tensor = functional.linear_cross_entropy(
+        return functional.linear_cross_entropy(
             input,
             self.weight,
             target,
@@ -74,8 +82,9 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
+            return_lse=return_lse,
+            return_argmax=return_argmax,
         )
-        return loss
 
     def logits(self, input: Tensor) -> Tensor:
         """W x + b, [..., V], as `torch.nn.Linear`: to sample from, not to train with."""

@@ -33,7 +33,8 @@ def apply(
     if check is not None:
         check(*tensors, **options)
     if wanted(tensors):
-        return function.apply(backend, options, *tensors)
+        # Past what Function.apply does for the transforms of torch.func: none is here.
+        return super(torch.autograd.Function, function).apply(backend, options, *tensors)
     if unrecorded is not None:
         options = options | unrecorded()
     return run(backend, op, options, tensors, keep=False)[0]
@@ -64,8 +65,6 @@ def run(
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The backend's ``<op>_fwd``: outputs, and what it saves for backward, if that is to `keep`."""
     compute = getattr(backend, f"{op}_fwd")
-    if not _autocast.on(tensors[0].device):  # a context costs as much as a small step
-        return compute(*tensors, keep=keep, **options)
     with _autocast.disabled(tensors[0].device):
         return compute(*tensors, keep=keep, **options)
 

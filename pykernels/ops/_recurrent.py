@@ -127,9 +127,11 @@ def check_tensors(
         _checks.tensor(op, "w_hh", w_hh)
     _checks.alike(op, x, (*_WEIGHTS[: len(weights)], *names), (*weights, *states))
     G, I = _ROWS[gates], x.shape[-1]
+    w_hh_shape = w_hh.shape
     if w_hr is None:
-        _checks.rank(op, "w_hh", w_hh, "H, H" if gates == 1 else f"{G}, H")
-        H = R = max(w_hh.shape) // gates  # the longer side, should the matrix lie transposed
+        if len(w_hh_shape) != 2:
+            _checks.rank(op, "w_hh", w_hh, "H, H" if gates == 1 else f"{G}, H")
+        H = R = max(w_hh_shape) // gates  # the longer side, should the matrix lie transposed
     else:
         _checks.rank(op, "w_hr", w_hr, "R, H")
         R, H = w_hr.shape
@@ -137,7 +139,7 @@ def check_tensors(
         for name, size in (("input size", I), ("hidden size", H), ("projection size", R)):
             _checks.positive(op, name, size)
     rows = gates * H
-    if w_hh.shape != (rows, R):
+    if w_hh_shape != (rows, R):
         _checks.shape(op, "w_hh", w_hh, f"{G}, {'H' if w_hr is None else 'R'}", (rows, R))
     if w_ih.shape != (rows, I):
         _checks.shape(op, "w_ih", w_ih, f"{G}, I", (rows, I))

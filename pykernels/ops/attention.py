@@ -64,6 +64,7 @@ _library.Operator(
 LARGE_HEAD = 1024
 
 
+_NONE: frozenset[str] = frozenset()
 #: The first and last j - i at which query i sees key j; None for no bound.
 Band = tuple[int | None, int | None]
 ALIGNMENTS = ("top-left", "bottom-right")
@@ -80,8 +81,10 @@ def features(
     dropout: bool = False,
 ) -> frozenset[str]:
     """The optional features that heads of these sizes, a band and so on ask of a backend."""
-    large = max(D, D_v) * torch.promote_types(dtype, torch.float32).itemsize > LARGE_HEAD
+    large = max(D, D_v) * max(dtype.itemsize, 4) > LARGE_HEAD
     window = band not in ((None, None), (None, 0))
+    if D_v == D and not (large or window or softcap or sinks or alibi or dropout):
+        return _NONE
     asked = {
         "v_head_dim": D_v != D,
         "large_head": large,
@@ -258,18 +261,24 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     query, key, value, attn_mask = _autocast.cast(query, key, value, attn_mask)
+    _checks.tensor(op, "query", query)
+    if key is None or value is None:
+        _checks.tensor(op, "key", key)
+        _checks.tensor(op, "value", value)
+    _checks.alike(op, query, ("key", "value"), (key, value))
+    _checks.floating(op, "query", query)
     for name, given in (("query", query), ("key", key), ("value", value)):
-        _checks.tensor(op, name, given, query if name != "query" else None)
         if given.dim() < 2:
             _checks.fail(op, name, "[..., S, D]", list(given.shape))
-    _checks.floating(op, "query", query)
     _check_dropout(op, dropout_p)
     _check_scale(op, scale)
     S_q, D = query.shape[-2:]
     S_k, D_v = key.shape[-2], value.shape[-1]
     _checks.positive(op, "head dim D", D)
-    _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
-    _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
+    if key.shape[-1] != D:
+        _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
+    if value.shape[-2] != S_k:
+        _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32:
         attn_mask = attn_mask.to(query.dtype)  # torch takes float32 masks with any query
     if attn_mask is not None:
@@ -368,20 +377,23 @@ def check_inputs(
     enable_gqa: bool,
 ) -> Tensor | None:
     """The tensors, of the sizes that `attention` says; the mask comes back with all its axes."""
-    for name, value, axes in (
-        ("q", q, "B, N, S_q, D"),
-        ("k", k, "B, N_kv, S_k, D"),
-        ("v", v, "B, N_kv, S_k, D_v"),
-    ):
-        _checks.tensor(op, name, value, q if name != "q" else None)
-        _checks.rank(op, name, value, axes)
+    _checks.tensor(op, "q", q)
+    if k is None or v is None:
+        _checks.tensor(op, "k", k)
+        _checks.tensor(op, "v", v)
+    _checks.alike(op, q, ("k", "v"), (k, v))
     _checks.floating(op, "q", q)
+    _checks.rank(op, "q", q, "B, N, S_q, D")
+    _checks.rank(op, "k", k, "B, N_kv, S_k, D")
+    _checks.rank(op, "v", v, "B, N_kv, S_k, D_v")
     B, N, S_q, D = q.shape
-    N_kv, S_k = k.shape[1:3]
+    _, N_kv, S_k, _ = k_shape = k.shape
     check_heads(op, q, k, N, N_kv, enable_gqa)
     _checks.positive(op, "head dim D", D)
-    _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
-    _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
+    if k_shape[0] != B or k_shape[3] != D:
+        _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
+    if v.shape[:3] != k_shape[:3]:
+        _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
     mask = None
     if attn_mask is not None:
         _check_mask(op, attn_mask, q)

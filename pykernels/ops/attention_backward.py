@@ -98,7 +98,10 @@ def attention_backward(
             [B, N_kv, S_k, D], [B, N_kv, S_k, D_v], broadcastable to [B, N, S_q, S_k].
         out: the output over all keys, [B, N, S_q, D_v].
         lse: the log-sum-exp over all keys, sinks included, [B, N, S_q] in float32 (float64 for
-            float64); -inf for a query that sees no key, which gets no gradient.
+            float64); -inf for a query that sees no key, which gets no gradient. Weights are as good
+            as it is: where all scores of a query are so low (a mask of -1e9 or finfo.min) that it
+            has been rounded to the highest, each of its weights counts as 1. `attention` keeps more
+            than this number for its own gradient, and has no such loss.
         dlse: the gradient of `lse`, like it; None for zeros.
         is_causal, window, causal_alignment, scale, softcap, alibi_slopes, enable_gqa: as in
             `attention`, of this piece: with as many queries as keys in all, places in the last keys

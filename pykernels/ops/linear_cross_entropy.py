@@ -195,7 +195,7 @@ def linear_cross_entropy(
     The logits exist for a few rows at a time. Under "mean" and "sum" their gradients are made
     along with the loss, where a gradient is asked for, so that backward has only to scale them; not
     so under `torch.func`. Under torch.compile the values of `target` are checked where the graph
-    runs, with the same error.
+    runs, with the same error, which then counts rows of all leading axes.
 
     Args:
         x: [..., H], any floating dtype.
@@ -274,14 +274,18 @@ def linear_cross_entropy(
         "return_lse": bool(return_lse),
         "return_argmax": bool(return_argmax),
     }
-    lead = x.shape[:-1]
+    lead, given = x.shape[:-1], target
     if len(lead) != 1:
         x, target = x.reshape(-1, H), target.reshape(-1)
     tensors = (x, weight, target, bias, class_weight)
     if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
+
+    def check(*_: Any, **__: Any) -> None:  # the targets as they came: errors name their places
+        _check_values(x, weight, given, ignore_index=ignore_index)
+
     loss, lse, argmax = _autograd.apply(
-        LinearCrossEntropyFunction, op, chosen, options, tensors, check=_check_values
+        LinearCrossEntropyFunction, op, chosen, options, tensors, check=check
     )
     loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (

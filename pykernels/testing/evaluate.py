@@ -105,6 +105,22 @@ def compare(
     }
 
 
+def check_truth(spec: Spec, device: str = "cpu") -> None:
+    """Stock torch's results in float64 are the truth, but for the roundings of stock torch's."""
+    expected = stock(spec, torch.float64, device)
+    exact = truth(spec, torch.float64, device)
+    for name, t in exact.items():
+        finite = t[t.isfinite()]
+        scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+        torch.testing.assert_close(
+            expected[name],
+            t,
+            rtol=1e-12,
+            atol=1e-13 * scale,
+            msg=lambda words, name=name: f"{spec.name} {name}: {words}",  # type: ignore[misc]
+        )
+
+
 @functools.lru_cache(maxsize=64)
 def floor(spec: Spec, dtype: torch.dtype) -> dict[str, float]:
     """What stock torch's error counts as at least, by name, in relation to max|truth|.

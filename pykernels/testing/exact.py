@@ -17,31 +17,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _MANTISSA = 53
+_SLICES = 8  # at most: a sum over K of products of each with each is exact too
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` of float64 matrices or batches of them, each element rounded about once."""
-    K = a.shape[-1]
     if a.numel() == 0 or b.numel() == 0:
         return a @ b
-    bits = (_MANTISSA - math.ceil(math.log2(K + 1))) // 2
+    bits = (_MANTISSA - math.ceil(math.log2(_SLICES * a.shape[-1]))) // 2
     count = math.ceil(_MANTISSA / bits) + 1
-    left, right = _slices(a, -1, bits, count), _slices(b, -2, bits, count)
-    pairs = [(i, j) for i in range(count) for j in range(count) if i + j < count]
-    products = [left[i] @ right[j] for i, j in sorted(pairs, key=sum, reverse=True)]
+    # [first .. last] of a and [last .. first] of b: slices whose numbers add up to one size meet
+    left = torch.cat(_slices(a, -1, bits, count), -1)
+    right = torch.cat(_slices(b, -2, bits, count)[::-1], -2)
+    ends = [i * a.shape[-1] for i in range(count, 0, -1)]
+    exact = functools.reduce(torch.add, [left[..., :i] @ right[..., -i:, :] for i in ends])
+    finite = exact.isfinite()
     # what is not finite has no slices, and spreads as in any product
-    rough = a @ b
-    exact = functools.reduce(torch.add, products)
-    return torch.where(rough.isfinite() & exact.isfinite(), exact, rough)
+    return exact if finite.all() else torch.where(finite, exact, a @ b)
 
 
 def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
-    """`x` as a sum of `count` tensors of `bits` bits each below the largest along `dim`."""
+    """`x` as a sum of `count` tensors, `bits` bits each from the largest along `dim` down."""
+    low, high = x.aminmax(dim=dim, keepdim=True)
+    largest = torch.maximum(high, -low).clamp_min(torch.finfo(x.dtype).tiny)
+    power = largest / torch.frexp(largest).mantissa  # of two
     parts = []
-    for _ in range(count):
-        _, exponent = torch.frexp(x.abs().amax(dim, keepdim=True))
-        unit = torch.ldexp(torch.ones_like(x), (exponent - bits).expand_as(x))
-        part = (x / unit).round() * unit
+    for i in range(1, count + 1):
+        shift = power * (1.5 * 2.0 ** (_MANTISSA - 1 - i * bits))  # whose last bit is the slice's
+        part = x + shift - shift
         parts.append(part)
         x = x - part
     return parts

@@ -596,6 +596,7 @@ def _recurrent_specs(kind: type[RecurrentSpec], quick: Collection[str]) -> list[
         spec("h300", "H crosses blocks and is no multiple of one", HOSTILE, 4, 3, 40, 300),
         spec("h257", "one past 256 in H", HOSTILE, 3, 7, 20, 257),
         spec("i600", "I longer than a depth block of the product", HOSTILE, 3, 4, 600, 20),
+        spec("h600", "R longer than one, and fewer steps than are prepared", HOSTILE, 2, 7, 3, 600),
         spec("rows", "T*B crosses row blocks of the input product", HOSTILE, 70, 9, 12, 24),
         spec("long", "error and gradient through many steps", HOSTILE, 200, 2, 8, 16),
         # --- sequences of different lengths
@@ -1465,6 +1466,7 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         mask="float",
         dead_rows=True,
         finite_mask=True,
+        learned=True,
     ),
     _attention("n0", "no head", SMALL, (2, 0, 4, 8)),
     _attention("huge-stride", "offsets past 32 bits", HOSTILE, (2, 2, 9, 8), layout="huge"),

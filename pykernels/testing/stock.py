@@ -103,13 +103,13 @@ def _layer(
     if T == 0:
         return x.new_zeros(0, *states[0].shape), [t.clone() for t in states]
     flip = _flip(T, B, lengths, x.device) if reverse else None
-    # cuDNN's layers take no others
+    # cuDNN's layers ask for dense tensors
     given = [w.contiguous() for w in weights if w is not None]
-    x = x if flip is None else x[flip]
+    x = x.contiguous() if flip is None else x[flip]
     # arguments: has_biases, num_layers, dropout, train, bidirectional
     rest = (given, weights[2] is not None, 1, 0.0, True, False)
     if lengths is None:
-        hx = [t[None].contiguous() for t in states]  # cuDNN's layers ask for that
+        hx = [t[None].contiguous() for t in states]
         y, *last = layer(x, hx if len(hx) > 1 else hx[0], *rest, False)  # not batch first
     else:
         packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
@@ -215,7 +215,12 @@ def attention(
         mask = keep if attn_mask is not None or not keep.all() else None
 
     if not formula:
-        out = _torchs_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa)
+        # Fused kernels keep a row's log-sum-exp for backward. That of scores of this size has lost
+        # the logarithm of the number of keys, and they take every weight of the row for 1.
+        far = False
+        if mask is not None and mask.is_floating_point() and mask.numel() > 0:
+            far = bool((mask.amax(-1).abs() > 1 / torch.finfo(torch.float32).eps).any())
+        out = _torchs_attention(q, k, v, mask, scale=scale, plain=far, enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -236,10 +241,19 @@ def attention(
             weights = weights * kept / (1 - dropout_p) if dropout_p < 1 else 0 * weights
         out = weights @ v
     if sinks is not None:
-        return _both(out, scores.logsumexp(-1), return_lse)
-    lse = scores.logsumexp(-1) if s_k else q.sum(-1) * 0
+        return _both(out, _logsumexp(scores), return_lse)
+    lse = _logsumexp(scores) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
+
+
+def _logsumexp(scores: Tensor) -> Tensor:
+    """torch.logsumexp over the keys, with a gradient that is right for scores of any size.
+
+    torch's is exp(scores - result), which has lost what the result has lost.
+    """
+    top = scores.detach().amax(-1, keepdim=True)
+    return top.squeeze(-1) + (scores - top).logsumexp(-1)
 
 
 def _torchs_attention(
@@ -249,18 +263,19 @@ def _torchs_attention(
     mask: Tensor | None,
     *,
     scale: float | None,
+    plain: bool = False,
     **options: Any,
 ) -> Tensor:
-    """F.scaled_dot_product_attention, as matrix products and a softmax where its fused kernels err.
+    """F.scaled_dot_product_attention, as matrix products and a softmax where its fused kernels err:
+    where the caller knows of it and says `plain`, and in places on a GPU.
 
-    On a GPU these read past what is aligned (an error that ends the process's use of the GPU),
+    There they read past what is aligned (an error that ends the process's use of the GPU),
     divide by a size of zero, and give NaN for a scale that is not positive.
     """
     tensors = [q, k, v] if mask is None else [q, k, v, mask]
-    plain = q.is_cuda and (
-        (scale is not None and scale <= 0)
-        or any(t.numel() == 0 or t.data_ptr() % 16 != 0 for t in tensors)
-    )
+    if q.is_cuda:
+        plain |= scale is not None and scale <= 0
+        plain |= any(t.numel() == 0 or t.data_ptr() % 16 != 0 for t in tensors)
     with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, **options)
 
