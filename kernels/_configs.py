@@ -186,7 +186,7 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
 
 #: By table, dtype and block of head dims: the entry for whole heads without a mask, the one for the
 #: rest, and, where they are not that, the ones for whole heads of packed sequences or in a window,
-#: and under a mask, a cap, ALiBi or dropout. All these, and head dims that do not fill their block,
+#: or else under a mask, a cap, ALiBi or dropout. All these, and head dims smaller than their block,
 #: take registers.
 _WIDE_FWD = {
     torch.float32: {
@@ -489,5 +489,5 @@ def attention(
     of_packed, of_more = (*more, rest, rest)[:2]
     if whole and not masked and not ruled:
         return of_packed if packed else first
-    found = of_more if whole else rest
+    found = of_more if whole and not packed else rest
     return found.ruled or found if ruled else found
