@@ -343,7 +343,7 @@ def attention_fwd_kernel(
     mask_ptr,  # [B, N, S_q, S_k], bytes if MASK is "bool"
     out_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
-    highest_ptr,  # [B, N, S_q], contiguous, as rest_ptr; None, both, if nobody asks for the parts
+    highest_ptr,  # [B, N, S_q], contiguous; None, as rest_ptr, if nobody asks for lse in parts
     rest_ptr,
     N,
     group,  # N // N_kv
@@ -633,7 +633,7 @@ def attention_bwd_dkv_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    lse_ptr,  # [B, N, S_q], contiguous; the first part of it where there is a rest
     rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dk_ptr,  # [B, N_kv, S_k, D]
@@ -913,7 +913,7 @@ def attention_bwd_dq_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    lse_ptr,  # [B, N, S_q], contiguous; the first part of it where there is a rest
     rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dq_ptr,  # [B, N, S_q, D]
@@ -1082,7 +1082,7 @@ def attention_bwd_dmask_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
+    lse_ptr,  # [B, N, S_q], contiguous; the first part of it where there is a rest
     rest_ptr,  # [B, N, S_q], contiguous; None for zeros
     delta_ptr,  # [B, N, S_q], contiguous
     dmask_ptr,  # [B or 1, N or 1, S_q or 1, S_k or 1], contiguous
@@ -1535,16 +1535,16 @@ def attention_fwd(
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
-    kept = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
+    row_stats = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
     if places.packed:
         out.zero_()
         lse.fill_(float("-inf"))
     if lse.numel() > 0:
         sinks = None if sinks is None else sinks.contiguous()
-        parts = (None, None) if kept is lse else kept
+        parts = (None, None) if row_stats is lse else row_stats
         tensors = (q, k, v, mask, out, lse, *parts, sinks, form.slopes, form.seed, *places[:4])
         launch(_fwd_plan, tensors, form.numbers, *places[4:], band, scale)
-    return (out, lse), (*saved, out, kept)
+    return (out, lse), (*saved, out, row_stats)
 
 
 def _added(attn_mask: Tensor | None) -> bool:
@@ -1728,7 +1728,7 @@ def attention_bwd(
 
     Args:
         saved: what `attention_fwd` returned: (q, k, v, attn_mask, sinks, alibi_slopes, seed, out,
-            kept), with None for what there is not; kept may be lse whole.
+            row_stats), with None for what there is not; lse whole may be in the place of row_stats.
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
         band, scale, softcap, diagonal, dropout_p, places: as in `attention_fwd`.
         needs: which of the gradients are wanted.
@@ -1737,8 +1737,8 @@ def attention_bwd(
         ``(dq, dk, dv, dmask, dsinks, None, None)``, None where not wanted; dmask is summed over
         what was broadcast.
     """
-    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, kept = saved
-    lse, rest = (kept, None) if kept.dim() == 3 else kept
+    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, row_stats = saved
+    lse, rest = (row_stats, None) if row_stats.dim() == 3 else row_stats
     dout, dlse = grads
     B, N, S_q, _ = q.shape
     form = _form(q, alibi_slopes, seed, diagonal, softcap, dropout_p)
