@@ -14,9 +14,10 @@ cap or ALiBi. If not wide they are S * log2(e), so that an exponential is one fu
 one exp2. Wide ones are S itself: the rounded factor log2(e) would cost digits in the subtraction
 S - lse, and make -inf of a mask's most negative number.
 
-Under a float mask backward knows lse in two parts, a row's highest score and the rest: in a row of
-the most negative number alone, or of -1e9, their sum would be rounded to the first, and every
-weight be 1.
+In a row whose mask is -1e9 or the most negative number at every key, the rounding of lse swallows
+the number of keys, and exp(S - lse) is 1 for each. So under a float mask forward saves what that
+lacks of a weight, a factor for each row. As all gradients are linear in dout and dlse, backward
+multiplies these by it, once and before all else.
 
 What makes scores of products, and what dropout draws, are known when a kernel compiles: without a
 cap, ALiBi and so on, nothing is left of them in the machine code. The weights that dropout keeps
@@ -343,8 +344,8 @@ def attention_fwd_kernel(
     mask_ptr,  # [B, N, S_q, S_k], bytes if MASK is "bool"
     out_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
-    highest_ptr,  # [B, N, S_q], contiguous, as rest_ptr; None, both, if nobody asks for the parts
-    rest_ptr,
+    stats_ptr,  # [B, N, S_q], contiguous, lse again; None, as lack_ptr, if nobody asks for them
+    lack_ptr,  # what exp(S - lse) lacks of a weight
     N,
     group,  # N // N_kv
     S_q,
@@ -413,7 +414,7 @@ def attention_fwd_kernel(
     b = (head // N).to(tl.int64)
     n = (head % N).to(tl.int64)
     n_kv = n // group
-    row_0 = tl.cast(head, tl.int64) * S_q
+    lse_ptr += tl.cast(head, tl.int64) * S_q
     tile = tiles - 1 - pid % tiles
     sequence = b
     if starts_q_ptr is not None:
@@ -430,7 +431,7 @@ def attention_fwd_kernel(
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         out_ptr += q_0 * stride_os
-        row_0 += q_0
+        lse_ptr += q_0
         if pages_ptr is not None:
             pages_ptr += sequence.to(tl.int64) * pages_row
     m = tile * BLOCK_M
@@ -503,19 +504,19 @@ def attention_fwd_kernel(
 
     blind = total == 0  # saw no key
     total = tl.where(blind, 1.0, total)
-    rest = _log(total, WIDE)
-    lse = highest + rest
+    lse = highest + _log(total, WIDE)
     lse = tl.where(blind, float("-inf"), lse if WIDE else lse * LN_2)
     out_ptrs = _rows(out_ptr + b * stride_ob + n * stride_on, rows, stride_os, dvs)
     if DROPOUT:
         acc *= draw[4]
     out = to_storage(acc / total[:, None], out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=rows_ok & (dvs < D_V)[None, :])
-    at = row_0 + rows
-    tl.store(lse_ptr + at, lse, mask=rows < S_q)
-    if rest_ptr is not None:  # there is a float mask, and so the scores are wide
-        tl.store(highest_ptr + at, highest, mask=rows < S_q)
-        tl.store(rest_ptr + at, rest, mask=rows < S_q)
+    tl.store(lse_ptr + rows, lse, mask=rows < S_q)
+    if lack_ptr is not None:  # there is a float mask: scores are wide, and no sequences packed
+        at = tl.cast(head, tl.int64) * S_q + rows
+        lack = tl.where(lse == float("-inf"), 1.0, _exp(lse - highest, WIDE) / total)
+        tl.store(stats_ptr + at, lse, mask=rows < S_q)
+        tl.store(lack_ptr + at, lack, mask=rows < S_q)
 
 
 @triton.jit
@@ -526,20 +527,10 @@ def _load_lse(ptrs, ok, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _load_rest(ptr, at, ok, lse):
-    """What `lse` lacks: 0 where nobody kept it, of which nothing is left in the machine code."""
-    if ptr is None:
-        return tl.zeros_like(lse)
-    else:
-        return tl.load(ptr + at, mask=ok, other=0.0)
-
-
-@triton.jit
 def _weights(
     a,  # these as in `_products`
     b,
     lse,  # [M, 1] or [1, N], of `_load_lse`
-    rest,  # the same, of `_load_rest`
     rule,
     rows,  # and these as in `_scores`
     keys,
@@ -574,7 +565,7 @@ def _weights(
         SCALED,
         EDGE,
     )
-    return _exp(_minus(s, rule[0], lse, SCALED) - rest, WIDE), products
+    return _exp(_minus(s, rule[0], lse, SCALED), WIDE), products
 
 
 @triton.jit
@@ -583,6 +574,8 @@ def attention_bwd_delta_kernel(
     dout_ptr,  # [B, N, S_q, D_v]
     lse_ptr,  # [B, N, S_q], contiguous
     dlse_ptr,  # [B, N, S_q], contiguous
+    lack_ptr,  # [B, N, S_q], contiguous: what dout and dlse are multiplied by first; None for 1
+    to_ptr,  # [B, N, S_q, D_v], contiguous: dout times that
     delta_ptr,  # [B, N, rows], contiguous; 0 behind S_q
     units_ptr,  # [B, N, rows], contiguous: lse as `_load_lse` has it; None if nobody asks for it
     N,
@@ -614,12 +607,18 @@ def attention_bwd_delta_kernel(
     dout_ptrs = _rows(dout_ptr + b * stride_dob + n * stride_don, rows, stride_dos, dvs)
     out = tl.load(out_ptrs, mask=inside, other=0.0).to(ACC)
     dout = tl.load(dout_ptrs, mask=inside, other=0.0).to(ACC)
-    delta = tl.sum(out * dout, 1)
     at = tl.cast(head, tl.int64) * S_q + rows
+    if lack_ptr is not None:
+        lack = tl.load(lack_ptr + at, mask=rows_ok, other=0.0)
+        dout = to_storage(dout * lack[:, None], to_ptr.dtype.element_ty)
+        tl.store(_rows(to_ptr, at, D_V, dvs), dout, mask=inside)
+        dout = dout.to(ACC)
+    delta = tl.sum(out * dout, 1)
     if HAS_DLSE:
         # The lse of a row that sees no key is constant: whatever gradient it gets goes nowhere.
         seen = tl.load(lse_ptr + at, mask=rows_ok, other=0.0) != float("-inf")
-        delta -= tl.load(dlse_ptr + at, mask=rows_ok & seen, other=0.0).to(ACC)
+        dlse = tl.load(dlse_ptr + at, mask=rows_ok & seen, other=0.0).to(ACC)
+        delta -= dlse if lack_ptr is None else dlse * lack
     to = tl.cast(head, tl.int64) * rows_out + rows
     tl.store(delta_ptr + to, delta, mask=rows < rows_out)
     if units_ptr is not None:
@@ -633,8 +632,7 @@ def attention_bwd_dkv_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
-    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
+    lse_ptr,  # [B, N, S_q], contiguous
     delta_ptr,  # [B, N, S_q], contiguous
     dk_ptr,  # [B, N_kv, S_k, D]
     dv_ptr,  # [B, N_kv, S_k, D_v]
@@ -708,7 +706,6 @@ def attention_bwd_dkv_kernel(
     b = (head_kv // N_kv).to(tl.int64)
     n_kv = (head_kv % N_kv).to(tl.int64)
     all_q = S_q
-    q_0 = 0
     tile = pid % tiles
     sequence = b
     if starts_q_ptr is not None:
@@ -725,6 +722,8 @@ def attention_bwd_dkv_kernel(
         k_ptr += k_0 * stride_ks
         v_ptr += k_0 * stride_vs
         dout_ptr += q_0 * stride_dos
+        lse_ptr += q_0
+        delta_ptr += q_0
         dk_ptr += k_0 * stride_dks
         dv_ptr += k_0 * stride_dvs
     key_0 = tile * BLOCK_N
@@ -761,9 +760,8 @@ def attention_bwd_dkv_kernel(
         rows_ok = rows < S_q
         q_ptrs = _rows(q_ptr + b * stride_qb + n * stride_qn, rows, stride_qs, ds)
         q = load_tile(q_ptrs, rows_ok[:, None], (ds < D)[None, :], True, not WHOLE_D)
-        row_0 = (b * N + n) * all_q + q_0
+        row_0 = (b * N + n) * all_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows_ok, WIDE)
-        rest = _load_rest(rest_ptr, row_0 + rows, rows_ok, lse)
         mask_rows = mask_ptr
         if MASK != "none":
             mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
@@ -776,7 +774,6 @@ def attention_bwd_dkv_kernel(
             k,
             q,
             lse[None, :],
-            rest[None, :],
             rule,
             rows[None, :],
             keys[:, None],
@@ -826,7 +823,6 @@ def _bwd_keys(
     q,  # [BLOCK_M, BLOCK_D]
     dout,  # [BLOCK_M, BLOCK_DV]
     lse,  # [BLOCK_M]
-    rest,  # [BLOCK_M]
     delta,  # [BLOCK_M]
     k_ptr,
     v_ptr,
@@ -879,7 +875,6 @@ def _bwd_keys(
             q,
             k,
             lse[:, None],
-            rest[:, None],
             rule,
             rows[:, None],
             keys[None, :],
@@ -913,8 +908,7 @@ def attention_bwd_dq_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
-    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
+    lse_ptr,  # [B, N, S_q], contiguous
     delta_ptr,  # [B, N, S_q], contiguous
     dq_ptr,  # [B, N, S_q, D]
     N,
@@ -1017,7 +1011,6 @@ def attention_bwd_dq_kernel(
     dout = load_tile(dout_ptrs, rows_ok, (dvs < D_V)[None, :], True, not WHOLE_DV)
     at += rows
     lse = _load_lse(lse_ptr + at, rows < S_q, WIDE)
-    rest = _load_rest(rest_ptr, at, rows < S_q, lse)
     delta = tl.load(delta_ptr + at, mask=rows < S_q, other=0.0)
     k_ptr += b * stride_kb + n_kv * stride_kn
     v_ptr += b * stride_vb + n_kv * stride_vn
@@ -1034,7 +1027,6 @@ def attention_bwd_dq_kernel(
             q,
             dout,
             lse,
-            rest,
             delta,
             k_ptr,
             v_ptr,
@@ -1082,8 +1074,7 @@ def attention_bwd_dmask_kernel(
     v_ptr,  # [B, N_kv, S_k, D_v]
     mask_ptr,  # [B, N, S_q, S_k]
     dout_ptr,  # [B, N, S_q, D_v]
-    lse_ptr,  # [B, N, S_q], contiguous; but for what is in rest_ptr
-    rest_ptr,  # [B, N, S_q], contiguous; None for zeros
+    lse_ptr,  # [B, N, S_q], contiguous
     delta_ptr,  # [B, N, S_q], contiguous
     dmask_ptr,  # [B or 1, N or 1, S_q or 1, S_k or 1], contiguous
     B,
@@ -1186,7 +1177,6 @@ def attention_bwd_dmask_kernel(
         k = load_tile(k_ptrs, keys_ok, (ds < D)[None, :], True, not WHOLE_D)
         row_0 = (b * N + n) * S_q
         lse = _load_lse(lse_ptr + row_0 + rows, rows < S_q, WIDE)
-        rest = _load_rest(rest_ptr, row_0 + rows, rows < S_q, lse)
         mask_rows = mask_ptr + b * stride_mask_b + n * stride_mask_n
         mask_rows = mask_rows + rows.to(tl.int64)[:, None] * stride_mask_q
         mask_cols = keys.to(tl.int64)[None, :] * stride_mask_k
@@ -1198,7 +1188,6 @@ def attention_bwd_dmask_kernel(
             q,
             k,
             lse[:, None],
-            rest[:, None],
             rule,
             rows[:, None],
             keys[None, :],
@@ -1432,8 +1421,8 @@ def _fwd_plan(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    highest: Tensor | None,
-    rest: Tensor | None,
+    stats: Tensor | None,
+    lack: Tensor | None,
     sinks: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1462,8 +1451,8 @@ def _fwd_plan(
         mask,
         out,
         lse,
-        highest,
-        rest,
+        stats,
+        lack,
         N,
         N // max(k.shape[1], 1),
         S_q,
@@ -1535,16 +1524,16 @@ def attention_fwd(
     # Laid out as q where that is possible: what follows attention reshapes without a copy.
     out = empty_rows_like(q) if D_v == D else q.new_empty(B, N, S_q, D_v)
     lse = torch.empty(B, N, S_q, dtype=compute_dtype(q.dtype), device=q.device)
-    kept = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
+    row_stats = attention_extras(*saved)[0] if keep and _added(attn_mask) else lse
     if places.packed:
         out.zero_()
         lse.fill_(float("-inf"))
     if lse.numel() > 0:
         sinks = None if sinks is None else sinks.contiguous()
-        parts = (None, None) if kept is lse else kept
-        tensors = (q, k, v, mask, out, lse, *parts, sinks, form.slopes, form.seed, *places[:4])
+        more = (None, None) if row_stats is lse else row_stats
+        tensors = (q, k, v, mask, out, lse, *more, sinks, form.slopes, form.seed, *places[:4])
         launch(_fwd_plan, tensors, form.numbers, *places[4:], band, scale)
-    return (out, lse), (*saved, out, kept)
+    return (out, lse), (*saved, out, row_stats)
 
 
 def _added(attn_mask: Tensor | None) -> bool:
@@ -1554,10 +1543,10 @@ def _added(attn_mask: Tensor | None) -> bool:
 def attention_extras(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *_: Tensor | None, **options: object
 ) -> tuple[Tensor]:
-    """Room for what `attention_fwd` saves behind out: lse or, under an added mask, its parts, the
-    row's highest score and the rest."""
-    parts = (2,) if _added(attn_mask) else ()
-    return (q.new_empty(*parts, *q.shape[:3], dtype=compute_dtype(q.dtype)),)
+    """Room for what `attention_fwd` saves behind out: lse and, under an added mask, what exp(S -
+    lse) lacks of a weight."""
+    both = (2,) if _added(attn_mask) else ()
+    return (q.new_empty(*both, *q.shape[:3], dtype=compute_dtype(q.dtype)),)
 
 
 def _delta_plan(
@@ -1565,6 +1554,8 @@ def _delta_plan(
     dout: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
+    lack: Tensor | None,
+    to: Tensor | None,
     delta: Tensor,
     units: Tensor | None,
 ) -> Call:
@@ -1575,6 +1566,8 @@ def _delta_plan(
         dout,
         lse,
         dlse,
+        lack,
+        to,
         delta,
         units,
         N,
@@ -1603,7 +1596,6 @@ def _bwd_plan(
     mask: Tensor | None,
     dout: Tensor,
     lse: Tensor,
-    rest: Tensor | None,
     delta: Tensor,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1633,7 +1625,6 @@ def _bwd_plan(
         mask,
         dout,
         lse,
-        rest,
         delta,
         *made,
         N,
@@ -1667,7 +1658,6 @@ def _dmask_plan(
     mask: Tensor,
     dout: Tensor,
     lse: Tensor,
-    rest: Tensor | None,
     delta: Tensor,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -1690,7 +1680,6 @@ def _dmask_plan(
         mask,
         dout,
         lse,
-        rest,
         delta,
         dmask,
         B,
@@ -1728,7 +1717,7 @@ def attention_bwd(
 
     Args:
         saved: what `attention_fwd` returned: (q, k, v, attn_mask, sinks, alibi_slopes, seed, out,
-            kept), with None for what there is not; kept may be lse whole.
+            row_stats), with None for what there is not; lse may be in the place of row_stats.
         grads: (dout [B, N, S_q, D_v], dlse [B, N, S_q]), None for zeros.
         band, scale, softcap, diagonal, dropout_p, places: as in `attention_fwd`.
         needs: which of the gradients are wanted.
@@ -1737,8 +1726,8 @@ def attention_bwd(
         ``(dq, dk, dv, dmask, dsinks, None, None)``, None where not wanted; dmask is summed over
         what was broadcast.
     """
-    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, kept = saved
-    lse, rest = (kept, None) if kept.dim() == 3 else kept
+    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, row_stats = saved
+    lse, lack = (row_stats, None) if row_stats.dim() == 3 else row_stats
     dout, dlse = grads
     B, N, S_q, _ = q.shape
     form = _form(q, alibi_slopes, seed, diagonal, softcap, dropout_p)
@@ -1754,12 +1743,14 @@ def attention_bwd(
     delta = units[-1]
     if delta.numel() > 0:
         dlse = None if dlse is None else dlse.contiguous()
-        launch(_delta_plan, (out, dout, lse, dlse, delta, units[0] if on_hopper else None))
+        to = None if lack is None else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        more = (lack, to, delta, units[0] if on_hopper else None)
+        launch(_delta_plan, (out, dout, lse, dlse, *more))
+        dout = dout if to is None else to
     dsinks = None
     if needs[4]:
         # A sink is a score whose dP is 0. `delta` may have rows behind S_q, lse be -inf.
-        score = sinks[:, None] - lse.masked_fill(lse == float("-inf"), float("inf"))
-        weight = torch.exp(score if rest is None else score - rest)
+        weight = torch.exp(sinks[:, None] - lse.masked_fill(lse == float("-inf"), float("inf")))
         dsinks = (weight * -delta[..., :S_q]).sum((0, 2)).to(sinks.dtype)
     if on_hopper:
         causal = band == (None, 0)
@@ -1767,7 +1758,7 @@ def attention_bwd(
         return (*made, None, dsinks, None, None)
 
     dq = dk = dv = None
-    given = (q, k, v, mask, dout, lse, rest, delta, form.slopes, form.seed)
+    given = (q, k, v, mask, dout, lse, delta, form.slopes, form.seed)
     more = (form.numbers, places.ends_meet, band, scale)
     if needs[0]:
         dq = _room(q, places)
