@@ -132,7 +132,7 @@ def test_features_decide(without_sinks):
     with pytest.raises(
         ValueError,
         match=r"attention: backend 'cpp' cannot serve this call: it does not serve sinks; "
-        r"these can: reference$",
+        r"these can: (triton, )?reference$",
     ):
         chosen("cpp", op="attention", features=frozenset({"sinks"}))
 

@@ -405,7 +405,8 @@ class ForwardPass : public Pass {
       const auto keep = [R, to = states(s), y = p_.y + step.first * R](
                             int64_t row, int64_t unit, int64_t count, vec<T> state) {
         store_n(to + row * R + unit, state, count);
-        if constexpr (!kSame) store_n(y + row * R + unit, state, count);
+        if constexpr (kSame) (void)y;
+        else store_n(y + row * R + unit, state, count);
       };
       const auto fetch = [=](int64_t row, int64_t unit) { cell.fetch(step, row, unit); };
       const auto gates = [=](int64_t row, int64_t unit, int64_t count, T* product) {

@@ -6,6 +6,7 @@ They are what the README names as the equivalent lines, tests measure against an
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -214,12 +215,13 @@ def attention(
     else:
         mask = keep if attn_mask is not None or not keep.all() else None
 
+    # The log-sum-exp of scores of this size has lost the logarithm of the number of keys. Torch's
+    # fused kernels and its logsumexp take it in backward, and every weight of the row for 1.
+    far = False
+    if mask is not None and mask.is_floating_point() and mask.numel() > 0:
+        far = bool((mask.amax(-1).abs() > 1 / torch.finfo(torch.float32).eps).any())
+    logsumexp = _logsumexp if far else functools.partial(torch.logsumexp, dim=-1)
     if not formula:
-        # Fused kernels keep a row's log-sum-exp for backward. That of scores of this size has lost
-        # the logarithm of the number of keys, and they take every weight of the row for 1.
-        far = False
-        if mask is not None and mask.is_floating_point() and mask.numel() > 0:
-            far = bool((mask.amax(-1).abs() > 1 / torch.finfo(torch.float32).eps).any())
         out = _torchs_attention(q, k, v, mask, scale=scale, plain=far, enable_gqa=enable_gqa)
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[1] // max(k.shape[1], 1), 1) for t in (k, v))
@@ -241,17 +243,14 @@ def attention(
             weights = weights * kept / (1 - dropout_p) if dropout_p < 1 else 0 * weights
         out = weights @ v
     if sinks is not None:
-        return _both(out, _logsumexp(scores), return_lse)
-    lse = _logsumexp(scores) if s_k else q.sum(-1) * 0
+        return _both(out, logsumexp(scores), return_lse)
+    lse = logsumexp(scores) if s_k else q.sum(-1) * 0
     out = torch.where(alive, out, 0.0)
     return _both(out, torch.where(alive.squeeze(-1), lse, -math.inf), return_lse)
 
 
 def _logsumexp(scores: Tensor) -> Tensor:
-    """torch.logsumexp over the keys, with a gradient that is right for scores of any size.
-
-    torch's is exp(scores - result), which has lost what the result has lost.
-    """
+    """torch.logsumexp over the keys, with a gradient that is right for scores of any size."""
     top = scores.detach().amax(-1, keepdim=True)
     return top.squeeze(-1) + (scores - top).logsumexp(-1)
 
