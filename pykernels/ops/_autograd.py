@@ -33,8 +33,7 @@ def apply(
     if check is not None:
         check(*tensors, **options)
     if wanted(tensors):
-        # Past what Function.apply does for the transforms of torch.func: none is here.
-        return super(torch.autograd.Function, function).apply(backend, options, *tensors)
+        return function.apply(backend, options, *tensors)
     if unrecorded is not None:
         options = options | unrecorded()
     return run(backend, op, options, tensors, keep=False)[0]
