@@ -222,7 +222,7 @@ ATTENTION_FWD = {
             ),
             128: (
                 AttentionConfig(128, 128, 8, 2),
-                AttentionConfig(64, 64, 8, 2),
+                AttentionConfig(64, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(128, 64, 8, 3),
                 AttentionConfig(128, 64, 8, 2),
             ),
@@ -310,7 +310,10 @@ ATTENTION_DKV = {
     },
     "sm_90": {
         torch.float16: {
-            32: (AttentionConfig(64, 128, 8, 2), AttentionConfig(64, 64, 8, 2)),
+            32: (
+                AttentionConfig(64, 128, 8, 2),
+                AttentionConfig(64, 64, 8, 2, ruled=AttentionConfig(32, 64, 8, 2)),
+            ),
             64: (
                 AttentionConfig(64, 128, 8, 2),
                 AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
@@ -321,7 +324,7 @@ ATTENTION_DKV = {
                 AttentionConfig(64, 64, 8, 2),
                 AttentionConfig(16, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
                 AttentionConfig(64, 64, 8, 2),
-                AttentionConfig(32, 64, 8, 2),
+                AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
             ),
             256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
         },

@@ -153,8 +153,12 @@ def _store_c(c, tile, m, n, M, N, stride_cm, DESCRIBED: tl.constexpr):
     if DESCRIBED:
         c.store([m, n], tile)
     else:
-        ptrs, inside = _tile_ptrs(c, m, n, M, N, stride_cm, tile.shape[0], tile.shape[1])
-        tl.store(ptrs, tile, mask=inside)
+        WIDTH: tl.constexpr = min(tile.shape[1], 128)  # at a time: pointers take registers
+        parts = columns(tile, tile.shape[1] // WIDTH)
+        for part in tl.static_range(tile.shape[1] // WIDTH):
+            first = n + part * WIDTH
+            ptrs, inside = _tile_ptrs(c, m, first, M, N, stride_cm, tile.shape[0], WIDTH)
+            tl.store(ptrs, parts[part], mask=inside)
 
 
 @triton.jit
