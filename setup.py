@@ -25,6 +25,7 @@ SOURCES = [
     "csrc/bindings.cpp",
     "csrc/memory.cpp",
     "csrc/probe.cpp",
+    "csrc/signature.cpp",
     "csrc/core/gemm.cpp",
     "csrc/ops/attention.cpp",
     "csrc/ops/attention_backward.cpp",

@@ -37,6 +37,7 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   m.attr("compiler") = compiler();
   bind_probe(m);
   bind_memory(m);
+  bind_signature(m);
   bind_rnn(m);
   bind_gru(m);
   bind_lstm(m);

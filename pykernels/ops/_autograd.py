@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,33 +9,6 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends
-from pykernels.ops import _library
-
-
-def apply(
-    function: type[torch.autograd.Function],
-    op: str,
-    backend: ModuleType,
-    options: dict[str, Any],
-    tensors: tuple[Any, ...],
-    unrecorded: Callable[[], dict[str, Any]] | None = None,
-    check: Callable[..., None] | None = None,
-) -> Any:
-    """The outputs of `op` on `backend`, through its Function where autograd must see the call.
-
-    `unrecorded` makes further options for a call that it need not see; `check` checks the values of
-    the tensors. Where a compiler or a transform looks on, it sees the operator (`_library`), which
-    checks them itself.
-    """
-    if _library.looked_at(backend):
-        return _library.call(op, backend, options, tensors, wanted(tensors))
-    if check is not None:
-        check(*tensors, **options)
-    if wanted(tensors):
-        return function.apply(backend, options, *tensors)
-    if unrecorded is not None:
-        options = options | unrecorded()
-    return run(backend, op, options, tensors, keep=False)[0]
 
 
 def forward(

@@ -56,6 +56,11 @@ class PackedWeights:
         self._step = getattr(backend, f"{op}_step")(packed, weights)
         return packed
 
+    def option(self, op: str, backend: ModuleType, tensors: tuple[Any, ...]) -> dict[str, Any]:
+        """What tells `backend` of the packed weights among the tensors of a call of `op`."""
+        found = self.get(op, backend, (*tensors[1:5], *tensors[7:]))
+        return {} if found is None else {"packed": found}
+
     def step(
         self,
         weights: tuple[Tensor | None, ...],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
 from pykernels.ops import _autograd, _library
+from pykernels.ops._calls import Call
 from pykernels.ops._packed import PackedWeights
 
 #: Rows of the weights by the number of gates, as errors name them.
@@ -150,114 +151,132 @@ def check_tensors(
     return H, R
 
 
-def run(
+def call(
     op: str,
     function: Function,
     tensors: tuple[Any, ...],
+    backend: str | None,
     options: dict[str, Any],
     lengths: tuple[int, ...] | None,
     batch_sizes: tuple[int, ...] | None,
-    packed: PackedWeights | None,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
-    """A whole sequence, of checked arguments.
+) -> Call | _Padded:
+    """A call over a whole sequence, of checked arguments.
 
     Args:
         op, function: the op and its Function.
         tensors: x, w_ih, w_hh, b_ih, b_hh, h0; for an lstm c0 and w_hr too.
+        backend: as the caller asks.
         options: the op's own.
         lengths, batch_sizes: as `check_input` returns them.
-        packed, backend: as the caller asks.
 
     Returns:
-        y, h_n; for an lstm c_n too, and all cell states if the options ask for them.
+        What makes y, h_n of such tensors; for an lstm c_n too, and all cell states if the options
+        ask for them.
     """
-    x, *weights = tensors[:5]
+    x = tensors[0]
     ragged = lengths is not None or batch_sizes is not None
     projection = len(tensors) == 8 and tensors[7] is not None
     chosen = _backends.select(op, backend, x.device, x.dtype, features(ragged, projection))
-    unrecorded = _unrecorded(op, chosen, packed, tensors)
     if lengths is None:
-        options["batch_sizes"] = batch_sizes
-        return _autograd.apply(function, op, chosen, options, tensors, unrecorded)
+        return Call(op, function, chosen, options | {"batch_sizes": batch_sizes})
     rows = _Rows(lengths, x.shape[0], x.device)
-    options["batch_sizes"] = rows.batch_sizes
-    states = (None if t is None else t.index_select(0, rows.order) for t in tensors[5:7])
-    gathered = (rows.gather(x), *weights, *states, *tensors[7:])
-    y, h_n, *more = _autograd.apply(function, op, chosen, options, gathered, unrecorded)
-    last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
-    return rows.scatter(y), *last, *map(rows.scatter, more[1:])
+    return _Padded(Call(op, function, chosen, options | {"batch_sizes": rows.batch_sizes}), rows)
 
 
-def step(
+class _Padded:
+    """A call on sequences of different lengths, which runs on the steps that count."""
+
+    def __init__(self, call: Call, rows: _Rows) -> None:
+        self.call, self.rows = call, rows
+
+    def __call__(
+        self, tensors: tuple[Any, ...], *, packed: PackedWeights | None
+    ) -> tuple[Tensor, ...]:
+        """The outputs for x [T, B, I] and the rest, padded like it."""
+        x, *weights = tensors[:5]
+        rows = self.rows
+        states = (None if t is None else t.index_select(0, rows.order) for t in tensors[5:7])
+        gathered = (rows.gather(x), *weights, *states, *tensors[7:])
+        y, h_n, *more = self.call(gathered, packed=packed)
+        last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
+        return rows.scatter(y), *last, *map(rows.scatter, more[1:])
+
+    def unseen(self, is_recorded: bool) -> _Padded:
+        """As `Call.unseen`."""
+        return _Padded(self.call.unseen(is_recorded), self.rows)
+
+
+def cell_call(
     op: str,
     function: Function,
     gates: int,
-    input: Any,
-    weights: tuple[Any, Any, Any, Any],
-    states: tuple[Any, ...],
+    tensors: tuple[Any, ...],
     names: tuple[str, ...],
-    options: dict[str, Any],
-    packed: PackedWeights | None,
     backend: str | None,
-) -> Sequence[Tensor]:
-    """One step of `op`: what its cell does.
+    options: dict[str, Any],
+) -> Call:
+    """A step of `op`, of arguments that are checked here.
 
     Args:
         op, function: the op and its Function.
         gates: how many the op has.
-        input: [B, I] or [I].
-        weights: w_ih, w_hh, b_ih, b_hh.
-        states: before the step, [B, H], or [H] as the input, or None.
+        tensors: as `step` takes them.
         names: what errors call the states.
-        options: all that the backend takes.
-        packed, backend: as the caller asks.
-
-    Returns:
-        The states after the step.
+        backend: as the caller asks.
+        options: the op's own.
     """
-    if packed is not None:
-        relu = options.get("nonlinearity") == "relu"
-        after = packed.step(weights, input, states, relu=relu, backend=backend)
-        if after is not None:
-            return after
-    cell = f"{op}_cell"
+    cell, input, weights, states = f"{op}_cell", tensors[0], tensors[1:5], tensors[5:]
     _checks.tensor(cell, "input", input)
     _checks.floating(cell, "input", input)
     _checks.rank(cell, "input", input, "B, I", "I")
     H, _ = check_tensors(cell, gates, input, weights, states, names)
     batched = input.dim() == 2
-    axes, sizes = ("B, H", (input.shape[0], H)) if batched else ("H", (H,))
+    B = input.shape[0] if batched else 1
+    axes, sizes = ("B, H", (B, H)) if batched else ("H", (H,))
     for name, state in zip(names, states, strict=True):
         if state is not None:
             _checks.shape(cell, name, state, axes, sizes)
     chosen = _backends.select(op, backend, input.device, input.dtype)
+    # As the rows of a packed sequence, which spares autograd a view.
+    in_rows = not _library.looked_at(chosen) and "ragged" in chosen.FEATURES
+    options = options | {"reverse": False, "batch_sizes": (B,) if in_rows else None}
+    return Call(op, function, chosen, options)
+
+
+def step(
+    check: Callable[..., Call],
+    tensors: tuple[Any, ...],
+    packed: PackedWeights | None,
+    backend: str | None,
+    *nonlinearity: str,
+) -> Sequence[Tensor]:
+    """One step of an op: what its cell does.
+
+    Args:
+        check: what makes a `cell_call` of the tensors, the backend and so on.
+        tensors: the input, [B, I] or [I]; w_ih, w_hh, b_ih, b_hh; the states before the step,
+            [B, H], or [H] as the input, or None.
+        packed, backend, nonlinearity: as the caller asks.
+
+    Returns:
+        The states after the step.
+    """
+    input, weights, states = tensors[0], tensors[1:5], tensors[5:]
+    if packed is not None:
+        relu = nonlinearity == ("relu",)
+        after = packed.step(weights, input, states, relu=relu, backend=backend)
+        if after is not None:
+            return after
+    call = check(tensors, backend, *nonlinearity)
+    batched = input.dim() == 2
     if not batched:
         input = input[None]
         states = tuple(None if state is None else state[None] for state in states)
-    projection = (None,) if op == "lstm" else ()
-    if not _library.looked_at(chosen) and "ragged" in chosen.FEATURES:
-        options["batch_sizes"] = (input.shape[0],)  # spares autograd a view
-    else:
+    if call.options["batch_sizes"] is None:
         input = input[None]
-    tensors = (input, *weights, *states, *projection)
-    unrecorded = _unrecorded(op, chosen, packed, tensors)
-    _, *after = _autograd.apply(function, op, chosen, options, tensors, unrecorded)
+    projection = (None,) if len(states) == 2 else ()
+    _, *after = call((input, *weights, *states, *projection), packed=packed)
     return after if batched else [state[0] for state in after]
-
-
-def _unrecorded(
-    op: str, backend: ModuleType, packed: PackedWeights | None, tensors: tuple[Any, ...]
-) -> Callable[[], dict[str, Any]] | None:
-    """The packed weights as an option of the backend, where the caller keeps them."""
-    if packed is None:
-        return None
-
-    def option() -> dict[str, Any]:
-        found = packed.get(op, backend, (*tensors[1:5], *tensors[7:]))
-        return {} if found is None else {"packed": found}
-
-    return option
 
 
 class GroupFunction(torch.autograd.Function):
@@ -352,8 +371,7 @@ def recurrent_group(
         flat = GroupFunction.apply(op, backend, options, chained, *tensors)
     else:
         for own, kept, each in zip(options, packed, _split(tensors, count), strict=True):
-            option = _unrecorded(op, backend, kept, each)
-            own |= {} if option is None else option()
+            own |= {} if kept is None else kept.option(op, backend, each)
         made = _run_group(op, backend, options, chained, tuple(tensors), keep=False)
         flat = _group_outputs([outputs for outputs, _ in made], chained)
     ys = 1 if chained else count

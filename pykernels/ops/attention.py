@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
-from pykernels.ops import _autograd, _library
+from pykernels.ops import _autograd, _calls, _library
+from pykernels.ops._calls import Call
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -143,6 +144,27 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    is_causal: bool,
+    window: Any,
+    causal_alignment: str,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> Call:
+    q, k, v, attn_mask, sinks, alibi_slopes = tensors
+    check_inputs("attention", q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
+    check_options("attention", scale, window, softcap, causal_alignment, dropout_p)
+    S_q, S_k = q.shape[2], k.shape[2]
+    band = band_of(S_q, S_k, is_causal, window, causal_alignment)
+    diagonal = diagonal_of(S_q, S_k, causal_alignment)
+    return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -208,25 +230,57 @@ def attention(
         ValueError: a rank, size, device, alignment or backend is wrong; D is zero; window is
             negative; dropout_p is no probability; alibi_slopes requires a gradient.
     """
-    mask = check_inputs("attention", q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
-    check_options("attention", scale, window, softcap, causal_alignment, dropout_p)
-    S_q, S_k = q.shape[2], k.shape[2]
-    band = band_of(S_q, S_k, is_causal, window, causal_alignment)
-    out, lse = _run(
-        q,
-        k,
-        v,
-        mask,
-        band,
-        scale,
-        backend,
-        softcap=softcap,
-        diagonal=diagonal_of(S_q, S_k, causal_alignment),
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
+    tensors = (q, k, v, attn_mask, sinks, alibi_slopes)
+    call = _checked(
+        tensors, backend, is_causal, window, causal_alignment, scale, softcap, dropout_p, enable_gqa
     )
+    seed = draw_seed(q.device) if dropout_p > 0 else None
+    out, lse = call((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
     return (out, lse) if return_lse else out
+
+
+@_calls.once
+def _checked_stock(
+    tensors: tuple[Any, ...],
+    backend: None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Call | _Folded:
+    op = "scaled_dot_product_attention"
+    query, key, value, attn_mask = tensors
+    _checks.tensor(op, "query", query)
+    if key is None or value is None:
+        _checks.tensor(op, "key", key)
+        _checks.tensor(op, "value", value)
+    _checks.alike(op, query, ("key", "value"), (key, value))
+    _checks.floating(op, "query", query)
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if given.dim() < 2:
+            _checks.fail(op, name, "[..., S, D]", list(given.shape))
+    _check_dropout(op, dropout_p)
+    _check_scale(op, scale)
+    S_q, D = query.shape[-2:]
+    S_k, D_v = key.shape[-2], value.shape[-1]
+    _checks.positive(op, "head dim D", D)
+    if key.shape[-1] != D:
+        _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
+    if value.shape[-2] != S_k:
+        _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
+    if attn_mask is not None:
+        attn_mask = _of_dtype(attn_mask, query)
+        _check_mask(op, attn_mask, query)
+    lead, heads, kv_heads = _leading(op, query, key, value, enable_gqa)
+    if attn_mask is not None:
+        sizes = (*lead, heads, S_q, S_k)[2:]
+        _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
+    band = (None, 0) if is_causal else (None, None)
+    call = _call((*tensors, None, None), None, band, scale, 0.0, 0, dropout_p)
+    folded = (query, heads), (key, kv_heads), (value, kv_heads)
+    if attn_mask is None and all(t.shape[:-2] == (math.prod(lead), n) for t, n in folded):
+        return call
+    return _Folded(call, lead, heads, kv_heads)
 
 
 def scaled_dot_product_attention(
@@ -259,41 +313,34 @@ def scaled_dot_product_attention(
     Raises:
         TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
     """
-    op = "scaled_dot_product_attention"
     query, key, value, attn_mask = _autocast.cast(query, key, value, attn_mask)
-    _checks.tensor(op, "query", query)
-    if key is None or value is None:
-        _checks.tensor(op, "key", key)
-        _checks.tensor(op, "value", value)
-    _checks.alike(op, query, ("key", "value"), (key, value))
-    _checks.floating(op, "query", query)
-    for name, given in (("query", query), ("key", key), ("value", value)):
-        if given.dim() < 2:
-            _checks.fail(op, name, "[..., S, D]", list(given.shape))
-    _check_dropout(op, dropout_p)
-    _check_scale(op, scale)
-    S_q, D = query.shape[-2:]
-    S_k, D_v = key.shape[-2], value.shape[-1]
-    _checks.positive(op, "head dim D", D)
-    if key.shape[-1] != D:
-        _checks.shape(op, "key", key, "..., S_k, D", (*key.shape[:-1], D))
-    if value.shape[-2] != S_k:
-        _checks.shape(op, "value", value, "..., S_k, D_v", (*value.shape[:-2], S_k, D_v))
-    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32:
-        attn_mask = attn_mask.to(query.dtype)  # torch takes float32 masks with any query
-    if attn_mask is not None:
-        _check_mask(op, attn_mask, query)
-    lead, heads, kv_heads = _leading(op, query, key, value, enable_gqa)
-    if attn_mask is not None:
-        sizes = (*lead, heads, S_q, S_k)[2:]
-        _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
-        attn_mask = _fold_mask(attn_mask, lead)
-    q = _fold(query, lead, heads, S_q, D)
-    k = _fold(key, lead, kv_heads, S_k, D)
-    v = _fold(value, lead, kv_heads, S_k, D_v)
-    band = (None, 0) if is_causal else (None, None)
-    out, _ = _run(q, k, v, attn_mask, band, scale, None, dropout_p=dropout_p)
-    return out if len(lead) == 3 else out.reshape(*(*lead, heads)[2:], S_q, D_v)
+    tensors = (query, key, value, attn_mask)
+    call = _checked_stock(tensors, None, dropout_p, is_causal, scale, enable_gqa)
+    seed = draw_seed(query.device) if dropout_p > 0 else None
+    out, _ = call((*tensors, None, None, seed))
+    return out
+
+
+class _Folded:
+    """A call on tensors that have any axes before the heads, or none."""
+
+    def __init__(self, call: Call, lead: tuple[int, ...], heads: int, kv_heads: int) -> None:
+        """`lead` are the sizes of all axes before the heads once they are broadcast."""
+        self.call, self.lead, self.heads, self.kv_heads = call, lead, heads, kv_heads
+
+    def __call__(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """The outputs, the first of them with the axes of the tensors."""
+        query, key, value, attn_mask, *rest = tensors
+        if attn_mask is not None:
+            attn_mask = _fold_mask(_of_dtype(attn_mask, query), self.lead)
+        q = _fold(query, self.lead, self.heads)
+        k, v = (_fold(t, self.lead, self.kv_heads) for t in (key, value))
+        out, lse = self.call((q, k, v, attn_mask, *rest))
+        return out.reshape(*(*self.lead, self.heads)[2:], *out.shape[2:]), lse
+
+    def unseen(self, is_recorded: bool) -> _Folded:
+        """As `Call.unseen`."""
+        return _Folded(self.call.unseen(is_recorded), self.lead, self.heads, self.kv_heads)
 
 
 def _leading(
@@ -335,10 +382,11 @@ def _groups(heads: int, kv_heads: int) -> bool:
     return heads == kv_heads or (heads > 0 and kv_heads > 0 and heads % kv_heads == 0)
 
 
-def _fold(t: Tensor, lead: tuple[int, ...], heads: int, rows: int, columns: int) -> Tensor:
+def _fold(t: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
     """[..., N, rows, columns] with all sizes before the heads folded into one batch axis."""
-    folded = (math.prod(lead), heads, rows, columns)
-    return t if t.shape == folded else t.expand(*lead, heads, rows, columns).reshape(folded)
+    rows = t.shape[-2:]
+    folded = (math.prod(lead), heads, *rows)
+    return t if t.shape == folded else t.expand(*lead, heads, *rows).reshape(folded)
 
 
 def _fold_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -347,6 +395,19 @@ def _fold_mask(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     if any(size != 1 for size in mask.shape[:-3]):
         mask = mask.expand(*lead, *mask.shape[-3:])
     return mask.flatten(0, -4)
+
+
+def _of_dtype(attn_mask: Any, query: Tensor) -> Any:
+    """The mask in the dtype of the query if it is of float32, which torch takes with any."""
+    is_float32 = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.float32
+    return attn_mask.to(query.dtype) if is_float32 else attn_mask
+
+
+def four_axes(attn_mask: Tensor | None) -> Tensor | None:
+    """The mask with all its axes, [B, N, S_q, S_k] or what broadcasts to that."""
+    if attn_mask is None or attn_mask.dim() == 4:
+        return attn_mask
+    return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
 def _check_mask(op: str, attn_mask: Tensor, like: Tensor) -> None:
@@ -375,8 +436,8 @@ def check_inputs(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     enable_gqa: bool,
-) -> Tensor | None:
-    """The tensors, of the sizes that `attention` says; the mask comes back with all its axes."""
+) -> None:
+    """The tensors, of the sizes that `attention` says."""
     _checks.tensor(op, "q", q)
     if k is None or v is None:
         _checks.tensor(op, "k", k)
@@ -394,13 +455,10 @@ def check_inputs(
         _checks.shape(op, "k", k, "B, N_kv, S_k, D", (B, N_kv, S_k, D))
     if v.shape[:3] != k_shape[:3]:
         _checks.shape(op, "v", v, "B, N_kv, S_k, D_v", (B, N_kv, S_k, v.shape[3]))
-    mask = None
     if attn_mask is not None:
         _check_mask(op, attn_mask, q)
         _checks.broadcastable(op, "attn_mask", attn_mask, "B, N, S_q, S_k", (B, N, S_q, S_k))
-        mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     check_head_tensors(op, q, sinks, alibi_slopes, B, N)
-    return mask
 
 
 def check_heads(op: str, q: Tensor, k: Tensor, N: int, N_kv: int, enable_gqa: bool) -> None:
@@ -464,21 +522,17 @@ def _check_scale(op: str, scale: float | None) -> None:
         _checks.number(op, "scale", scale)
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
+def _call(
+    tensors: tuple[Any, ...],
+    backend: str | None,
     band: Band,
     scale: float | None,
-    backend: str | None,
-    *,
-    softcap: float = 0.0,
-    diagonal: int = 0,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    softcap: float,
+    diagonal: int,
+    dropout_p: float,
+) -> Call:
+    """A call of checked arguments: q, k, v, attn_mask, sinks, alibi_slopes, and the rest."""
+    q, _, v, mask, sinks, alibi_slopes = tensors
     wanted = features(
         q.dtype,
         q.shape[-1],
@@ -493,9 +547,6 @@ def _run(
         wanted |= {"mask_grad"}
     chosen = _backends.select("attention", backend, q.device, q.dtype, wanted)
     options = options_of(q, band, scale, softcap, alibi_slopes, diagonal)
-    seed = None
     if dropout_p > 0:
         options["dropout_p"] = float(dropout_p)
-        seed = draw_seed(q.device)
-    tensors = (q, k, v, mask, sinks, alibi_slopes, seed)
-    return _autograd.apply(AttentionFunction, "attention", chosen, options, tensors)
+    return Call("attention", AttentionFunction, chosen, options)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, _checks
-from pykernels.ops import _autograd, _library
+from pykernels.ops import _autograd, _calls, _library
 from pykernels.ops import attention as _attention
+from pykernels.ops._calls import Call
 
 OP = "attention_backward"
 
@@ -48,6 +49,46 @@ class AttentionBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd.backward(ctx, OP, grads)
+
+
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    is_causal: bool,
+    window: Any,
+    causal_alignment: str,
+    scale: float | None,
+    softcap: float,
+    enable_gqa: bool,
+    mask_grad: bool,
+) -> Call:
+    dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse = tensors
+    _attention.check_inputs(OP, q, k, v, mask, sinks, alibi_slopes, enable_gqa)
+    _attention.check_options(OP, scale, window, softcap, causal_alignment, 0.0)
+    B, N, S_q, D = q.shape
+    S_k, D_v = v.shape[2:]
+    for name, value in (("dout", dout), ("out", out)):
+        _checks.tensor(OP, name, value, q)
+        _checks.shape(OP, name, value, "B, N, S_q, D_v", (B, N, S_q, D_v))
+    for name, number in (("lse", lse), ("dlse", dlse)):
+        if number is not None or name == "lse":
+            _check_by_query(name, number, q)
+    if mask_grad and (mask is None or mask.dtype == torch.bool):
+        got = "None" if mask is None else "a boolean one"
+        _checks.fail(OP, "attn_mask", "additive where mask_grad is True", got)
+    band = _attention.band_of(S_q, S_k, is_causal, window, causal_alignment)
+    wanted = _attention.features(
+        q.dtype, D, D_v, band, softcap, sinks is not None, alibi_slopes is not None
+    )
+    if mask_grad:
+        wanted |= {"mask_grad"}
+    chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
+    diagonal = _attention.diagonal_of(S_q, S_k, causal_alignment)
+    options = _attention.options_of(q, band, scale, softcap, alibi_slopes, diagonal)
+    if mask_grad:
+        options["mask_grad"] = True
+    return Call(OP, AttentionBackwardFunction, chosen, options)
 
 
 def attention_backward(
@@ -119,34 +160,12 @@ def attention_backward(
         TypeError: as `attention`; also where `lse` or `dlse` has another dtype than said.
         ValueError: as `attention`; also where `mask_grad` has no additive mask to be of.
     """
-    mask = _attention.check_inputs(OP, q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
-    _attention.check_options(OP, scale, window, softcap, causal_alignment, 0.0)
-    B, N, S_q, D = q.shape
-    S_k, D_v = v.shape[2:]
-    for name, value in (("dout", dout), ("out", out)):
-        _checks.tensor(OP, name, value, q)
-        _checks.shape(OP, name, value, "B, N, S_q, D_v", (B, N, S_q, D_v))
-    for name, number in (("lse", lse), ("dlse", dlse)):
-        if number is not None or name == "lse":
-            _check_by_query(name, number, q)
-    if mask_grad and (mask is None or mask.dtype == torch.bool):
-        got = "None" if mask is None else "a boolean one"
-        _checks.fail(OP, "attn_mask", "additive where mask_grad is True", got)
-    band = _attention.band_of(S_q, S_k, is_causal, window, causal_alignment)
-    wanted = _attention.features(
-        q.dtype, D, D_v, band, softcap, sinks is not None, alibi_slopes is not None
+    tensors = (dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse)
+    call = _checked(
+        tensors, backend, is_causal, window, causal_alignment, scale, softcap, enable_gqa, mask_grad
     )
-    if mask_grad:
-        wanted |= {"mask_grad"}
-    chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
-    diagonal = _attention.diagonal_of(S_q, S_k, causal_alignment)
-    options = _attention.options_of(q, band, scale, softcap, alibi_slopes, diagonal)
-    if mask_grad:
-        options["mask_grad"] = True
-    tensors = (dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse)
-    dq, dk, dv, dmask, dsinks = _autograd.apply(
-        AttentionBackwardFunction, OP, chosen, options, tensors
-    )
+    mask = _attention.four_axes(attn_mask)
+    dq, dk, dv, dmask, dsinks = call((dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse))
     return AttentionGradients(
         dq,
         dk,

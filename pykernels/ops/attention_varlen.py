@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, _checks
-from pykernels.ops import _autograd, _library
+from pykernels.ops import _autograd, _calls, _library
 from pykernels.ops import attention as _attention
+from pykernels.ops._calls import Call
 
 OP = "attention_varlen"
 
@@ -30,6 +31,73 @@ class AttentionVarlenFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _autograd.backward(ctx, OP, grads)
+
+
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    is_causal: bool,
+    window: Any,
+    causal_alignment: str,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    enable_gqa: bool,
+) -> Call:
+    q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = tensors
+    paged = block_table is not None
+    pages = "P, page_size, " if paged else "T_k, "
+    for name, value, axes in (
+        ("q", q, "T_q, N, D"),
+        ("k", k, pages + "N_kv, D"),
+        ("v", v, pages + "N_kv, D_v"),
+    ):
+        _checks.tensor(OP, name, value, q if name != "q" else None)
+        _checks.rank(OP, name, value, axes)
+    _checks.floating(OP, "q", q)
+    N, D = q.shape[1:]
+    N_kv = k.shape[-2]
+    _attention.check_heads(OP, q, k, N, N_kv, enable_gqa)
+    _checks.positive(OP, "head dim D", D)
+    _checks.shape(OP, "k", k, pages + "N_kv, D", (*k.shape[:-2], N_kv, D))
+    _checks.shape(OP, "v", v, pages + "N_kv, D_v", (*k.shape[:-2], N_kv, v.shape[-1]))
+    _integers("cu_seqlens_q", cu_seqlens_q, q, "B + 1", None)
+    B = cu_seqlens_q.shape[0] - 1
+    if paged:
+        if cu_seqlens_k is not None:
+            _checks.fail(OP, "cu_seqlens_k", "None with block_table", "a tensor")
+        _integers("block_table", block_table, k, "B, pages", (B, None))
+        if seqused_k is None:
+            _checks.fail(OP, "seqused_k", "given with block_table", None)
+    else:
+        _integers("cu_seqlens_k", cu_seqlens_k, k, "B + 1", (B + 1,))
+    if seqused_k is not None:
+        _integers("seqused_k", seqused_k, q, "B", (B,))
+    _attention.check_options(OP, scale, window, softcap, causal_alignment, dropout_p)
+    _attention.check_head_tensors(OP, q, sinks, alibi_slopes, B, N)
+    if paged and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        _checks.fail(OP, "block_table", "None where a gradient is wanted", "a tensor")
+    band = _attention.band_of(0, 0, is_causal, window, "top-left")
+    wanted = _attention.features(
+        q.dtype,
+        D,
+        v.shape[-1],
+        band,
+        softcap,
+        sinks is not None,
+        alibi_slopes is not None,
+        dropout_p > 0,
+    )
+    options: dict[str, Any] = {
+        "band": band,
+        "ends_meet": causal_alignment == "bottom-right",
+        "scale": 1 / math.sqrt(D) if scale is None else float(scale),
+        "softcap": float(softcap),
+        "dropout_p": float(dropout_p),
+    }
+    chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
+    return Call(OP, AttentionVarlenFunction, chosen, options)
 
 
 def attention_varlen(
@@ -99,64 +167,23 @@ def attention_varlen(
             overrun; seqused_k exceeds what is there; block_table points outside, or stands without
             seqused_k, or a gradient is wanted through it.
     """
-    paged = block_table is not None
-    pages = "P, page_size, " if paged else "T_k, "
-    for name, value, axes in (
-        ("q", q, "T_q, N, D"),
-        ("k", k, pages + "N_kv, D"),
-        ("v", v, pages + "N_kv, D_v"),
-    ):
-        _checks.tensor(OP, name, value, q if name != "q" else None)
-        _checks.rank(OP, name, value, axes)
-    _checks.floating(OP, "q", q)
-    N, D = q.shape[1:]
-    N_kv = k.shape[-2]
-    _attention.check_heads(OP, q, k, N, N_kv, enable_gqa)
-    _checks.positive(OP, "head dim D", D)
-    _checks.shape(OP, "k", k, pages + "N_kv, D", (*k.shape[:-2], N_kv, D))
-    _checks.shape(OP, "v", v, pages + "N_kv, D_v", (*k.shape[:-2], N_kv, v.shape[-1]))
-    _integers("cu_seqlens_q", cu_seqlens_q, q, "B + 1", None)
-    B = cu_seqlens_q.shape[0] - 1
-    if paged:
-        if cu_seqlens_k is not None:
-            _checks.fail(OP, "cu_seqlens_k", "None with block_table", "a tensor")
-        _integers("block_table", block_table, k, "B, pages", (B, None))
-        if seqused_k is None:
-            _checks.fail(OP, "seqused_k", "given with block_table", None)
-    else:
-        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        _integers("cu_seqlens_k", cu_seqlens_k, k, "B + 1", (B + 1,))
-    if seqused_k is not None:
-        _integers("seqused_k", seqused_k, q, "B", (B,))
-    _attention.check_options(OP, scale, window, softcap, causal_alignment, dropout_p)
-    _attention.check_head_tensors(OP, q, sinks, alibi_slopes, B, N)
-    if paged and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        _checks.fail(OP, "block_table", "None where a gradient is wanted", "a tensor")
-
-    check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
-    band = _attention.band_of(0, 0, is_causal, window, "top-left")
-    wanted = _attention.features(
-        q.dtype,
-        D,
-        v.shape[-1],
-        band,
-        softcap,
-        sinks is not None,
-        alibi_slopes is not None,
-        dropout_p > 0,
-    )
-    chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
-    options: dict[str, Any] = {
-        "band": band,
-        "ends_meet": causal_alignment == "bottom-right",
-        "scale": 1 / math.sqrt(D) if scale is None else float(scale),
-        "softcap": float(softcap),
-        "dropout_p": float(dropout_p),
-    }
-    seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
+    if cu_seqlens_k is None and block_table is None:
+        cu_seqlens_k = cu_seqlens_q
     places = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-    tensors = (q, k, v, sinks, alibi_slopes, seed, *places)
-    out, lse = _autograd.apply(AttentionVarlenFunction, OP, chosen, options, tensors, check=check)
+    call = _checked(
+        (q, k, v, sinks, alibi_slopes, *places),
+        backend,
+        is_causal,
+        window,
+        causal_alignment,
+        scale,
+        softcap,
+        dropout_p,
+        enable_gqa,
+    )
+    seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
+    check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
+    out, lse = call((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
     return (out, lse) if return_lse else out
 
 

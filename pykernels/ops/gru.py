@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks
-from pykernels.ops import _autograd, _recurrent
+from pykernels.ops import _autograd, _calls, _recurrent
 from pykernels.ops._packed import PackedWeights
 
 
@@ -29,6 +29,24 @@ class GRUFunction(torch.autograd.Function):
 
 
 _recurrent.define("gru", extras="gates")
+
+
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    lengths: Any,
+    batch_sizes: Any,
+    reverse: bool,
+) -> Any:
+    x, w_ih, w_hh, b_ih, b_hh, h0 = tensors
+    B, lengths, batch_sizes = _recurrent.check_input("gru", x, lengths, batch_sizes)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    H, _ = _recurrent.check_tensors("gru", 3, x, weights, (h0,), ("h0",))
+    if h0 is not None:
+        _checks.shape("gru", "h0", h0, "B, H", (B, H))
+    options = {"reverse": bool(reverse)}
+    return _recurrent.call("gru", GRUFunction, tensors, backend, options, lengths, batch_sizes)
 
 
 def gru(
@@ -84,17 +102,16 @@ def gru(
         ValueError: a rank, size, length, device or backend is wrong; I or H is zero; both
             `lengths` and `batch_sizes` are given.
     """
-    B, lengths, batch_sizes = _recurrent.check_input("gru", x, lengths, batch_sizes)
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    H, _ = _recurrent.check_tensors("gru", 3, x, weights, (h0,), ("h0",))
-    if h0 is not None:
-        _checks.shape("gru", "h0", h0, "B, H", (B, H))
-    options = {"reverse": bool(reverse)}
-    tensors = (x, *weights, h0)
-    y, h_n = _recurrent.run(
-        "gru", GRUFunction, tensors, options, lengths, batch_sizes, packed, backend
-    )
+    tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
+    call = _checked(tensors, backend, lengths, batch_sizes, reverse)
+    y, h_n = call(tensors, packed=packed)
     return y, h_n
+
+
+@_calls.once
+def _checked_cell(tensors: tuple[Any, ...], backend: str | None) -> Any:
+    options: dict[str, Any] = {}
+    return _recurrent.cell_call("gru", GRUFunction, 3, tensors, ("hx",), backend, options)
 
 
 def gru_cell(
@@ -121,9 +138,6 @@ def gru_cell(
     Raises:
         TypeError, ValueError: as `gru`.
     """
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    options = {"reverse": False, "batch_sizes": None}
-    (h,) = _recurrent.step(
-        "gru", GRUFunction, 3, input, weights, (hx,), ("hx",), options, packed, backend
-    )
+    tensors = (input, w_ih, w_hh, b_ih, b_hh, hx)
+    (h,) = _recurrent.step(_checked_cell, tensors, packed, backend)
     return h

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pykernels import _autocast, _backends, _checks
-from pykernels.ops import _autograd, _library
+from pykernels.ops import _autograd, _calls, _library
+from pykernels.ops._calls import Call
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -168,6 +169,68 @@ _library.Operator(
 )
 
 
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    return_lse: bool,
+    return_argmax: bool,
+) -> Call:
+    op = "linear_cross_entropy"
+    x, weight, target, bias, class_weight = tensors
+    _checks.tensor(op, "x", x)
+    _checks.floating(op, "x", x)
+    if x.dim() == 0:
+        _checks.fail(op, "x", "[..., H]", "0 dimensions: []")
+    _checks.tensor(op, "weight", weight, x)
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, x)
+    if class_weight is not None:
+        _checks.tensor(op, "class_weight", class_weight)
+        _checks.device(op, "class_weight", class_weight, x)
+        if class_weight.dtype not in (x.dtype, _loss_dtype(x)):
+            _checks.tensor(op, "class_weight", class_weight, x)
+    _checks.rank(op, "weight", weight, "V, H")
+    H, V = x.shape[-1], weight.shape[0]
+    _checks.positive(op, "hidden size H", H)
+    _checks.positive(op, "vocabulary size V", V)
+    _checks.shape(op, "weight", weight, "V, H", (V, H))
+    for name, value in (("bias", bias), ("class_weight", class_weight)):
+        if value is not None:
+            _checks.shape(op, name, value, "V", (V,))
+    if class_weight is not None and class_weight.requires_grad:
+        _checks.fail(op, "class_weight", "without gradient", "requires_grad=True")
+    _checks.tensor(op, "target", target)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: `target` must have dtype torch.int64, got {target.dtype}")
+    _checks.device(op, "target", target, x)
+    _checks.shape(op, "target", target, "...", x.shape[:-1])
+    _checks.choice(op, "reduction", reduction, REDUCTIONS)
+    _checks.number(op, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        _checks.fail(op, "label_smoothing", "between 0 and 1", label_smoothing)
+    _checks.number(op, "z_loss", z_loss)
+    if not 0 <= z_loss < float("inf"):
+        _checks.fail(op, "z_loss", "at least 0 and finite", z_loss)
+    _checks.integer(op, "ignore_index", ignore_index)
+    chosen = _backends.select(op, backend, x.device, x.dtype)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": float(label_smoothing),
+        "z_loss": float(z_loss),
+        "return_lse": bool(return_lse),
+        "return_argmax": bool(return_argmax),
+    }
+    if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
+        options["ahead"] = [t is not None and t.requires_grad for t in tensors]
+    return Call(op, LinearCrossEntropyFunction, chosen, options)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -225,68 +288,26 @@ def linear_cross_entropy(
             out of range; label_smoothing is not from 0 to 1, or z_loss is negative; class_weight
             requires a gradient.
     """
-    op = "linear_cross_entropy"
     x, weight, bias = _autocast.cast(x, weight, bias)
-    _checks.tensor(op, "x", x)
-    _checks.floating(op, "x", x)
-    if x.dim() == 0:
-        _checks.fail(op, "x", "[..., H]", "0 dimensions: []")
-    _checks.tensor(op, "weight", weight, x)
-    if bias is not None:
-        _checks.tensor(op, "bias", bias, x)
-    loss_dtype = x.dtype
-    if _autocast.on(x.device):  # it has torch's cross_entropy take float32
-        loss_dtype = torch.promote_types(x.dtype, torch.float32)
-    if class_weight is not None:
-        _checks.tensor(op, "class_weight", class_weight)
-        _checks.device(op, "class_weight", class_weight, x)
-        if class_weight.dtype not in (x.dtype, loss_dtype):
-            _checks.tensor(op, "class_weight", class_weight, x)
-    _checks.rank(op, "weight", weight, "V, H")
-    H, V = x.shape[-1], weight.shape[0]
-    _checks.positive(op, "hidden size H", H)
-    _checks.positive(op, "vocabulary size V", V)
-    _checks.shape(op, "weight", weight, "V, H", (V, H))
-    for name, value in (("bias", bias), ("class_weight", class_weight)):
-        if value is not None:
-            _checks.shape(op, name, value, "V", (V,))
-    if class_weight is not None and class_weight.requires_grad:
-        _checks.fail(op, "class_weight", "without gradient", "requires_grad=True")
-    _checks.tensor(op, "target", target)
-    if target.dtype != torch.int64:
-        raise TypeError(f"{op}: `target` must have dtype torch.int64, got {target.dtype}")
-    _checks.device(op, "target", target, x)
-    _checks.shape(op, "target", target, "...", x.shape[:-1])
-    _checks.choice(op, "reduction", reduction, REDUCTIONS)
-    _checks.number(op, "label_smoothing", label_smoothing)
-    if not 0 <= label_smoothing <= 1:
-        _checks.fail(op, "label_smoothing", "between 0 and 1", label_smoothing)
-    _checks.number(op, "z_loss", z_loss)
-    if not 0 <= z_loss < float("inf"):
-        _checks.fail(op, "z_loss", "at least 0 and finite", z_loss)
-    _checks.integer(op, "ignore_index", ignore_index)
-    chosen = _backends.select(op, backend, x.device, x.dtype)
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": float(label_smoothing),
-        "z_loss": float(z_loss),
-        "return_lse": bool(return_lse),
-        "return_argmax": bool(return_argmax),
-    }
-    lead, given = x.shape[:-1], target
+    call = _checked(
+        (x, weight, target, bias, class_weight),
+        backend,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        return_lse,
+        return_argmax,
+    )
+    rows, classes, lead = x, target, x.shape[:-1]
     if len(lead) != 1:
-        x, target = x.reshape(-1, H), target.reshape(-1)
-    tensors = (x, weight, target, bias, class_weight)
-    if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
-        options["ahead"] = [t is not None and t.requires_grad for t in tensors]
+        rows, classes = x.reshape(-1, x.shape[-1]), target.reshape(-1)
 
     def check(*_: Any, **__: Any) -> None:  # the targets as they came: errors name their places
-        _check_values(x, weight, given, ignore_index=ignore_index)
+        _check_values(x, weight, target, ignore_index=ignore_index)
 
-    loss, lse, argmax = _autograd.apply(
-        LinearCrossEntropyFunction, op, chosen, options, tensors, check=check
-    )
+    loss, lse, argmax = call((rows, weight, classes, bias, class_weight), check=check)
+    loss_dtype = _loss_dtype(x)
     loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (
         loss.reshape(lead) if reduction == "none" else loss,
@@ -294,3 +315,8 @@ def linear_cross_entropy(
         *((argmax.reshape(lead),) if return_argmax else ()),
     )
     return outputs if len(outputs) > 1 else outputs[0]
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    """That of x, but that autocast has torch's cross_entropy take float32."""
+    return torch.promote_types(x.dtype, torch.float32) if _autocast.on(x.device) else x.dtype

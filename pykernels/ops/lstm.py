@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks
-from pykernels.ops import _autograd, _recurrent
+from pykernels.ops import _autograd, _calls, _recurrent
 from pykernels.ops._packed import PackedWeights
 
 
@@ -29,6 +29,27 @@ class LSTMFunction(torch.autograd.Function):
 
 
 _recurrent.define("lstm", options="bool return_cell_states", extras="gates cells unprojected")
+
+
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    lengths: Any,
+    batch_sizes: Any,
+    reverse: bool,
+    return_cell_states: bool,
+) -> Any:
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr = tensors
+    B, lengths, batch_sizes = _recurrent.check_input("lstm", x, lengths, batch_sizes)
+    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
+    H, R = _recurrent.check_tensors("lstm", 4, x, weights, (h0, c0), ("h0", "c0"))
+    if h0 is not None:
+        _checks.shape("lstm", "h0", h0, "B, H" if w_hr is None else "B, R", (B, R))
+    if c0 is not None:
+        _checks.shape("lstm", "c0", c0, "B, H", (B, H))
+    options = {"reverse": bool(reverse), "return_cell_states": bool(return_cell_states)}
+    return _recurrent.call("lstm", LSTMFunction, tensors, backend, options, lengths, batch_sizes)
 
 
 def lstm(
@@ -95,19 +116,18 @@ def lstm(
         ValueError: a rank, size, length, device or backend is wrong; I, H or R is zero; both
             `lengths` and `batch_sizes` are given.
     """
-    B, lengths, batch_sizes = _recurrent.check_input("lstm", x, lengths, batch_sizes)
-    weights = (w_ih, w_hh, b_ih, b_hh, w_hr)
-    H, R = _recurrent.check_tensors("lstm", 4, x, weights, (h0, c0), ("h0", "c0"))
-    if h0 is not None:
-        _checks.shape("lstm", "h0", h0, "B, H" if w_hr is None else "B, R", (B, R))
-    if c0 is not None:
-        _checks.shape("lstm", "c0", c0, "B, H", (B, H))
-    options = {"reverse": bool(reverse), "return_cell_states": bool(return_cell_states)}
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
-    y, h_n, c_n, *c = _recurrent.run(
-        "lstm", LSTMFunction, tensors, options, lengths, batch_sizes, packed, backend
-    )
+    call = _checked(tensors, backend, lengths, batch_sizes, reverse, return_cell_states)
+    y, h_n, c_n, *c = call(tensors, packed=packed)
     return y, (h_n, c_n), *c
+
+
+@_calls.once
+def _checked_cell(tensors: tuple[Any, ...], backend: str | None) -> Any:
+    options = {"return_cell_states": False}
+    return _recurrent.cell_call(
+        "lstm", LSTMFunction, 4, tensors, ("hx[0]", "hx[1]"), backend, options
+    )
 
 
 def lstm_cell(
@@ -136,9 +156,6 @@ def lstm_cell(
     """
     if hx is not None:
         _checks.pair("lstm_cell", "hx", hx, "(h, c)")
-    weights, states, names = (w_ih, w_hh, b_ih, b_hh), hx or (None, None), ("hx[0]", "hx[1]")
-    options = {"reverse": False, "return_cell_states": False, "batch_sizes": None}
-    h, c = _recurrent.step(
-        "lstm", LSTMFunction, 4, input, weights, states, names, options, packed, backend
-    )
+    tensors = (input, w_ih, w_hh, b_ih, b_hh, *(hx or (None, None)))
+    h, c = _recurrent.step(_checked_cell, tensors, packed, backend)
     return h, c

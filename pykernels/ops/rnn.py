@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks
-from pykernels.ops import _autograd, _recurrent
+from pykernels.ops import _autograd, _calls, _recurrent
 from pykernels.ops._packed import PackedWeights
 
 NONLINEARITIES = ("tanh", "relu")
@@ -31,6 +31,26 @@ class RNNFunction(torch.autograd.Function):
 
 
 _recurrent.define("rnn", options="str nonlinearity")
+
+
+@_calls.once
+def _checked(
+    tensors: tuple[Any, ...],
+    backend: str | None,
+    nonlinearity: str,
+    lengths: Any,
+    batch_sizes: Any,
+    reverse: bool,
+) -> Any:
+    x, w_ih, w_hh, b_ih, b_hh, h0 = tensors
+    B, lengths, batch_sizes = _recurrent.check_input("rnn", x, lengths, batch_sizes)
+    _checks.choice("rnn", "nonlinearity", nonlinearity, NONLINEARITIES)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    H, _ = _recurrent.check_tensors("rnn", 1, x, weights, (h0,), ("h0",))
+    if h0 is not None:
+        _checks.shape("rnn", "h0", h0, "B, H", (B, H))
+    options = {"nonlinearity": nonlinearity, "reverse": bool(reverse)}
+    return _recurrent.call("rnn", RNNFunction, tensors, backend, options, lengths, batch_sizes)
 
 
 def rnn(
@@ -82,18 +102,16 @@ def rnn(
         ValueError: a rank, size, length, device, nonlinearity or backend is wrong; I or H is zero;
             both `lengths` and `batch_sizes` are given.
     """
-    B, lengths, batch_sizes = _recurrent.check_input("rnn", x, lengths, batch_sizes)
-    _checks.choice("rnn", "nonlinearity", nonlinearity, NONLINEARITIES)
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    H, _ = _recurrent.check_tensors("rnn", 1, x, weights, (h0,), ("h0",))
-    if h0 is not None:
-        _checks.shape("rnn", "h0", h0, "B, H", (B, H))
-    options = {"nonlinearity": nonlinearity, "reverse": bool(reverse)}
-    tensors = (x, *weights, h0)
-    y, h_n = _recurrent.run(
-        "rnn", RNNFunction, tensors, options, lengths, batch_sizes, packed, backend
-    )
+    tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
+    call = _checked(tensors, backend, nonlinearity, lengths, batch_sizes, reverse)
+    y, h_n = call(tensors, packed=packed)
     return y, h_n
+
+
+@_calls.once
+def _checked_cell(tensors: tuple[Any, ...], backend: str | None, nonlinearity: str) -> Any:
+    options = {"nonlinearity": nonlinearity}
+    return _recurrent.cell_call("rnn", RNNFunction, 1, tensors, ("hx",), backend, options)
 
 
 def rnn_cell(
@@ -124,9 +142,6 @@ def rnn_cell(
         TypeError, ValueError: as `rnn`.
     """
     _checks.choice("rnn_cell", "nonlinearity", nonlinearity, NONLINEARITIES)
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    options = {"nonlinearity": nonlinearity, "reverse": False, "batch_sizes": None}
-    (h,) = _recurrent.step(
-        "rnn", RNNFunction, 1, input, weights, (hx,), ("hx",), options, packed, backend
-    )
+    tensors = (input, w_ih, w_hh, b_ih, b_hh, hx)
+    (h,) = _recurrent.step(_checked_cell, tensors, packed, backend, nonlinearity)
     return h

@@ -1,0 +1,143 @@
+// What a call looks like: all that its checks ask of its arguments, in bytes.
+//
+// Python takes some microseconds to ask, as long as a small kernel runs. What it has found of one
+// call holds for every other that looks the same, and a look takes a tenth of that.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "exchange.h"
+
+namespace pykernels {
+namespace {
+
+template <class T>
+void put(const T& value, std::string* to) {
+  to->append(reinterpret_cast<const char*>(&value), sizeof(value));
+}
+
+// Whether attribute `name` of `object` is true.
+bool has(py::handle object, PyObject* name) {
+  const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), name));
+  if (!found) throw py::error_already_set();
+  return found.ptr() == Py_True;
+}
+
+class Signer {
+ public:
+  // Args:
+  //   types: those of plain tensors, torch.Tensor first
+  //   exchange: of the first of them, usable
+  //   watched: functions without arguments, each true if somebody wants to see the call
+  //   recording: a function without arguments, true if autograd is on
+  Signer(const py::tuple& types, const Exchange& exchange, const py::tuple& watched,
+         const py::object& recording)
+      : types_(types), exchange_(exchange), watched_(watched), recording_(recording) {}
+
+  // Of a call with these tensors, or None in their places, and these numbers, strings, None, or
+  // tuples of them. It begins with 1 if autograd records the call, or else with 0. None if there is
+  // something out of the ordinary: nothing is known of such a call.
+  py::object sign(const py::tuple& tensors, const py::tuple& options) const {
+    for (const py::handle is_watched : watched_)
+      if (ask(is_watched)) return py::none();
+    std::string found;
+    found.reserve(512);  // of a dozen tensors
+    found.push_back('\0');
+    bool differentiable = false;
+    for (const py::handle tensor : tensors)
+      if (!add_tensor(tensor, &differentiable, &found)) return py::none();
+    if (!add_option(options, &found)) return py::none();
+    found[0] = differentiable && ask(recording_);
+    return py::bytes(found);
+  }
+
+ private:
+  static bool ask(py::handle function) {
+    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function.ptr()));
+    if (!answer) throw py::error_already_set();
+    const int found = PyObject_IsTrue(answer.ptr());
+    if (found < 0) throw py::error_already_set();
+    return found;
+  }
+
+  bool is_plain(py::handle object) const {
+    for (const py::handle type : types_)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr()) return true;
+    return false;
+  }
+
+  bool add_tensor(py::handle tensor, bool* differentiable, std::string* to) const {
+    to->push_back(tensor.is_none() ? 'N' : 't');
+    if (tensor.is_none()) return true;
+    dlpack::Tensor t;
+    if (!is_plain(tensor) || !exchange_.read(tensor, &t)) return false;
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    const bool is_differentiable = has(tensor, requires_grad);
+    *differentiable |= is_differentiable;
+    put(is_differentiable, to);
+    put(t.device_type, to);
+    put(t.device_id, to);
+    put(t.dtype, to);
+    put(t.ndim, to);
+    to->append(reinterpret_cast<const char*>(t.shape), t.ndim * sizeof(*t.shape));
+    return true;
+  }
+
+  // Numbers of other types are other numbers: True is not 1 to a check.
+  static bool add_option(py::handle option, std::string* to) {
+    PyObject* const object = option.ptr();
+    if (object == Py_None || object == Py_True || object == Py_False) {
+      to->push_back(object == Py_None ? 'N' : object == Py_True ? 'T' : 'F');
+    } else if (PyFloat_CheckExact(object)) {
+      to->push_back('f');
+      put(PyFloat_AS_DOUBLE(object), to);
+    } else if (PyLong_CheckExact(object)) {
+      int overflow = 0;
+      const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+      if (overflow) return false;
+      to->push_back('i');
+      put(value, to);
+    } else if (PyUnicode_CheckExact(object)) {
+      Py_ssize_t size = 0;
+      const char* const text = PyUnicode_AsUTF8AndSize(object, &size);
+      if (!text) {  // half a surrogate pair
+        PyErr_Clear();
+        return false;
+      }
+      to->push_back('s');
+      put(size, to);
+      to->append(text, size);
+    } else if (PyTuple_CheckExact(object)) {
+      to->push_back('(');
+      put(PyTuple_GET_SIZE(object), to);
+      for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i)
+        if (!add_option(PyTuple_GET_ITEM(object, i), to)) return false;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  const py::tuple types_;
+  const Exchange exchange_;
+  const py::tuple watched_;
+  const py::object recording_;
+};
+
+}  // namespace
+
+// signer: makes a function of what Signer::sign takes; None where torch lacks what that needs.
+void bind_signature(py::module_& m) {
+  m.def("signer",
+        [](const py::tuple& types, const py::tuple& watched, const py::object& recording) {
+          const Exchange exchange{py::type(types[0])};
+          if (!exchange.usable()) return py::object(py::none());
+          const auto signer = std::make_shared<Signer>(types, exchange, watched, recording);
+          return py::object(
+              py::cpp_function([signer](const py::tuple& tensors, const py::tuple& options) {
+                return signer->sign(tensors, options);
+              }));
+        });
+}
+
+}  // namespace pykernels

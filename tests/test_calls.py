@@ -1,0 +1,267 @@
+"""A call is checked once for all that look like it, and no other is taken for one."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.nn import functional as stock
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pykernels import _backends, functional, use_backend
+from pykernels.ops import _calls
+
+needs_signatures = pytest.mark.skipif(
+    _calls._signer()((), ()) is None, reason="a torch before 2.10 does not say where tensors are"
+)
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The ops whose backend has been chosen, as that happens where a call is checked."""
+    found, select = [], _backends.select
+    monkeypatch.setattr(
+        _backends, "select", lambda op, *rest: found.append(op) or select(op, *rest)
+    )
+    return found
+
+
+def tensor(*sizes, seed=0, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*sizes, generator=generator, **options)
+
+
+def size():
+    """One that no call has had."""
+    size.last += 1
+    return size.last
+
+
+size.last = 100
+
+Q, K = tensor(2, 3, 4, 5), tensor(2, 3, 6, 5, seed=1)
+CALLS = {
+    "rnn": lambda n: functional.rnn(tensor(3, 2, n), tensor(4, n), tensor(4, 4)),
+    "rnn_cell": lambda n: functional.rnn_cell(tensor(2, n), None, tensor(4, n), tensor(4, 4)),
+    "gru": lambda n: functional.gru(tensor(6, n), tensor(12, n), tensor(12, 4), batch_sizes=(4, 2)),
+    "gru_cell": lambda n: functional.gru_cell(tensor(n), None, tensor(12, n), tensor(12, 4)),
+    "lstm": lambda n: functional.lstm(tensor(3, 2, n), tensor(8, n), tensor(8, 2), lengths=(3, 1)),
+    "lstm_cell": lambda n: functional.lstm_cell(tensor(2, n), None, tensor(16, n), tensor(16, 4)),
+    "attention": lambda n: functional.attention(*[tensor(1, 2, n, 4)] * 3, window=(1, None)),
+    "scaled_dot_product_attention": lambda n: functional.scaled_dot_product_attention(
+        *[tensor(n, 4)] * 3, attn_mask=tensor(n)
+    ),
+    "attention_varlen": lambda n: functional.attention_varlen(
+        *[tensor(n, 2, 4)] * 3, torch.tensor([0, 1, n])
+    ),
+    "attention_backward": lambda n: functional.attention_backward(
+        *[tensor(1, 2, n, 4)] * 5, tensor(1, 2, n)
+    ),
+    "linear_cross_entropy": lambda n: functional.linear_cross_entropy(
+        tensor(2, 1, n), tensor(4, n), torch.tensor([[1], [3]])
+    ),
+}
+
+
+@needs_signatures
+@pytest.mark.parametrize("run", CALLS.values(), ids=CALLS)
+def test_once(run, checks):
+    """The second call of a kind finds what was found of the first, and does the same."""
+    n = size()
+    first, second = run(n), run(n)
+    assert len(checks) == 1
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+    run(size())
+    assert len(checks) == 2
+
+
+class Watched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Own(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def attention(n, **options):
+    return functional.attention(*[tensor(1, 2, n, 4)] * 3, **options)
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu"),
+    "dual level": forward_ad.dual_level,
+    "dispatch mode": Watched,
+    "another backend": lambda: use_backend("reference"),
+}
+
+
+@needs_signatures
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_what_looks_on_is_seen(around, checks):
+    """A call is checked anew where something looks on, or asks for another backend."""
+    n = size()
+    attention(n)
+    with around():
+        attention(n)
+    assert len(checks) == 2
+    attention(n)
+    assert len(checks) == 2
+
+
+@needs_signatures
+def test_a_transform_is_seen(checks):
+    n = size()
+    attention(n)
+    torch.func.vmap(lambda x: functional.attention(x, x, x))(tensor(2, 1, 2, n, 4))
+    assert len(checks) == 2
+
+
+@needs_signatures
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.double,
+        lambda t: t.transpose(2, 3).contiguous(),
+        lambda t: t.as_subclass(Own),
+        lambda t: t.clone().requires_grad_(),
+    ],
+    ids=["dtype", "shape", "class", "requires_grad"],
+)
+def test_other_tensors_are_checked(change, checks):
+    q = tensor(1, 2, size(), 4)
+    functional.attention(q, q, q)
+    functional.attention(*[change(q)] * 3)
+    assert len(checks) == 2
+
+
+@needs_signatures
+def test_strides_and_parameters_are_the_same_call(checks):
+    """Checks do not hang on them; the memory is found anew in every call."""
+    n = size()
+    q = tensor(1, 2, n, 4)
+    lying = tensor(1, 2, 4, n).transpose(2, 3).copy_(q)
+    with torch.no_grad():
+        found = [functional.attention(t, t, t) for t in (q, lying)]
+        functional.attention(*[torch.nn.Parameter(q, requires_grad=False)] * 3)
+    assert len(checks) == 1
+    assert torch.equal(*found)
+
+
+@needs_signatures
+def test_with_a_record_and_without(checks):
+    """The grad mode and what requires a gradient say whether autograd records a call."""
+    q = tensor(1, 2, size(), 4, requires_grad=True)
+    for _ in range(2):
+        for mode, recorded in ((torch.no_grad, False), (torch.enable_grad, True)):
+            with mode():
+                assert functional.attention(q, q, q).requires_grad == recorded
+        assert not functional.attention(*[q.detach()] * 3).requires_grad
+    assert len(checks) == 3
+
+
+LOOKALIKES = [
+    ({"softcap": 0.0}, {"softcap": False}, TypeError, "`softcap` must be a number, got bool"),
+    ({"scale": 1}, {"scale": True}, TypeError, "`scale` must be a number, got bool"),
+    ({"dropout_p": 0}, {"dropout_p": False}, TypeError, "`dropout_p` must be a number, got bool"),
+    ({"window": (1, 0)}, {"window": (True, 0)}, TypeError, "`window` must be of integers or None"),
+    ({"window": (1, 0)}, {"window": (1.0, 0)}, TypeError, "`window` must be of integers or None"),
+    (
+        {"causal_alignment": "top-left"},
+        {"causal_alignment": "top-left\ud800"},
+        ValueError,
+        "`causal_alignment` must be one of",
+    ),
+    (
+        {"alibi_slopes": tensor(2)},
+        {"alibi_slopes": tensor(2, requires_grad=True)},
+        ValueError,
+        "`alibi_slopes` must be without a gradient",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "error", "words"), LOOKALIKES, ids=[words for *_, words in LOOKALIKES]
+)
+def test_what_looks_alike_to_python_alone(good, bad, error, words):
+    """True equals 1 in Python; a call that has passed lets no such other pass."""
+    n = size()
+    attention(n, **good)
+    for _ in range(2):  # nor is a bad call remembered
+        with pytest.raises(error, match=words):
+            attention(n, **bad)
+    attention(n, **good)
+
+
+@needs_signatures
+@pytest.mark.parametrize("kind", ["sparse", "nested", "meta", "class", "list", "huge number"])
+def test_out_of_the_ordinary(kind):
+    """Of such a call nothing is known."""
+    made = {
+        "sparse": torch.ones(2, 3).to_sparse(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "meta": torch.ones(2, device="meta"),
+        "class": torch.ones(2).as_subclass(Own),
+    }
+    option = {"list": [1, 2], "huge number": 2**80}.get(kind, 1)
+    assert _calls._signer()((made.get(kind), None), (option,)) is None
+    assert _calls._signer()((torch.ones(2), None), (1, 0.5, "a", None, (1, (True,)))) is not None
+
+
+@needs_signatures
+def test_signatures_tell_calls_apart():
+    """No two ways to put the same bytes together."""
+    a, b = torch.ones(2), torch.ones(2, 1)
+    calls = [
+        ((), ()),
+        ((None,), ()),
+        ((), (None,)),
+        *(((t,), ()) for t in (a, b, a.double(), a.long(), a.bool(), a.to(torch.uint8), a.half())),
+        ((a, a), ()),
+        *(((), (option,)) for option in (0, 0.0, -0.0, False, "", "0", (), (0,), ((),), (0, 0))),
+        ((), ("a", "b")),
+        ((), ("ab", "")),
+    ]
+    found = {_calls._signer()(*each) for each in calls}
+    assert len(found) == len(calls)
+
+
+def test_what_a_transform_has_left():
+    """A tensor that got out of a transform is taken for the one it wraps, recorded or not."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(tensor(1, 2, 5, 4))
+    x = kept[0]
+    expected = stock.scaled_dot_product_attention(*[tensor(1, 2, 5, 4)] * 3)
+    torch.testing.assert_close(functional.attention(x, x, x), expected)
+    q = tensor(1, 2, 5, 4).requires_grad_()
+    out = functional.attention(q, x, x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert q.grad.any()
+
+
+@needs_signatures
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
+    """Sizes that never repeat push out what they find, and calls go on being right."""
+    monkeypatch.setattr(_calls, "CAPACITY", 2)
+    checked = []
+
+    @_calls.once
+    def check(tensors, backend, number):
+        checked.append(number)
+        return Found()
+
+    class Found:
+        def unseen(self, is_recorded):
+            return self
+
+    for number in (1, 1, 2, 2, 3, 3, 1, 1):
+        check((), None, number)
+    assert checked == [1, 2, 3, 1]
+
+
+def test_without_signatures(monkeypatch):
+    """A torch before 2.10, or no C++ kernels: every call is checked."""
+    monkeypatch.setattr(_calls, "_signer", lambda: lambda *_: None)
+    n = size()
+    for run in CALLS.values():
+        torch.testing.assert_close(run(n), run(n), rtol=0, atol=0)
