@@ -139,10 +139,14 @@ def repeats_bitwise(spec, backend, dtype):
     need(spec, backend, dtype)
     first = evaluate.ours(spec, dtype, backend, device(backend))
     second = evaluate.ours(spec, dtype, backend, device(backend))
+    same_bits(first, second)
+
+
+def same_bits(first, second):
+    """Two results by name are bitwise equal."""
+    assert first.keys() == second.keys()
     for name in first:
-        assert torch.equal(bits(first[name]), bits(second[name])), (
-            f"{name} differs between two runs"
-        )
+        assert torch.equal(bits(first[name]), bits(second[name])), f"{name} differs"
 
 
 def bits(t):
@@ -275,8 +279,7 @@ def concurrently(spec, backend, dtype, workers=4, repeats=3):
                 )
             )
             for one, other in zip(alone, together, strict=True):
-                for name in one:
-                    assert torch.equal(bits(one[name]), bits(other[name])), name
+                same_bits(one, other)
 
 
 def scaled_gradient(index, factor):
@@ -521,3 +524,26 @@ def recurrent_mutants(op, tensors, outputs):
 def flat_tensors(value):
     """The tensors of any nested result."""
     return [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+
+
+Z = torch.zeros
+#: A wrong call of every function of `functional`, of a random x [5, 3, 4]; and some more.
+BAD_CALLS = {
+    "rnn": lambda x: functional.rnn(x, x[0], x[0]),
+    "rnn_cell": lambda x: functional.rnn_cell(x[0], None, Z(6, 4), Z(6, 5)),
+    "gru": lambda x: functional.gru(x, Z(9, 4), Z(9, 4)),
+    "gru_cell": lambda x: functional.gru_cell(x[0], x[1], Z(9, 4), Z(9, 3)),
+    "lstm": lambda x: functional.lstm(x.long(), Z(12, 4), Z(12, 3)),
+    "lstm_cell": lambda x: functional.lstm_cell(x, None, Z(12, 4), Z(12, 3)),
+    "attention": lambda x: functional.attention(x, x, x),
+    "attention_backward": lambda x: functional.attention_backward(*[x[None]] * 5, x),
+    "attention_varlen": lambda x: functional.attention_varlen(x, x, x, Z(2)),
+    "scaled_dot_product_attention": lambda x: functional.scaled_dot_product_attention(
+        x, x, x[:, :2]
+    ),
+    "linear_cross_entropy": lambda x: functional.linear_cross_entropy(x, Z(7, 5), x[..., 0].long()),
+    "mask": lambda x: functional.attention(x[None], x[None], x[None], Z(9, 9)),
+    "backend": lambda x: functional.rnn(x, x[0], Z(3, 3), backend="metal"),
+    "device": lambda x: functional.attention(x[None], x[None], x[None].to("meta")),
+}
+assert set(BAD_CALLS) >= {name for name in functional.__all__ if name.islower()}

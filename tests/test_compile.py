@@ -1,11 +1,13 @@
 """Our ops under torch.compile and torch.export: one operator in the graph, whatever the sizes."""
 
 import dataclasses
+import functools
 import io
 import time
 
 import pytest
 import torch
+from cases import BAD_CALLS
 from cases import flat_tensors as flat
 from torch.library import opcheck
 
@@ -156,6 +158,27 @@ def test_attention(options, dynamic):
         lambda q, k, v: functional.attention(q, k, v, **options), *heads(), dynamic=dynamic
     )
     assert graphs.ours() == ["attention"]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [name for name in ATTENTIONS if name != "lse"])
+def test_attention_backward(name, dynamic, grad):
+    """The gradient, and its own gradient; dout, out and lse need not be of a forward pass."""
+
+    def run(q, k, v):
+        found = functional.attention_backward(
+            k.cos(), q, k, v, v.sin(), q.sum(-1), **ATTENTIONS[name]
+        )
+        return tuple(t for t in found if t is not None)
+
+    compiled, graphs = same(run, *heads(grad=grad), dynamic=dynamic)
+    assert set(graphs.ours()) == {"attention_backward_from_lse"}
+    if dynamic:
+        made = len(graphs.graphs)
+        other = heads(grad=grad, B=3, S=7 if name == "mask" else 19)
+        exactly(step(compiled, *other), step(run, *other))
+        assert len(graphs.graphs) == made
 
 
 def test_attention_of_any_length_is_one_graph():
@@ -439,6 +462,8 @@ OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
         "lstm-cells",
         "attention-plain",
         "attention-sinks",
+        "attention_backward-plain",
+        "attention_backward-sinks",
         "attention_varlen-causal",
         "attention_varlen-used",
         "linear_cross_entropy-plain",
@@ -452,8 +477,9 @@ def test_opcheck(name, backend):
     They compare all results of two runs, so no tensor kept for backward may have room to spare,
     which nothing fills: layers have as many units as the kernels take at once.
     """
-    spec = specs.find(name)
-    if spec.op in GATES and spec.lengths is None:
+    op, _, which = name.partition("-")
+    spec = specs.find(f"attention-{which}" if op == "attention_backward" else name)
+    if op in GATES and spec.lengths is None:
         spec = dataclasses.replace(spec, t=3, h=16)  # a graph of the formula grows with t
     seen = []
 
@@ -466,10 +492,16 @@ def test_opcheck(name, backend):
     inputs = spec.inputs(torch.float64)
     for name, t in inputs.items():
         t.requires_grad_(t.is_floating_point() and name != "class_weight")
+    run = functools.partial(getattr(functional, op), **spec.options, backend="cpp")
+    if op == "attention_backward":
+        out, lse = functional.attention(**inputs, return_lse=True)
+        run = functools.partial(functional.attention_backward, out.cos(), out=out, lse=lse)
+        run = functools.partial(run, backend="cpp")
     with See():
-        outputs = flat(getattr(functional, spec.op)(**inputs, **spec.options, backend="cpp"))
+        outputs = flat(run(**inputs))
         sum(t.sum() for t in outputs if t.requires_grad).backward()
-    assert [func._opname for func, *_ in seen] == [spec.op, f"{spec.op}_backward"]
+    name = "attention_backward_from_lse" if op == "attention_backward" else op
+    assert [func._opname for func, *_ in seen] == [name, f"{name}_backward"]
     for func, args, kwargs in seen:
         args = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
         # A graph holds the same whichever backend runs in it, so one backend's is traced. The
@@ -557,19 +589,7 @@ def test_autocast(name):
         exactly(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)
 
 
-BAD = {
-    "rnn": lambda x: functional.rnn(x, x[0], x[0]),
-    "gru": lambda x: functional.gru(x, torch.zeros(9, 4), torch.zeros(9, 4)),
-    "lstm": lambda x: functional.lstm(x.long(), torch.zeros(12, 4), torch.zeros(12, 3)),
-    "lstm_cell": lambda x: functional.lstm_cell(x, None, torch.zeros(12, 4), torch.zeros(12, 3)),
-    "attention": lambda x: functional.attention(x, x, x),
-    "mask": lambda x: functional.attention(x[None], x[None], x[None], torch.zeros(9, 9)),
-    "backend": lambda x: functional.rnn(x, x[0], torch.zeros(3, 3), backend="metal"),
-    "device": lambda x: functional.attention(x[None], x[None], x[None].to("meta")),
-}
-
-
-@pytest.mark.parametrize("run", BAD.values(), ids=BAD)
+@pytest.mark.parametrize("run", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_bad_input(run):
     """Compiled, the error is that of the eager call; where no break is allowed, it is quoted."""
     x = torch.randn(5, 3, 4)

@@ -3,7 +3,9 @@
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,33 +13,51 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from pykernels import functional, nn
+from pykernels.testing import evaluate
+from pykernels.testing.specs import find
 
 LONG = 0.02  # seconds that a kernel must take for a thread beside it to show
 
 
-def large(op):
-    """A call whose kernel takes some tenths of a second on one thread."""
+OPS = (
+    "rnn",
+    "gru",
+    "lstm",
+    "attention",
+    "attention_backward",
+    "attention_varlen",
+    "linear_cross_entropy",
+)
+
+
+def sized(op, rows):
+    """A call of which the kernel takes a time that grows with `rows`."""
     if op == "linear_cross_entropy":
-        x, weight = torch.randn(1024, 512), torch.randn(10000, 512)
-        return lambda: functional.linear_cross_entropy(x, weight, torch.arange(1024))
+        x, weight = torch.randn(rows, 512), torch.randn(10000, 512)
+        return lambda: functional.linear_cross_entropy(x, weight, torch.arange(rows))
     if op.startswith("attention"):
-        q = torch.randn(4096, 4, 64)
+        q = torch.randn(4 * rows, 4, 64)
         if op == "attention_varlen":
-            return lambda: functional.attention_varlen(q, q, q, torch.tensor([0, 4096]))
-        return lambda: functional.attention(*[q.transpose(0, 1)[None]] * 3)
+            return lambda: functional.attention_varlen(q, q, q, torch.tensor([0, 4 * rows]))
+        q = q.transpose(0, 1)[None]
+        if op == "attention":
+            return lambda: functional.attention(q, q, q)
+        lse = torch.randn(q.shape[:3])
+        return lambda: functional.attention_backward(q, q, q, q, q, lse)
     gates = {"rnn": 1, "gru": 3, "lstm": 4}[op]
     weights = torch.randn(2, gates * 512, 512)
-    args = torch.randn(240 // gates, 64, 512), *weights
+    args = torch.randn(rows // (4 * gates), 64, 512), *weights
     return lambda: getattr(functional, op)(*args)
 
 
-@pytest.mark.parametrize(
-    "op", ["rnn", "gru", "lstm", "attention", "attention_varlen", "linear_cross_entropy"]
-)
+LARGE, SMALL = 1024, 64  # some tenths of a second on one thread, and some milliseconds at most
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_python_goes_on_beside_a_kernel(op, threads):
     """While one thread is in a kernel, another never waits for as long as the kernel takes."""
     threads(1)
-    run, spent = large(op), []
+    run, spent = sized(op, LARGE), []
 
     def work():
         begin = time.perf_counter()
@@ -52,6 +72,58 @@ def test_python_goes_on_beside_a_kernel(op, threads):
         longest, before = max(longest, now - before), now
     assert spent[0] > LONG
     assert longest < spent[0] / 2, f"{longest * 1e3:.0f} of {spent[0] * 1e3:.0f} ms"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_run_beside_a_kernel(op, threads):
+    """While one thread is in a kernel, another begins and ends kernels for most of that time."""
+    threads(1)
+    long, short, spans = sized(op, LARGE), sized(op, SMALL), []
+
+    def timed(run):
+        begin = time.perf_counter()
+        run()
+        return begin, time.perf_counter()
+
+    worker = threading.Thread(target=lambda: spans.append(timed(long)))
+    worker.start()
+    beside = []
+    while worker.is_alive():
+        beside.append(timed(short))
+    ((first, last),) = spans
+    within = sum(end - begin for begin, end in beside if first < begin and end < last)
+    assert last - first > LONG
+    assert within > (last - first) / 2, f"{within * 1e3:.0f} of {(last - first) * 1e3:.0f} ms"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rnn-h300",
+        "gru-h300",
+        "lstm-h300",
+        "attention-s129",
+        "attention_varlen-causal",
+        "linear_cross_entropy-s193",
+    ],
+)
+def test_the_number_of_threads_changes(name, threads):
+    """Between calls, and in Python threads that set their own: right, and the same bits again."""
+    spec, found = find(name), {}
+
+    def outcome(count):
+        torch.set_num_threads(count)
+        assert torch.get_num_threads() == count
+        return evaluate.ours(spec, torch.float32, "cpp", "cpu", 0)
+
+    for count in (1, 2, 1, 2):
+        threads(count)
+        evaluate.check(spec, torch.float32, "cpp")
+        cases.same_bits(found.setdefault(count, outcome(count)), outcome(count))
+    counts = (1, 2, 1, 2, 2, 1)
+    with ThreadPoolExecutor(3) as pool:
+        for count, other in zip(counts, pool.map(outcome, counts), strict=True):
+            cases.same_bits(found[count], other)
 
 
 class Model(torch.nn.Module):
