@@ -23,7 +23,7 @@ ISAS = {"baseline": [], "avx2": AVX2, "avx512": AVX512} if X86 else {"baseline":
 
 SOURCES = [
     "csrc/bindings.cpp",
-    "csrc/memory.cpp",
+    "csrc/plan.cpp",
     "csrc/probe.cpp",
     "csrc/signature.cpp",
     "csrc/core/gemm.cpp",

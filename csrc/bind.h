@@ -41,7 +41,7 @@ void dispatch(int dtype, const Body& body) {
 }
 
 void bind_probe(py::module_& m);
-void bind_memory(py::module_& m);
+void bind_plan(py::module_& m);
 void bind_signature(py::module_& m);
 void bind_rnn(py::module_& m);
 void bind_gru(py::module_& m);

@@ -36,7 +36,7 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   m.def("cpu_runs", &cpu_runs, py::arg("isa"));
   m.attr("compiler") = compiler();
   bind_probe(m);
-  bind_memory(m);
+  bind_plan(m);
   bind_signature(m);
   bind_rnn(m);
   bind_gru(m);

@@ -51,7 +51,7 @@ struct ExchangeTable {
 class Exchange {
  public:
   // Of a type of tensors; unusable where it has no such functions, or none of this version.
-  explicit Exchange(const py::type& type) {
+  explicit Exchange(const py::type& type) : is_neg_(type.attr("is_neg")) {
     const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
     if (!PyCapsule_IsValid(capsule.ptr(), kName)) return;
     table_ = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), kName));
@@ -68,8 +68,18 @@ class Exchange {
     return false;
   }
 
+  // Whether a tensor has the signs that its memory has: torch may keep a minus to itself.
+  bool signed_as_stored(py::handle tensor) const {
+    PyObject* const argument = tensor.ptr();
+    PyObject* const answer = PyObject_Vectorcall(is_neg_.ptr(), &argument, 1, nullptr);
+    if (!answer) throw py::error_already_set();
+    Py_DECREF(answer);
+    return answer == Py_False;
+  }
+
  private:
   static constexpr const char* kName = "dlpack_exchange_api";
+  const py::object is_neg_;  // unbound, to be found once
   const dlpack::ExchangeTable* table_ = nullptr;
 };
 
@@ -84,12 +94,6 @@ py::object ask(py::handle object, PyObject* name, const Arguments&... arguments)
   PyObject* const answer = PyObject_VectorcallMethod(name, all, 1 + sizeof...(arguments), nullptr);
   if (!answer) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(answer);
-}
-
-// Whether a tensor has the signs that its memory has: torch may keep a minus to itself.
-inline bool signed_as_stored(py::handle tensor) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  return ask(tensor, is_neg).ptr() == Py_False;
 }
 
 inline dlpack::Type exchange_type(int dtype) {

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pykernels
-from pykernels import patch
+from pykernels import _backends, patch
 from pykernels.testing import assert_close
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -271,9 +271,9 @@ def inactive():
 @pytest.fixture
 def served(monkeypatch):
     """The calls that reached our kernel, forward and backward, whichever way."""
-    module, calls = patch._cpp(), []
-    for name in ("attention_fwd", "attention_bwd"):
-        monkeypatch.setattr(module, name, spy(calls, name[-3:], getattr(module, name)))
+    extension, calls = _backends.load_extension(), []
+    for name, called in (("attention_forward", "fwd"), ("attention_backward", "bwd")):
+        monkeypatch.setattr(extension, name, spy(calls, called, getattr(extension, name)))
     return calls
 
 

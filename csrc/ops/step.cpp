@@ -98,7 +98,7 @@ bool PackedStep::plain(py::handle object, int64_t columns, dlpack::Tensor* out) 
   if ((last != 0 && last != 1) || out->shape[last] != columns || out->strides[last] != 1 ||
       (last == 1 && out->strides[0] != columns))
     return false;
-  return signed_as_stored(object);
+  return exchange_.signed_as_stored(object);
 }
 
 void bind_step(py::module_& m, const std::string& op, StepKernel kernel, int states) {

@@ -5,57 +5,28 @@ The kernels read and write memory that torch owns; they know nothing of torch.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pykernels import _backends
 
+Maybe = Tensor | None
+
 #: The codes by which csrc/bind.h knows the dtypes that every kernel serves.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def address(tensor: Tensor | None) -> int:
+def address(tensor: Maybe) -> int:
     """Where the first element is; 0, the null pointer, for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Maybe) -> Maybe:
     """The tensor in row-major order, copied only if it is not; None stays None."""
     return None if tensor is None else plain(tensor).contiguous()
-
-
-def addresses(tensors: tuple[Tensor | None, ...]) -> tuple[Sequence[Tensor | None], Sequence[int]]:
-    """Contiguous versions, which must outlive the call, and where they are."""
-    found = _readers()[0](tensors)
-    if found is not None:
-        return tensors, found
-    dense = [contiguous(t) for t in tensors]
-    return dense, [address(t) for t in dense]
-
-
-#: Address, and strides of batch, head and row.
-Rows = tuple[int, tuple[int, int, int]]
-
-
-def rows(*tensors: Tensor | None) -> tuple[Sequence[Tensor | None], Sequence[Rows]]:
-    """Of [B, N, S, D]: versions with a contiguous last axis, which must outlive the call, and where
-    they are; zeros for None.
-    """
-    found = _readers()[1](tensors)
-    if found is not None:
-        return tensors, found
-    dense = [None if t is None else dense_rows(t) for t in tensors]
-    return dense, [(0, (0, 0, 0)) if t is None else (t.data_ptr(), t.stride()[:3]) for t in dense]
-
-
-@functools.cache
-def _readers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What finds memory in C (csrc/memory.cpp); it finds none with a torch before 2.10."""
-    return _backends.load_extension().memory_readers(Tensor) or (lambda _: None, lambda _: None)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
@@ -67,3 +38,127 @@ def dense_rows(tensor: Tensor) -> Tensor:
 def plain(tensor: Tensor) -> Tensor:
     """The tensor with the signs that its memory has: torch may keep a minus to itself."""
     return tensor.resolve_neg()
+
+
+class Hole(NamedTuple):
+    """Where the arguments of a kernel want something of a tensor's memory; 0 or zeros for None."""
+
+    index: int  # among the tensors, and behind them the results
+    what: int
+
+
+def at(*indices: int | None) -> list[Any]:
+    """The addresses of tensors in row-major order; 0 for None."""
+    return [0 if i is None else Hole(i, 0) for i in indices]
+
+
+def start(index: int) -> Hole:
+    """The address of a tensor of any strides."""
+    return Hole(index, 1)
+
+
+def strides(index: int) -> Hole:
+    """All strides of a tensor, 0 along an axis of size one, which broadcasts."""
+    return Hole(index, 2)
+
+
+def rows(*indices: int) -> list[Hole]:
+    """Address and first three strides of tensors [., ., ., D] whose last axis is contiguous."""
+    return [Hole(i, 3) for i in indices]
+
+
+class Result(NamedTuple):
+    """A tensor that a kernel fills, of the dtype of the first one that it reads if that is None."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def like(self, x: Tensor) -> Tensor:
+        """It, uninitialised, where x is."""
+        return x.new_empty(self.sizes, dtype=self.dtype)
+
+
+class Plan:
+    """What a kernel is called with on tensors of certain shapes: all is known but their memory."""
+
+    def __init__(self, count: int, results: Sequence[Result | None], arguments: object) -> None:
+        """Args:
+        count: how many tensors there will be.
+        results: what is made besides; None for what is not wanted.
+        arguments: nested tuples and lists, with holes.
+        """
+        self.count, self.results, self.arguments = count, list(results), arguments
+        make = _backends.load_extension().plan
+        self._quick = make(Tensor, Hole, self.results, arguments, count) or (lambda _: None)
+
+    def __call__(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
+        """The results, uninitialised; the arguments; and what must outlive the call beside them."""
+        return self._quick(tensors) or self._at_length(tensors)
+
+    def _at_length(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
+        """The same where C cannot tell where tensors are (before torch 2.10), or must be copied."""
+        wanted: dict[int, int] = {}
+        _holes(self.arguments, wanted)
+        kept: list[Maybe] = []
+        for i, t in enumerate(tensors):
+            if t is not None:
+                what = wanted.get(i)
+                t = contiguous(t) if what == 0 else dense_rows(t) if what == 3 else plain(t)
+            kept.append(t)
+        made = [None if r is None else r.like(tensors[0]) for r in self.results]
+        return tuple(made), _filled(self.arguments, [*kept, *made]), kept
+
+
+class Pass:
+    """A pass of an op, forward or backward, for all calls that look alike."""
+
+    def __init__(
+        self,
+        kernel: str,
+        x: Tensor,
+        plan: Plan,
+        finish: Callable[[tuple[Any, ...], tuple[Any, ...]], Any],
+        prepare: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        """Args:
+        kernel: its name in the extension.
+        x: one of the tensors, for their dtype.
+        plan: what the kernel takes behind the dtype and the number of threads.
+        finish: ``(tensors, results)`` -> what the pass returns.
+        prepare: ``(tensors, packed)`` -> the tensors of the plan, where they are others.
+        """
+        self.kernel, self.code, self.plan, self.finish = kernel, DTYPES[x.dtype], plan, finish
+        self.prepare = prepare
+
+    def __call__(self, tensors: tuple[Any, ...], packed: Any = None) -> Any:
+        """What the pass returns of such tensors; `packed` are packed weights of a recurrent op."""
+        if self.prepare is not None:
+            tensors = self.prepare(tensors, packed)
+        results, arguments, _held = self.plan(tensors)
+        kernel = getattr(_backends.load_extension(), self.kernel)
+        kernel(self.code, torch.get_num_threads(), *arguments)
+        return self.finish(tensors, results)
+
+
+def _holes(arguments: Any, found: dict[int, int]) -> None:
+    """What is wanted of each tensor."""
+    if isinstance(arguments, Hole):
+        found[arguments.index] = arguments.what
+    elif isinstance(arguments, (list, tuple)):
+        for each in arguments:
+            _holes(each, found)
+
+
+def _filled(arguments: Any, tensors: Sequence[Maybe]) -> Any:
+    """The arguments without holes."""
+    if isinstance(arguments, Hole):
+        tensor = tensors[arguments.index]
+        if tensor is None:
+            return (0, (0, 0, 0)) if arguments.what == 3 else 0
+        if arguments.what == 2:
+            pairs = zip(tensor.shape, tensor.stride(), strict=True)
+            return tuple(0 if size == 1 else step for size, step in pairs)
+        return (address(tensor), tensor.stride()[:3]) if arguments.what == 3 else address(tensor)
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(_filled(each, tensors) for each in arguments)
+    return arguments

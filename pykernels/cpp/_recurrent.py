@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, addresses
+from pykernels.cpp import Maybe, Pass, Plan, Result, address, contiguous
 
-#: (T, B, I, H, R), batch sizes, whether time runs backwards; the arguments of the op
-Call = tuple[Any, ...]
 Sizes = tuple[int, int, int, int, int]
-
-Maybe = Tensor | None
 
 #: The tensors and the options of a call.
 Forward = tuple[tuple[Maybe, ...], dict[str, Any]]
@@ -42,61 +38,92 @@ def sizes(x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | No
     return T, B, I, rows // gates, R
 
 
-class Made(NamedTuple):
-    """A call with room for its results, ready to run."""
+def plan(
+    count: int,
+    results: Sequence[Result | None],
+    shape: tuple[Sizes, tuple[int, ...] | None, bool],
+    memory: tuple[Any, ...],
+    *options: object,
+) -> Plan:
+    """A pass of a single call.
 
-    call: Call
-    results: Sequence[Maybe]  # outputs, or gradients
-    saved: tuple[Maybe, ...]  # of the forward pass for the backward pass
-    held: object  # must outlive the run
+    Args:
+        count, results: as `Plan` takes them.
+        shape: `sizes`, the batch sizes, whether time runs backwards.
+        memory: holes for addresses.
+        options: what the kernel takes once for calls that run side by side.
+    """
+    sizes, batch_sizes, reverse = shape
+    call = (sizes, batch_sizes or (), reverse, *memory)
+    return Plan(count, results, (*options, False, [call]))
+
+
+def with_packed(tensors: tuple[Any, ...], packed: Packed | None) -> tuple[Any, ...]:
+    """The tensors of a forward pass, and behind them the packed weights."""
+    return *tensors, None if packed is None else packed.values
+
+
+def side_by_side(
+    calls: Sequence[Any],
+    make: Callable[[Any, Maybe], tuple[Pass, tuple[Maybe, ...]]],
+    chained: bool,
+) -> list[Any]:
+    """What the passes of several calls return, each on a thread.
+
+    Args:
+        calls: these.
+        make: ``(call, before)`` -> its pass and its tensors; `before` is the first result of the
+            call before if they are `chained`, or else None.
+        chained: whether each call takes that.
+    """
+    made: list[Any] = []
+    for call in calls:
+        one, tensors = make(call, made[-1][2][0] if chained and made else None)
+        made.append((one, tensors, *one.plan(tensors)))
+    first, _, _, (*options, _, _), _ = made[0]
+    kernel = getattr(_backends.load_extension(), first.kernel)
+    singles = [single for *_, (*_, (single,)), _ in made]
+    kernel(first.code, torch.get_num_threads(), *options, chained, singles)
+    return [one.finish(tensors, results) for one, tensors, results, *_ in made]
 
 
 def forward(
-    op: str,
-    make: Callable[..., Made],
-    calls: Sequence[Forward],
-    *options: object,
-    chained: bool,
-    keep: bool,
-) -> list[Made]:
+    make: Callable[..., Pass], calls: Sequence[Forward], *, chained: bool, keep: bool
+) -> list[Kept]:
     """Runs calls side by side.
 
     Args:
-        op: the name of the op.
-        make: makes one of the tensors and options of a call.
-        calls: these.
-        options: what the kernel of the op takes once for all calls.
+        make: ``(*tensors, keep, **options)`` -> the pass of a call.
+        calls: the tensors and options of each.
         chained: whether the input of each call is the y of the one before.
         keep: as the contract has it.
     """
-    made: list[Made] = []
-    for (x, *tensors), own in calls:
-        x = made[-1].results[0] if chained and made else x
-        made.append(make(x, *tensors, keep=keep, **own))
-    launch(f"{op}_forward", calls[0][0][0], made, *options, chained)
-    return made
+
+    def one(call: Forward, y: Maybe) -> tuple[Pass, tuple[Maybe, ...]]:
+        (x, *rest), options = call
+        packed = options.get("packed")
+        tensors = (x if y is None else y, *rest)
+        options = {name: value for name, value in options.items() if name != "packed"}
+        return make(*tensors, keep=keep, **options), with_packed(tensors, packed)
+
+    return side_by_side(calls, one, chained)
 
 
 def backward(
-    op: str, make: Callable[..., Made], calls: Sequence[Backward], *options: object, chained: bool
-) -> list[Made]:
+    make: Callable[..., Pass], calls: Sequence[Backward], *, chained: bool
+) -> list[tuple[Maybe, ...]]:
     """The backward passes of calls, side by side.
 
     As `forward`; `make` takes what a call saved, the gradients of its outputs, what is needed, and
     options. If `chained`, the gradient of each y is that of the input of the call before.
     """
-    made: list[Made] = []
-    for saved, (dy, *grads), needs, own in calls:
-        dy = made[-1].results[0] if chained and made else dy
-        made.append(make(saved, (dy, *grads), needs=needs, **own))
-    launch(f"{op}_backward", calls[0][0][0], made, *options, chained)
-    return made
 
+    def one(call: Backward, dx: Maybe) -> tuple[Pass, tuple[Maybe, ...]]:
+        saved, (dy, *grads), needs, options = call
+        given = (dy if dx is None else dx, *grads)
+        return make(saved, given, needs=needs, **options), (*saved, *given)
 
-def launch(name: str, x: Tensor, made: Sequence[Made], *options: object) -> None:
-    """Runs what is made: several calls side by side, one on all threads."""
-    run = getattr(_backends.load_extension(), name)
-    run(cpp.DTYPES[x.dtype], torch.get_num_threads(), *options, [each.call for each in made])
+    return side_by_side(calls, one, chained)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -104,11 +131,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def empty_gates(x: Tensor, H: int) -> Tensor:
+def gates_of(x: Tensor, H: int) -> Result:
     """Room for four gates of each unit in every row of `x`, in the order of the kernels."""
     dtype = compute_dtype(x)
     row = _backends.load_extension().kept_row(cpp.DTYPES[dtype], 4, H)
-    return x.new_empty(*x.shape[:-1], row, dtype=dtype)
+    return Result((*x.shape[:-1], row), dtype)
 
 
 def pack(
@@ -121,7 +148,8 @@ def pack(
     dtype = cpp.DTYPES[w_hh.dtype]
     size = getattr(extension, f"{op}_packed_size")(dtype, sizes, w_hr is not None)
     packed = w_hh.new_empty(size, dtype=compute_dtype(w_hh))
-    _kept, inputs = addresses((w_ih, w_hh, b_ih, b_hh, w_hr))
+    weights = [contiguous(t) for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
+    inputs = [address(t) for t in weights]
     getattr(extension, f"{op}_pack")(dtype, torch.get_num_threads(), sizes, inputs, address(packed))
     return Packed(packed, H)
 
@@ -142,12 +170,12 @@ def gradients(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    sizes: tuple[int, ...],
+    sizes: Sizes,
     needs: Sequence[bool],
     *,
     one_bias: bool,
-) -> list[Maybe]:
-    """Empty gradients of x, w_ih, w_hh, b_ih, b_hh, h0.
+) -> list[Result | None]:
+    """The gradients of x, w_ih, w_hh, b_ih, b_hh, h0.
 
     With `one_bias` the two biases have the same gradient, and only the first is made.
     """
@@ -155,19 +183,26 @@ def gradients(
     _, B, I, _, R = sizes
     if one_bias:
         need_b_ih, need_b_hh = need_b_ih or need_b_hh, False
-    rows, empty = len(w_ih), x.new_empty  # of sizes one by one: it takes them in half the time
+    rows = w_ih.shape[0]
     return [
-        empty(*x.shape) if need_x else None,
-        empty(rows, I) if need_w_ih else None,
-        empty(rows, R) if need_w_hh else None,
-        empty(rows) if need_b_ih else None,
-        empty(rows) if need_b_hh else None,
-        empty(B, R) if need_h0 else None,
+        Result(tuple(x.shape)) if need_x else None,
+        Result((rows, I)) if need_w_ih else None,
+        Result((rows, R)) if need_w_hh else None,
+        Result((rows,)) if need_b_ih else None,
+        Result((rows,)) if need_b_hh else None,
+        Result((B, R)) if need_h0 else None,
     ]
 
 
-def with_second_bias(grads: Sequence[Maybe], needs: Sequence[bool]) -> tuple[Maybe, ...]:
-    """The gradients with that of the second bias, where only one of the two was computed."""
-    first = grads[3]
-    second = None if not needs[4] else first.clone() if needs[3] else first
-    return (*grads[:4], second, *grads[5:])
+def with_second_bias(
+    needs: Sequence[bool],
+) -> Callable[[tuple[Maybe, ...], tuple[Maybe, ...]], tuple[Maybe, ...]]:
+    """What puts the gradient of the second bias among those of a pass that computed only one."""
+    copied, moved = needs[3] and needs[4], needs[4] and not needs[3]
+
+    def finish(tensors: tuple[Maybe, ...], grads: tuple[Any, ...]) -> tuple[Maybe, ...]:
+        first = grads[3]
+        second = first.clone() if copied else first if moved else None
+        return (*grads[:4], second, *grads[5:])
+
+    return finish

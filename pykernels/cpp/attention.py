@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous, plain, rows
+from pykernels.cpp import Pass, Plan, Result, address, at, contiguous, plain, rows, start, strides
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset(
@@ -23,7 +24,13 @@ _NO_PACKING = (0, 0, 0, 0, 0, False)
 NO_PAGES = (0, 0, 0)
 
 
-def attention_fwd(
+def attention_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
+    """See `pykernels._backends` for the contract."""
+    found: tuple[Any, Any] = attention_fwd_pass(*tensors, keep=keep, **options)(tensors)
+    return found
+
+
+def attention_fwd_pass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,40 +44,57 @@ def attention_fwd(
     softcap: float = 0.0,
     diagonal: int = 0,
     dropout_p: float = 0.0,
-    keep: bool = True,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
+    keep: bool,
+) -> Pass:
     """See `pykernels._backends` for the contract."""
     B, N, S_q, _ = q.shape
-    out = q.new_empty(B, N, S_q, v.shape[3])
-    lse = q.new_empty(B, N, S_q, dtype=compute_dtype(q))
-    row_stats = attention_extras(q)[0] if keep else None
-    # The copies must outlive the call: their addresses alone reach it.
-    _held, (*inputs, output) = rows(q, k, v, out)
-    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
-    _backends.load_extension().attention_forward(
-        cpp.DTYPES[q.dtype],
-        torch.get_num_threads(),
+    dtype = compute_dtype(q)
+    results = [Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype)]
+    results.append(_row_stats(q))
+    if not keep:
+        results[2] = None
+    # the tensors; out, lse, row_stats
+    arguments = (
         _sizes(q, k, v, band, diagonal),
         (scale, softcap, dropout_p),
         _NO_PACKING,
-        rule.packed,
-        inputs,
+        _rule(attn_mask, alibi_slopes),
+        rows(0, 1, 2),
         NO_PAGES,
-        output,
-        address(lse),
-        address(row_stats),
+        *rows(7),
+        *at(8, 9),
     )
-    return (out, lse), (q, k, v, attn_mask, sinks, alibi_slopes, seed, out, row_stats)
+    return Pass(
+        "attention_forward", q, Plan(7, results, arguments), _kept, _widened(q, alibi_slopes)
+    )
+
+
+def _kept(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, Any]:
+    out, lse, row_stats = results
+    return (out, lse), (*tensors, out, row_stats)
+
+
+def _row_stats(q: Tensor) -> Result:
+    """What backward makes weights from."""
+    return Result((2, *q.shape[:3]), compute_dtype(q))
 
 
 def attention_extras(q: Tensor, *_: Tensor | None, **options: Any) -> tuple[Tensor]:
-    """See `pykernels._backends` for the contract: what backward makes weights from."""
-    return (q.new_empty(2, *q.shape[:3], dtype=compute_dtype(q)),)
+    """See `pykernels._backends` for the contract."""
+    return (_row_stats(q).like(q),)
 
 
 def attention_bwd(
-    saved: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], **options: Any
+) -> tuple[Tensor | None, ...]:
+    """See `pykernels._backends` for the contract."""
+    found: tuple[Tensor | None, ...] = attention_bwd_pass(saved, grads, **options)((*saved, *grads))
+    return found
+
+
+def attention_bwd_pass(
+    saved: tuple[Any, ...],
+    grads: tuple[Tensor | None, ...],
     *,
     band: Band,
     scale: float,
@@ -78,42 +102,46 @@ def attention_bwd(
     diagonal: int = 0,
     dropout_p: float = 0.0,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> Pass:
     """See `pykernels._backends` for the contract."""
-    q, k, v, attn_mask, sinks, alibi_slopes, seed, out, row_stats = saved
-    dout, dlse = grads
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv = (
-        t.new_empty(*t.shape) if need else None
-        for t, need in zip((q, k, v), needs[:3], strict=True)
-    )
-    dsinks = sinks.new_empty(sinks.shape) if needs[4] else None
-    sums = seen_sums = None
-    if needs[3]:
-        sums = row_stats.new_zeros(*attn_mask.shape[:3], k.shape[2])
-        seen_sums = sums.expand(*q.shape[:3], k.shape[2])
-    # The copies must outlive the call: their addresses alone reach it.
-    _held, found = rows(q, k, v, out, dout, dq, dk, dv, seen_sums)
-    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
-    dlse = contiguous(dlse)
-    _backends.load_extension().attention_backward(
-        cpp.DTYPES[q.dtype],
-        torch.get_num_threads(),
+    q, k, v, attn_mask, sinks, alibi_slopes, *_ = saved
+    wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
+    results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
+    # the tensors, out, row_stats, dout, dlse, sums of the mask's gradient; dq, dk, dv, dsinks
+    arguments = (
         _sizes(q, k, v, band, diagonal),
         (scale, softcap, dropout_p),
         _NO_PACKING,
-        rule.packed,
-        found[:5],
-        address(row_stats),
-        address(dlse),
-        found[5:8],
-        found[8],
-        address(dsinks),
+        _rule(attn_mask, alibi_slopes),
+        rows(0, 1, 2, 7, 9),
+        *at(8, 10),
+        rows(12, 13, 14),
+        *rows(11),
+        *at(15),
     )
-    if sums is not None:
-        sums = sums.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    return dq, dk, dv, sums, dsinks, None, None
+    widened, of_mask = _widened(q, alibi_slopes), needs[3]
+
+    def prepare(tensors: tuple[Any, ...], _: None) -> tuple[Any, ...]:
+        tensors = tensors if widened is None else widened(tensors, None)
+        *kept, out, row_stats, dout, dlse = tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        sums = None
+        if of_mask:
+            q, k, _, mask, *_ = kept
+            sums = row_stats.new_zeros(*mask.shape[:3], k.shape[2])
+            sums = sums.expand(*q.shape[:3], k.shape[2])
+        return *kept, out, row_stats, dout, dlse, sums
+
+    def finish(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, ...]:
+        dq, dk, dv, dsinks = results
+        dmask = None
+        if of_mask:
+            mask, sums = tensors[3], tensors[11]
+            first = sums[tuple(slice(n) for n in (*mask.shape[:3], None))]
+            dmask = first.sum_to_size(mask.shape).to(mask.dtype)
+        return dq, dk, dv, dmask, dsinks, None, None
+
+    return Pass("attention_backward", q, Plan(12, results, arguments), finish, prepare)
 
 
 def unit(
@@ -139,6 +167,24 @@ def unit(
         rule.packed,
     )
     return found
+
+
+def _rule(attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> tuple[Any, ...]:
+    """What makes weights of scores, where the tensors are those of `attention_fwd`."""
+    mask: tuple[Any, ...] = (0, 0, (0, 0, 0, 0))  # kind (0 none, 1 boolean, 2 additive)
+    if attn_mask is not None:
+        mask = (1 if attn_mask.dtype == torch.bool else 2, start(3), strides(3))
+    by_batch = alibi_slopes is not None and alibi_slopes.dim() > 1
+    step = alibi_slopes.shape[-1] if alibi_slopes is not None and by_batch else 0
+    return mask, *at(4), (*at(5), step), *at(6)
+
+
+def _widened(q: Tensor, alibi_slopes: Tensor | None) -> Callable[..., tuple[Any, ...]] | None:
+    """What puts slopes into the dtype of the arithmetic, where they are of another."""
+    dtype = compute_dtype(q)
+    if alibi_slopes is None or alibi_slopes.dtype == dtype:
+        return None
+    return lambda tensors, _: (*tensors[:5], tensors[5].to(dtype), *tensors[6:])
 
 
 class Rule:

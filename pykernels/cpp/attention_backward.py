@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,13 @@ FEATURES = attention.FEATURES - {"dropout"}
 
 
 def attention_backward_fwd(
+    *tensors: Any, keep: bool = True, **options: Any
+) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    """See `pykernels._backends` for the contract."""
+    return attention_backward_fwd_pass(*tensors, keep=keep, **options)(tensors)
+
+
+def attention_backward_fwd_pass(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -29,12 +37,19 @@ def attention_backward_fwd(
     mask_grad: bool = False,
     keep: bool = True,
     **options: Any,
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+) -> Callable[..., Any]:
     """See `pykernels._backends` for the contract."""
-    tensors = (q, k, v, attn_mask, sinks, alibi_slopes, None)
     # A weight is exp((score - top) unit) inverse, as AttentionRows of csrc/ops/attention.h has it.
-    top = (lse / attention.unit(*tensors, **options)).masked_fill(lse == -math.inf, math.inf)
-    saved = (*tensors, out, torch.stack([top, torch.ones_like(top)]))
+    given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
+    unit = attention.unit(*given, **options)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    found = attention.attention_bwd(saved, (dout, dlse), needs=needs, **options)
-    return found[:5], (dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse)
+    backward = attention.attention_bwd_pass((*given, out, None), (), needs=needs, **options)
+
+    def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
+        dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
+        top = (lse / unit).masked_fill(lse == -math.inf, math.inf)
+        rows = torch.stack([top, torch.ones_like(top)])
+        given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
+        return backward((*given, out, rows, dout, dlse))[:5], tensors
+
+    return run

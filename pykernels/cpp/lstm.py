@@ -5,68 +5,117 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import _recurrent, addresses
-from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at
+from pykernels.cpp._recurrent import Backward, Forward, Kept, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged", "projection"})
 
 
-def lstm_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
+def lstm_fwd(
+    *tensors: Any, keep: bool = True, packed: Packed | None = None, **options: Any
+) -> Kept:
     """See `pykernels._backends` for the contract."""
-    made = _forward(*tensors, keep=keep, **options)
-    _recurrent.launch("lstm_forward", made.results[0], [made], False)
-    return _outputs(made, keep), made.saved
+    return lstm_fwd_pass(*tensors, keep=keep, **options)(tensors, packed)
+
+
+def lstm_fwd_pass(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    *others: Maybe,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    return_cell_states: bool,
+    keep: bool,
+) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
+    _, B, _, H, R = sizes
+    gates, cells, unprojected = _extras(x, w_hh, others[-1])
+    if not keep:
+        gates, unprojected = None, None
+        cells = cells if return_cell_states else None
+    results = [Result((*x.shape[:-1], R)), Result((B, R)), Result((B, H))]
+    results += [gates, cells, unprojected]
+    # the tensors, packed weights; y, h_n; c0, c_n; gates, cells, unprojected
+    memory = at(0, 1, 2, 3, 4, 5, 7, 8), at(9, 10), at(6, 11), at(12, 13, 14)
+    plan = _recurrent.plan(9, results, (sizes, batch_sizes, reverse), memory)
+
+    def finish(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> Kept:
+        y, h_n, c_n, gates, cells, unprojected = results
+        outputs = y, h_n, c_n
+        if return_cell_states:
+            # what is saved for backward must not be what the caller may write to
+            outputs = (*outputs, cells.to(y.dtype, copy=keep))
+        return outputs, (*tensors[:8], y, gates, cells, unprojected)
+
+    return Pass("lstm_forward", x, plan, finish, _recurrent.with_packed)
+
+
+def _extras(x: Tensor, w_hh: Tensor, w_hr: Maybe) -> tuple[Result, Result, Result | None]:
+    """Gates, cells and what is before the projection of every row."""
+    H = w_hh.shape[0] // 4
+    cells = Result((*x.shape[:-1], H), _recurrent.compute_dtype(x))
+    return _recurrent.gates_of(x, H), cells, None if w_hr is None else cells
 
 
 def lstm_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
     """See `pykernels._backends` for the contract."""
-    made = _recurrent.forward("lstm", _forward, calls, chained=chained, keep=keep)
-    return [(_outputs(each, keep), each.saved) for each in made]
-
-
-def _outputs(made: Made, keep: bool) -> tuple[Tensor, ...]:
-    y, h_n, c_n, cells = made.results
-    if cells is None:
-        return y, h_n, c_n
-    # what is saved for backward must not be what the caller may write to
-    return y, h_n, c_n, cells.to(y.dtype, copy=keep)
+    return _recurrent.forward(lstm_fwd_pass, calls, chained=chained, keep=keep)
 
 
 def lstm_extras(
     x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Maybe, **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    H, w_hr = w_hh.shape[0] // 4, others[-1]
-    cells = x.new_empty(*x.shape[:-1], H, dtype=_recurrent.compute_dtype(x))
-    unprojected = None if w_hr is None else torch.empty_like(cells)
-    return _recurrent.empty_gates(x, H), cells, unprojected
+    return tuple(None if r is None else r.like(x) for r in _extras(x, w_hh, others[-1]))
 
 
 def lstm_bwd(
-    saved: tuple[Maybe, ...],
-    grads: tuple[Maybe, ...],
-    *,
-    needs: tuple[bool, ...],
-    **options: Any,
+    saved: tuple[Any, ...], grads: tuple[Maybe, ...], *, needs: tuple[bool, ...], **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    made = _backward(saved, grads, needs=needs, **options)
-    _recurrent.launch("lstm_backward", saved[0], [made], False)
-    return _recurrent.with_second_bias(made.results, needs)
+    return lstm_bwd_pass(saved, grads, needs=needs, **options)((*saved, *grads))
+
+
+def lstm_bwd_pass(
+    saved: tuple[Any, ...],
+    grads: tuple[Maybe, ...],
+    *,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    return_cell_states: bool,
+    needs: tuple[bool, ...],
+) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    x, w_ih, w_hh, *_ = saved
+    w_hr = saved[7]
+    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
+    _, B, _, H, _ = sizes
+    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6], one_bias=True)
+    results.append(Result((B, H)) if needs[6] else None)
+    results.append(Result(tuple(w_hr.shape)) if needs[7] else None)
+    # the tensors, y, gates, cells, unprojected; the gradients of y, h_n, c_n and the cells if they
+    # were returned; those of the tensors
+    dcells, first = (15, 16) if return_cell_states else (None, 15)
+    dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0, dw_hr = range(first, first + 8)
+    memory = (
+        at(0, 1, 2, 5, 7, 8, 12, 13),
+        at(dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dw_hr),
+        at(6, dcells, 14, dc0),
+        at(9, 10, 11),
+    )
+    plan = _recurrent.plan(first, results, (sizes, batch_sizes, reverse), memory)
+    return Pass("lstm_backward", x, plan, _recurrent.with_second_bias(needs))
 
 
 def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
-    made = _recurrent.backward("lstm", _backward, calls, chained=chained)
-    return [
-        _recurrent.with_second_bias(each.results, needs)
-        for each, (_, _, needs, _) in zip(made, calls, strict=True)
-    ]
+    return _recurrent.backward(lstm_bwd_pass, calls, chained=chained)
 
 
 def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Packed:
@@ -74,64 +123,7 @@ def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe)
     return _recurrent.pack("lstm", 4, w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
-def lstm_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] | None:
+def lstm_step(packed: Packed, weights: tuple[Any, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
     *others, w_hr = weights
     return _recurrent.step("lstm", packed, *others) if w_hr is None else None
-
-
-def _forward(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Maybe,
-    b_hh: Maybe,
-    h0: Maybe,
-    c0: Maybe,
-    w_hr: Maybe,
-    *,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    return_cell_states: bool,
-    keep: bool,
-    packed: Packed | None = None,
-) -> Made:
-    """The last of its results are all cell states, where they are asked for."""
-    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
-    T, B, _, H, R = sizes
-    rows = (T, B) if batch_sizes is None else (len(x),)
-    y, h_n, c_n = x.new_empty(*rows, R), x.new_empty(B, R), x.new_empty(B, H)
-    gates = cells = unprojected = None
-    if keep:
-        gates, cells, unprojected = lstm_extras(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
-    elif return_cell_states:
-        cells = x.new_empty(*rows, H, dtype=_recurrent.compute_dtype(x))
-    values = None if packed is None else packed.values
-    inputs, kept = (x, w_ih, w_hh, b_ih, b_hh, h0, w_hr, values), (gates, cells, unprojected)
-    held, at = addresses((*inputs, y, h_n, c0, c_n, *kept))
-    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:10], at[10:12], at[12:])
-    saved = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr, y, gates, cells, unprojected)
-    return Made(call, (y, h_n, c_n, cells if return_cell_states else None), saved, held)
-
-
-def _backward(
-    saved: tuple[Maybe, ...],
-    grads: tuple[Maybe, ...],
-    *,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    return_cell_states: bool,
-    needs: tuple[bool, ...],
-) -> Made:
-    x, w_ih, w_hh, _, _, h0, c0, w_hr, y, gates, cells, unprojected = saved
-    dy, dh_n, dc_n, *rest = grads
-    dcells = rest[0] if return_cell_states else None
-    sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
-    _, B, _, H, _ = sizes
-    found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6], one_bias=True)
-    dc0 = x.new_empty(B, H) if needs[6] else None
-    dw_hr = x.new_empty(*w_hr.shape) if needs[7] else None
-    inputs, kept = (x, w_ih, w_hh, h0, w_hr, y, dy, dh_n), (gates, cells, unprojected)
-    held, at = addresses((*inputs, *found, dw_hr, c0, dcells, dc_n, dc0, *kept))
-    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:15], at[15:19], at[19:])
-    return Made(call, (*found, dc0, dw_hr), (), held)

@@ -8,50 +8,78 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import _recurrent, addresses
-from pykernels.cpp._recurrent import Backward, Forward, Kept, Made, Maybe, Packed
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at
+from pykernels.cpp._recurrent import Backward, Forward, Kept, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged"})
 
 
-def rnn_fwd(*tensors: Maybe, keep: bool = True, **options: Any) -> Kept:
+def rnn_fwd(*tensors: Any, keep: bool = True, packed: Packed | None = None, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    made = _forward(*tensors, keep=keep, **options)
-    relu = options["nonlinearity"] == "relu"
-    _recurrent.launch("rnn_forward", made.results[0], [made], relu, False)
-    return made.results, made.saved
+    return rnn_fwd_pass(*tensors, keep=keep, **options)(tensors, packed)
+
+
+def rnn_fwd_pass(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    *_: Maybe,
+    nonlinearity: str,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    keep: bool,
+) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
+    _, B, _, H, _ = sizes
+    results = [Result((*x.shape[:-1], H)), Result((B, H))]
+    # the tensors, packed weights; y, h_n
+    memory = at(0, 1, 2, 3, 4, 5, None, 6), at(7, 8)
+    shape, relu = (sizes, batch_sizes, reverse), nonlinearity == "relu"
+    plan = _recurrent.plan(7, results, shape, memory, relu)
+    return Pass("rnn_forward", x, plan, _kept, _recurrent.with_packed)
+
+
+def _kept(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> Kept:
+    return results, (*tensors[:6], results[0])
 
 
 def rnn_group_fwd(calls: Sequence[Forward], *, chained: bool, keep: bool = True) -> list[Kept]:
     """See `pykernels._backends` for the contract."""
-    relu = calls[0][1]["nonlinearity"] == "relu"
-    made = _recurrent.forward("rnn", _forward, calls, relu, chained=chained, keep=keep)
-    return [(each.results, each.saved) for each in made]
+    return _recurrent.forward(rnn_fwd_pass, calls, chained=chained, keep=keep)
 
 
 def rnn_bwd(
-    saved: tuple[Maybe, ...],
-    grads: tuple[Maybe, ...],
-    *,
-    needs: tuple[bool, ...],
-    **options: Any,
+    saved: tuple[Any, ...], grads: tuple[Maybe, ...], *, needs: tuple[bool, ...], **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    made = _backward(saved, grads, needs=needs, **options)
-    relu = options["nonlinearity"] == "relu"
-    _recurrent.launch("rnn_backward", saved[0], [made], relu, False)
-    return _recurrent.with_second_bias(made.results, needs)
+    return rnn_bwd_pass(saved, grads, needs=needs, **options)((*saved, *grads))
+
+
+def rnn_bwd_pass(
+    saved: tuple[Any, ...],
+    grads: tuple[Maybe, ...],
+    *,
+    nonlinearity: str,
+    reverse: bool,
+    batch_sizes: tuple[int, ...] | None,
+    needs: tuple[bool, ...],
+) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    x, w_ih, w_hh, *_ = saved
+    sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
+    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=True)
+    # the tensors, y, the gradients of y and h_n; the gradients of the tensors
+    memory = at(0, 1, 2, 5, None, 6, 7, 8), at(9, 10, 11, 12, 13, 14, None)
+    shape, relu = (sizes, batch_sizes, reverse), nonlinearity == "relu"
+    plan = _recurrent.plan(9, results, shape, memory, relu)
+    return Pass("rnn_backward", x, plan, _recurrent.with_second_bias(needs))
 
 
 def rnn_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
     """See `pykernels._backends` for the contract."""
-    relu = calls[0][3]["nonlinearity"] == "relu"
-    made = _recurrent.backward("rnn", _backward, calls, relu, chained=chained)
-    return [
-        _recurrent.with_second_bias(each.results, needs)
-        for each, (_, _, needs, _) in zip(made, calls, strict=True)
-    ]
+    return _recurrent.backward(rnn_bwd_pass, calls, chained=chained)
 
 
 def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
@@ -59,46 +87,6 @@ def rnn_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe) -> Packed:
     return _recurrent.pack("rnn", 1, w_ih, w_hh, b_ih, b_hh, None)
 
 
-def rnn_step(packed: Packed, weights: tuple[Maybe, ...]) -> Callable[..., Any] | None:
+def rnn_step(packed: Packed, weights: tuple[Any, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
     return _recurrent.step("rnn", packed, *weights)
-
-
-def _forward(
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Maybe,
-    b_hh: Maybe,
-    h0: Maybe,
-    *,
-    nonlinearity: str,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    keep: bool,
-    packed: Packed | None = None,
-) -> Made:
-    sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
-    T, B, _, H, _ = sizes
-    rows = (T, B) if batch_sizes is None else (len(x),)
-    y, h_n = x.new_empty(*rows, H), x.new_empty(B, H)
-    values = None if packed is None else packed.values
-    held, at = addresses((x, w_ih, w_hh, b_ih, b_hh, h0, None, values, y, h_n))
-    call = (sizes, batch_sizes or (), reverse, at[:8], at[8:])
-    return Made(call, (y, h_n), (x, w_ih, w_hh, b_ih, b_hh, h0, y), held)
-
-
-def _backward(
-    saved: tuple[Maybe, ...],
-    grads: tuple[Maybe, ...],
-    *,
-    nonlinearity: str,
-    reverse: bool,
-    batch_sizes: tuple[int, ...] | None,
-    needs: tuple[bool, ...],
-) -> Made:
-    x, w_ih, w_hh, _, _, h0, y = saved
-    sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
-    found = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=True)
-    held, at = addresses((x, w_ih, w_hh, h0, None, y, *grads, *found, None))
-    return Made((sizes, batch_sizes or (), reverse, at[:8], at[8:]), found, (), held)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _backends
+from pykernels import _autocast, _backends
 from pykernels.ops import _autograd, _library
 from pykernels.ops._packed import PackedWeights
 
@@ -59,10 +59,40 @@ class Call:
         if check is not None:
             check(*tensors, **options)
         if _autograd.wanted(tensors):
-            return self.function.apply(backend, options, *tensors)
-        if packed is not None:
-            options = options | packed.option(op, backend, tensors)
-        return _autograd.run(backend, op, options, tensors, keep=False)[0]
+            return self.function.apply(self, *tensors)
+        option = {} if packed is None else packed.option(op, backend, tensors)
+        return self._run(tensors, keep=False, **option)[0]
+
+    def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
+        """The outputs, and what is saved for `backward`."""
+        return self._run(tensors, keep=True)
+
+    def _run(self, tensors: tuple[Any, ...], **more: Any) -> tuple[Any, tuple[Maybe, ...]]:
+        compute = getattr(self.backend, f"{self.op}_fwd")
+        with _autocast.disabled(tensors[0].device):
+            return compute(*tensors, **more, **self.options)
+
+    def backward(
+        self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
+        """The gradients of the tensors.
+
+        Where the gradient is to be differentiated again (``create_graph=True``) the reference's
+        formula of it runs instead of a kernel, as autograd can differentiate that.
+        """
+        op, backend = self.op, self.backend
+        backend = _backends.module("reference", op) if torch.is_grad_enabled() else backend
+        with _autocast.disabled(saved[0].device):
+            found = getattr(backend, f"{op}_bwd")(saved, grads, needs=needs, **self.options)
+        return tuple(grad if need else None for grad, need in zip(found, needs, strict=True))
+
+    def with_options(self, **options: Any) -> Call:
+        """The same with further options."""
+        return Call(self.op, self.function, self.backend, self.options | options)
+
+    def on(self, backend: Any) -> Call:
+        """The same on another backend."""
+        return Call(self.op, self.function, backend, self.options)
 
     def unseen(self, is_recorded: bool) -> Call:
         """The same where nothing looks on, with autograd or without."""
@@ -70,15 +100,19 @@ class Call:
 
 
 class _Unseen(Call):
-    """A call that neither a compiler nor a transform nor autocast has to do with."""
+    """A call that neither a compiler nor a transform nor autocast has to do with.
+
+    What its backend can say of its passes without the tensors is kept with it.
+    """
 
     def __init__(self, call: Call, is_recorded: bool) -> None:
         super().__init__(call.op, call.function, call.backend, call.options)
-        self._forward = f"{call.op}_fwd"
         # Past what Function.apply does for the transforms of torch.func: there are none, nor is a
         # tensor what one has left.
         beyond: Any = super(torch.autograd.Function, call.function)
         self._record = beyond.apply if is_recorded else None
+        self._forward: Callable[..., Any] | None = None
+        self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def __call__(
         self,
@@ -87,26 +121,65 @@ class _Unseen(Call):
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:
-        options = self.options
         if check is not None:
-            check(*tensors, **options)
+            check(*tensors, **self.options)
         if self._record is not None:
-            return self._record(self.backend, options, *tensors)
-        if packed is not None:
-            options = options | packed.option(self.op, self.backend, tensors)
-        return getattr(self.backend, self._forward)(*tensors, keep=False, **options)[0]
+            return self._record(self, *tensors)
+        forward = self._forward or self._plan_forward(tensors, keep=False)
+        if packed is None:
+            return forward(tensors)[0]
+        return forward(tensors, **packed.option(self.op, self.backend, tensors))[0]
+
+    def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
+        found: tuple[Any, tuple[Maybe, ...]]
+        found = (self._forward or self._plan_forward(tensors, keep=True))(tensors)
+        return found
+
+    def _plan_forward(self, tensors: tuple[Any, ...], keep: bool) -> Callable[..., Any]:
+        plan = getattr(self.backend, f"{self.op}_fwd_pass", None)
+        if plan is not None:
+            made: Callable[..., Any] = plan(*tensors, keep=keep, **self.options)
+        else:
+
+            def made(tensors: tuple[Any, ...], **packed: Any) -> Any:
+                return self._run(tensors, keep=keep, **packed)
+
+        self._forward = made
+        return made
+
+    def backward(
+        self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]
+    ) -> tuple[Maybe, ...]:
+        plan = getattr(self.backend, f"{self.op}_bwd_pass", None)
+        if plan is None or torch.is_grad_enabled():
+            return super().backward(saved, grads, needs)
+        run = self._backward.get(needs)
+        if run is None:
+            run = self._backward[needs] = plan(saved, grads, needs=needs, **self.options)
+        found: tuple[Maybe, ...] = run((*saved, *grads))
+        return found
 
 
 Check = Callable[..., Any]
+#: What is remembered of each op, by signature.
+_known: list[dict[bytes, Any]] = []
+
+
+def forget() -> None:
+    """Forgets all calls: plans hold for the build of the C++ kernels that they were made with."""
+    for known in _known:
+        known.clear()
 
 
 def once(check: Check) -> Check:
     """`check`, which remembers the calls that it has found right.
 
     `check` takes the tensors of a call, the backend that it asks for and all its other arguments,
-    and returns a `Call` or what has an `unseen` like it, or raises an error.
+    and returns a `Call` or what has an `unseen` like it, or raises an error. A call whose `unseen`
+    is None is not remembered.
     """
     known: dict[bytes, Any] = {}
+    _known.append(known)
 
     @functools.wraps(check)
     def checked(tensors: tuple[Maybe, ...], backend: str | None, *others: Any) -> Any:
@@ -116,11 +189,15 @@ def once(check: Check) -> Check:
         if signature is None:
             return check(tensors, backend, *others)
         call = known.get(signature)
+        if call is not None:
+            return call
+        found = check(tensors, backend, *others)
+        call = found.unseen(signature[0] == 1)
         if call is None:
-            call = check(tensors, backend, *others).unseen(signature[0] == 1)
-            if len(known) >= CAPACITY:
-                known.clear()
-            known[signature] = call
+            return found
+        if len(known) >= CAPACITY:
+            known.clear()
+        known[signature] = call
         return call
 
     return checked

@@ -201,9 +201,8 @@ class _Padded:
         last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
         return rows.scatter(y), *last, *map(rows.scatter, more[1:])
 
-    def unseen(self, is_recorded: bool) -> _Padded:
-        """As `Call.unseen`."""
-        return _Padded(self.call.unseen(is_recorded), self.rows)
+    def unseen(self, is_recorded: bool) -> None:
+        """Not to be remembered: it holds a number for each row of a batch."""
 
 
 def cell_call(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,14 +17,12 @@ class AttentionFunction(torch.autograd.Function):
     """Autograd over one backend's ``attention_fwd`` and ``attention_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _autograd.forward(ctx, "attention", backend, options, tensors)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _autograd.forward(ctx, call, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, "attention", grads)
+        return _autograd.backward(ctx, grads)
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -39,16 +39,14 @@ class AttentionBackwardFunction(torch.autograd.Function):
     """Autograd over one backend's ``attention_backward_fwd``: the gradient of the gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        found = _autograd.forward(ctx, OP, backend, options, tensors)
-        ctx.backend = _differentiable(backend)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = _autograd.forward(ctx, call, tensors)
+        ctx.call = call.on(_differentiable(call.backend))
         return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, OP, grads)
+        return _autograd.backward(ctx, grads)
 
 
 @_calls.once

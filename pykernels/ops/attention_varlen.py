@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,14 +22,12 @@ class AttentionVarlenFunction(torch.autograd.Function):
     """Autograd over one backend's ``attention_varlen_fwd`` and ``_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _autograd.forward(ctx, OP, backend, options, tensors)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _autograd.forward(ctx, call, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, OP, grads)
+        return _autograd.backward(ctx, grads)
 
 
 @_calls.once

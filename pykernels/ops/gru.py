@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
+from pykernels.ops._calls import Call
 from pykernels.ops._packed import PackedWeights
 
 
@@ -18,14 +18,12 @@ class GRUFunction(torch.autograd.Function):
     """Autograd over one backend's ``gru_fwd`` and ``gru_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return _autograd.forward(ctx, "gru", backend, options, tensors)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _autograd.forward(ctx, call, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, "gru", grads)
+        return _autograd.backward(ctx, grads)
 
 
 _recurrent.define("gru", extras="gates")

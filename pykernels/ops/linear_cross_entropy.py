@@ -44,19 +44,17 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if _made_ahead(options):
-            options = options | {"ahead": Ahead(ctx.needs_input_grad[2:])}
-        outputs = _autograd.forward(ctx, "linear_cross_entropy", backend, options, tensors)
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        if _made_ahead(call.options):
+            call = call.with_options(ahead=Ahead(ctx.needs_input_grad[1:]))
+        outputs = _autograd.forward(ctx, call, tensors)
         if outputs[2] is not None:  # argmax
             ctx.mark_non_differentiable(outputs[2])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, "linear_cross_entropy", grads)
+        return _autograd.backward(ctx, grads)
 
 
 class _OfTensors:
