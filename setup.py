@@ -80,10 +80,6 @@ def compiles(cxx: str, program: str, *flags: str) -> bool:
 class BuildKernels(build_ext):
     """build_ext with objects kept apart by instruction set, and failures told in one line."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.parallel = self.parallel or os.cpu_count()
-
     def build_extensions(self):
         cxx = compiler()
         if not compiles(
@@ -105,7 +101,10 @@ class BuildKernels(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args += threads
             extension.extra_link_args += threads
-        super().build_extensions()
+        from pybind11.setup_helpers import ParallelCompile
+
+        with ParallelCompile():  # as many sources at a time as there are cores
+            super().build_extensions()
 
     def build_extension(self, ext):
         try:
