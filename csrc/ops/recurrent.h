@@ -418,14 +418,14 @@ class ForwardPass : public Pass {
         else keep(row, unit, count, state);
       };
       const auto multiply = [&](Range part, const T* before) {
-        multiply_gates<T, kGates>(part, blocks, H, R, before, R, w_hh, fetch, gates, finish);
+        multiply_gates<T, kGates>(part, blocks, H, R, before, R, w_hh, s & 1, fetch, gates, finish);
       };
       multiply({rows.begin, std::min(rows.end, step.carried)}, step.before);
       multiply({std::max(rows.begin, step.carried), rows.end}, h0_.get());
       share.meet();
       if (!projects) continue;
       if (share.idle()) return;
-      multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, nothing,
+      multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, s & 1, nothing,
                            [=](int64_t row, int64_t unit, int64_t count, const T* product) {
                              keep(row, unit, count, load(product));
                            });
@@ -576,14 +576,14 @@ class BackwardPass : public Pass {
         if (!projects) cell.fetch(step, row, unit);
       };
       multiply_gates<T, 1>(old, out_blocks, n_.R, kGates * n_.H, after, row_size, w_hh_.get(),
-                           fetch, finish);
+                           s & 1, fetch, finish);
       multiply_gates<T, 1>(fresh, out_blocks, n_.R, kGates * n_.H, nullptr, row_size, w_hh_.get(),
-                           fetch, finish);
+                           s & 1, fetch, finish);
       share.meet();
       if (!p_.w_hr) continue;
       if (share.idle()) return;
       multiply_gates<T, 1>(
-          rows, share.blocks(all_blocks), n_.H, n_.R, dstate, n_.R, w_hr_.get(),
+          rows, share.blocks(all_blocks), n_.H, n_.R, dstate, n_.R, w_hr_.get(), s & 1,
           [&](int64_t row, int64_t unit) { cell_.fetch(step, row, unit); },
           [&](int64_t row, int64_t unit, int64_t count, const T* product) {
             cell_.delta(step, row, unit, count, load(product), delta + row * row_size + unit);
@@ -610,7 +610,7 @@ class BackwardPass : public Pass {
       if (share.idle()) return;
     }
     multiply_gates<T, 1>(share.all_rows(), share.blocks(all_out), n_.R, kGates * n_.H,
-                         n_.T > 0 ? first : nullptr, first_row, w_hh_.get(), nothing,
+                         n_.T > 0 ? first : nullptr, first_row, w_hh_.get(), false, nothing,
                          [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                            vec<T> dh = load(product) + cell_.rest(row, unit, count);
                            if (n_.T == 0 && p_.dh_n)
@@ -634,7 +634,7 @@ class BackwardPass : public Pass {
     const T* w_ih = w_ih_.get();
     for (const DeltaPiece& piece : cell_.pieces()) {
       multiply_gates<T, 1>(rows, {0, ceil_div(n_.I, kPanel<T>)}, n_.I, piece.count,
-                           delta_.get() + piece.column, cell_.delta_row, w_ih, nothing,
+                           delta_.get() + piece.column, cell_.delta_row, w_ih, false, nothing,
                            [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                              T* const to = dx_.get() + row * n_.I + unit;
                              const vec<T> before =
