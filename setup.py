@@ -121,7 +121,10 @@ class BuildKernels(build_ext):
                 objects, target, extra_postargs=ext.extra_link_args, target_lang="c++"
             )
         except Exception as error:
-            stop(f"building {ext.name} failed (the compiler's messages stand above): {error}")
+            told = str(error).partition("\n")[0]
+            if len(told) > 200:  # a command, with all its flags
+                told = f"{told[:100]} ... {told[-60:]}"
+            stop(f"building {ext.name} failed (the compiler's messages stand above): {told}")
 
 
 def kernels(isa: str, flags: list[str]) -> Extension:

@@ -258,6 +258,7 @@ def test_an_old_compiler_is_one_line(tmp_path):
 def test_a_failed_build_is_one_line(tmp_path):
     last = failing_build(tmp_path, compiler(tmp_path / "cxx", "exit 1"))
     assert re.match(r"pykernels: building pykernels\._C_\w+ failed \(the compiler's messages", last)
+    assert len(last) < 300
 
 
 def test_torch_is_new_enough():

@@ -39,6 +39,10 @@ class Layers(torch.nn.RNNBase):
         Returns:
             y [T, B, directions * H] in the layout of `input`, and h_n of the shape of `hx`; an
             LSTM returns (h_n, c_n).
+
+        Raises:
+            TypeError: something is no tensor, or has another dtype than the weights.
+            ValueError: a rank, a size or a device is wrong; T is zero.
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
@@ -48,7 +52,10 @@ class Layers(torch.nn.RNNBase):
         batched = input.dim() == 3
         sizes = (*input.shape[:-1], self.input_size)
         _checks.shape(self._name, "input", input, axes if batched else "T, I", sizes)
+        if input.shape[batched and self.batch_first] == 0:
+            _checks.fail(self._name, "input", "of one step at least", list(input.shape))
         (x,) = _autocast.cast(input)
+        _checks.floating(self._name, "input", x)
         if not batched:
             x = x[:, None]
         elif self.batch_first:
@@ -67,6 +74,7 @@ class Layers(torch.nn.RNNBase):
         _checks.shape(self._name, "input.data", data, "N, I", (data.shape[0], self.input_size))
         sizes = _checks.batch_sizes(self._name, batch_sizes, data.shape[0])
         (data,) = _autocast.cast(data)
+        _checks.floating(self._name, "input.data", data)
         states = self._first_states(hx, data, sizes[0], True)
         if states is not None and order is not None:
             states = [t.index_select(1, order) for t in states]
@@ -182,6 +190,13 @@ class Layers(torch.nn.RNNBase):
         found = (getattr(self, name + suffix) if there else None for name, there in names)
         w_ih, w_hh, b_ih, b_hh, w_hr = _autocast.cast(*found)
         return w_ih, w_hh, b_ih, b_hh, w_hr
+
+
+def check_sizes(name: str, input_size: Any, hidden_size: Any) -> None:
+    """Those of a cell's constructor, which torch takes as they come."""
+    for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        _checks.integer(name, argument, size)
+        _checks.positive(name, argument, size)
 
 
 def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:

@@ -31,6 +31,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       torch, computes them in plain torch: one more [L, S] product per head and its
       [B, N, L, S] memory, forward and backward. Pass ``need_weights=False`` for the fused kernel
       alone.
+    * `attn_mask` and `key_padding_mask` together become one mask [B, 1, L, S], or [B, N, L, S].
     * ``dropout > 0`` in training draws the weights that it drops with torch's seed, but, unless the
       weights are an output, not torch's numbers.
     * Nested tensors are a TypeError.
@@ -63,6 +64,55 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     reads this module's weights and never calls its forward: there stock kernels run. It is left by
     ``torch.backends.mha.set_fastpath_enabled(False)``, and by `pykernels.replace_modules`.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            TypeError: a size is no integer, or `dropout` no number.
+            ValueError: a size is not positive, `num_heads` does not divide `embed_dim`, or
+                `dropout` is no probability.
+        """
+        for name, size in (
+            ("embed_dim", embed_dim),
+            ("num_heads", num_heads),
+            ("kdim", embed_dim if kdim is None else kdim),
+            ("vdim", embed_dim if vdim is None else vdim),
+        ):
+            _checks.integer(_OP, name, size)
+            _checks.positive(_OP, name, size)
+        if embed_dim % num_heads:
+            must = f"a multiple of `num_heads` = {num_heads}"
+            _checks.fail(_OP, "embed_dim", must, embed_dim)
+        _checks.number(_OP, "dropout", dropout)
+        if not 0 <= dropout <= 1:
+            _checks.fail(_OP, "dropout", "from 0 to 1", dropout)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
 
     def forward(
         self,

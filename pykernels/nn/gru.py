@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class GRU(Layers, torch.nn.GRU):
@@ -21,8 +29,7 @@ class GRU(Layers, torch.nn.GRU):
         h_t = (1 - z) n + z h_{t-1}
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRU`: layers,
-    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
-    differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -62,6 +69,23 @@ class GRU(Layers, torch.nn.GRU):
 
 class GRUCell(torch.nn.GRUCell):
     """`torch.nn.GRUCell` on fused kernels: one step of `GRU`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.GRUCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive.
+        """
+        check_sizes("GRUCell", input_size, hidden_size)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step.

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks, functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class LSTM(Layers, torch.nn.LSTM):
@@ -20,8 +28,7 @@ class LSTM(Layers, torch.nn.LSTM):
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTM`: layers,
     directions, dropout between layers, `batch_first`, projections (`proj_size`), unbatched input,
-    PackedSequence. One thing differs: an empty sequence (T = 0), which torch refuses, returns `hx`
-    as `(h_n, c_n)`.
+    PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -71,6 +78,23 @@ class LSTM(Layers, torch.nn.LSTM):
 
 class LSTMCell(torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.LSTMCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive.
+        """
+        check_sizes("LSTMCell", input_size, hidden_size)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None

@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels import _checks, functional
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class RNN(Layers, torch.nn.RNN):
@@ -17,8 +25,7 @@ class RNN(Layers, torch.nn.RNN):
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.RNN`: layers,
-    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
-    differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -66,6 +73,25 @@ class RNNCell(torch.nn.RNNCell):
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh}), \quad f = \tanh \text{ or relu}
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.RNNCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive, or there is no such nonlinearity.
+        """
+        check_sizes("RNNCell", input_size, hidden_size)
+        _checks.choice("RNNCell", "nonlinearity", nonlinearity, ("tanh", "relu"))
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step.

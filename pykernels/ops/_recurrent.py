@@ -465,5 +465,5 @@ class _Rows:
 
     def scatter(self, y: Tensor) -> Tensor:
         """[N, H] -> [T, B, H], zeros where no step counts."""
-        padded = y.new_zeros(self.T * self.B, y.shape[1]).index_copy(0, self.rows, y)
+        padded = y.new_zeros(self.T * self.B, y.shape[1]).index_put_((self.rows,), y)
         return padded.unflatten(0, (self.T, self.B))
