@@ -188,7 +188,7 @@ def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
     if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
         return None
-    kept = module.__dict__.setdefault("_packed_weights", {})
+    kept: dict[object, PackedWeights] = module.__dict__.setdefault("_packed_weights", {})
     return kept.get(key) or kept.setdefault(key, PackedWeights())
 
 

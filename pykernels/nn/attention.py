@@ -198,7 +198,7 @@ def _check_attn_mask(
         _checks.shape(_OP, "attn_mask", mask, "L, S", (L, S))
         return mask[None, None]
     _checks.shape(_OP, "attn_mask", mask, "B * N, L, S", (B * N, L, S))
-    return mask.unflatten(0, (B, N))
+    return mask.reshape(B, N, L, S)
 
 
 def _check_key_padding_mask(

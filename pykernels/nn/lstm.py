@@ -66,7 +66,8 @@ class LSTM(Layers, torch.nn.LSTM):
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         h0, c0 = (None, None) if states is None else states
-        return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        y, after = functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        return y, after
 
 
 class LSTMCell(torch.nn.LSTMCell):

@@ -22,7 +22,7 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, "rnn", backend, options, tensors)
 
     @staticmethod
