@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import flat_tensors
 from torch import nn as stock
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import cached
@@ -211,6 +212,23 @@ def test_mixed_precision_on_a_gpu(dtype):
     for name, p in model.named_parameters():
         assert p.isfinite().all()
         assert not torch.equal(p, before[name])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention"]
+)
+def test_dtypes_of_autocast_on_a_gpu(name, dtype):
+    """Every output, states and weights of attention too, is of the dtype that stock layers give."""
+    x = torch.randn(5, 8, device="cuda")
+    found = []
+    for kinds in (nn, stock):
+        layer = getattr(kinds, name)(8, 2, device="cuda")
+        with torch.autocast("cuda", dtype):
+            outputs = layer(x, x, x) if name == "MultiheadAttention" else layer(x)
+        found.append([t.dtype for t in flat_tensors(outputs)])
+    assert found[0] == found[1]
 
 
 def test_deterministic_algorithms():

@@ -39,6 +39,11 @@ class Layers(torch.nn.RNNBase):
         Returns:
             y [T, B, directions * H] in the layout of `input`, and h_n of the shape of `hx`; an
             LSTM returns (h_n, c_n).
+
+        Raises:
+            TypeError: `input` or `hx` is no tensor (of an LSTM, no pair of them), or the dtypes of
+                input, states and weights differ.
+            ValueError: a rank, size or device is wrong.
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)

@@ -279,6 +279,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, the same signature to the letter.
 
+    It is `attention`, where the sources stand, for any number of leading axes.
+
     Args:
         query: [..., S_q, D] or, with heads, [..., N, S_q, D]; any floating dtype.
         key: [..., N_kv, S_k, D].
