@@ -246,14 +246,14 @@ def test_deterministic_algorithms():
 def test_parametrisations(norm):
     """A weight computed anew at each use, in training and in evaluation, with its gradients."""
     models, (x, target) = twins(dtype=torch.float64), batch(grad=True)
-    names = {"attention": "in_proj_weight", "cell": "weight_hh", "loss": "weight"}
-    if norm is parametrizations.weight_norm:  # torch's layers miss an iteration of the other
-        names |= {"rnn": "weight_ih_l0", "gru": "weight_hh_l0_reverse", "lstm": "weight_hh_l1"}
+    names = {"rnn": "weight_ih_l0", "gru": "weight_hh_l0_reverse", "lstm": "weight_hh_l1"}
+    names |= {"attention": "in_proj_weight", "cell": "weight_hh", "loss": "weight"}
+    names |= {"cells.0": "weight_ih", "cells.1": "weight_hh"}
     results = []
     for model in models:
         torch.manual_seed(2)  # of the vectors that spectral_norm iterates
         for layer, weight in names.items():
-            norm(getattr(model, layer), weight)
+            norm(model.get_submodule(layer), weight)
         with cached():  # one iteration a call, however often a layer reads its weight
             results.append(gradients(model, model(x, target), x))
         model.eval()
