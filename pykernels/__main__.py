@@ -116,7 +116,7 @@ def instruction_set() -> str:
 def compiler() -> str:
     """What the C++ kernels in use were compiled by."""
     try:
-        return _backends.load_extension().compiler
+        return str(_backends.load_extension().compiler)
     except ImportError:
         return "none: there are no C++ kernels to run"
 

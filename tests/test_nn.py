@@ -799,6 +799,7 @@ class TestMultiheadAttention:
             for one, two in zip(
                 ours(*inputs, attn_mask=mask), theirs(*inputs, attn_mask=mask), strict=True
             ):
+                assert one.dtype == two.dtype
                 torch.testing.assert_close(one.float(), two.float(), rtol=5e-2, atol=5e-2)
 
     def test_help(self):

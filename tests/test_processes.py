@@ -1,8 +1,10 @@
 """Our ops among Python threads, forked and spawned processes, and in torch's data parallelism."""
 
+import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pykernels import functional, nn
 
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 LONG = 0.02  # seconds that a kernel must take for a thread beside it to show
 
 
@@ -25,9 +28,8 @@ def large(op):
         if op == "attention_varlen":
             return lambda: functional.attention_varlen(q, q, q, torch.tensor([0, 4096]))
         return lambda: functional.attention(*[q.transpose(0, 1)[None]] * 3)
-    gates = {"rnn": 1, "gru": 3, "lstm": 4}[op]
-    weights = torch.randn(2, gates * 512, 512)
-    args = torch.randn(240 // gates, 64, 512), *weights
+    weights = torch.randn(2, GATES[op] * 512, 512)
+    args = torch.randn(240 // GATES[op], 64, 512), *weights
     return lambda: getattr(functional, op)(*args)
 
 
@@ -114,6 +116,40 @@ def test_workers_of_a_data_loader(kind, threads):
     )
     for found, expected in zip(loader, here, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def small():
+    """A call of each op too small for torch's own threads, on numbers made before."""
+    torch.manual_seed(0)
+    x, q, vocabulary = torch.randn(9, 16, 32), torch.randn(70, 4, 16), torch.randn(400, 32)
+    weights = {op: torch.randn(2, gates * 32, 32) / 4 for op, gates in GATES.items()}
+    return [
+        *(getattr(functional, op)(x, *weights[op])[0] for op in GATES),
+        functional.attention(*[q.transpose(0, 1)[None]] * 3),
+        functional.attention_varlen(q, q, q, torch.tensor([0, 30, 70])),
+        functional.linear_cross_entropy(x[0], vocabulary, torch.arange(16)),
+    ]
+
+
+def forked(expected):
+    """In the process itself, and in a thread that it starts."""
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        for found in (small(), pool.submit(small).result()):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_runs_kernels_that_its_parent_ran_on_threads(threads):
+    """The threads stay behind, and the number that torch would use does not change."""
+    threads(2)
+    child = multiprocessing.get_context("fork").Process(target=forked, args=(small(),))
+    child.start()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert child.exitcode == 0
 
 
 def rank(number, folder):

@@ -41,8 +41,9 @@ class Layers(torch.nn.RNNBase):
             LSTM returns (h_n, c_n).
 
         Raises:
-            TypeError: something is no tensor, or has another dtype than the weights.
-            ValueError: a rank, a size or a device is wrong; T is zero.
+            TypeError: `input` or `hx` is no tensor (of an LSTM, no pair of them), or the dtypes of
+                input, states and weights differ.
+            ValueError: a rank, size or device is wrong; T is zero.
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
@@ -203,7 +204,7 @@ def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
     if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
         return None
-    kept = module.__dict__.setdefault("_packed_weights", {})
+    kept: dict[object, PackedWeights] = module.__dict__.setdefault("_packed_weights", {})
     return kept.get(key) or kept.setdefault(key, PackedWeights())
 
 

@@ -142,6 +142,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Returns:
             out in the layout of `query`, and the weights [B, L, S] (averaged) or [B, N, L, S],
             without B for unbatched input, or None.
+
+        Raises:
+            TypeError: something is no tensor, dtypes differ, or a mask is neither boolean nor
+                floating.
+            ValueError: a rank, size or device is wrong, or is_causal comes without a mask.
         """
         self._check(query, key, value)
         batched = query.dim() == 3
@@ -248,7 +253,7 @@ def _check_attn_mask(
         _checks.shape(_OP, "attn_mask", mask, "L, S", (L, S))
         return mask[None, None]
     _checks.shape(_OP, "attn_mask", mask, "B * N, L, S", (B * N, L, S))
-    return mask.unflatten(0, (B, N))
+    return mask.reshape(B, N, L, S)
 
 
 def _check_key_padding_mask(
@@ -287,6 +292,8 @@ def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, N, L, D] and the weights [B, N, L, S], which nothing but plain torch builds."""
+    # autocast has a softmax on a GPU, and on no CPU, return float32
+    held = torch.float32 if q.is_cuda and _autocast.on(q.device) else q.dtype
     with _autocast.disabled(q.device):
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(wide) @ k.to(wide).transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -295,9 +302,9 @@ def _attend_with_weights(
         elif mask is not None:
             scores = scores + mask
         blind = (scores == -math.inf).all(-1, keepdim=True)  # sees no key
-        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(q.dtype)
+        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(held)
         if not dropout:
             out: Any = functional.attention(q, k, v, mask)
             return out, weights
         weights = F.dropout(weights, dropout)
-        return weights @ v, weights
+        return weights.to(v.dtype) @ v, weights

@@ -68,7 +68,25 @@ class GRU(Layers, torch.nn.GRU):
 
 
 class GRUCell(torch.nn.GRUCell):
-    """`torch.nn.GRUCell` on fused kernels: one step of `GRU`."""
+    """`torch.nn.GRUCell` on fused kernels: one step of `GRU`, by its equations.
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRUCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [3H, I], and W_hh, [3H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [3H].
+
+    Example::
+
+        cell = pykernels.nn.GRUCell(10, 20)
+        h = cell(torch.randn(3, 10))  # [B, I] -> [B, H]
+    """
 
     def __init__(
         self,
@@ -96,6 +114,9 @@ class GRUCell(torch.nn.GRUCell):
 
         Returns:
             The state after, [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.gru_cell`.
         """
         after = packed_step(self, input, (hx,))
         if after is not None:

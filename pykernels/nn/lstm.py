@@ -73,11 +73,30 @@ class LSTM(Layers, torch.nn.LSTM):
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         h0, c0 = (None, None) if states is None else states
-        return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        y, after = functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        return y, after
 
 
 class LSTMCell(torch.nn.LSTMCell):
-    """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`."""
+    """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`, by its equations.
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [4H, I], and W_hh, [4H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [4H].
+
+    Example::
+
+        cell = pykernels.nn.LSTMCell(10, 20)
+        h, c = cell(torch.randn(3, 10))  # [B, I] -> [B, H], [B, H]
+    """
 
     def __init__(
         self,
@@ -107,6 +126,9 @@ class LSTMCell(torch.nn.LSTMCell):
 
         Returns:
             ``(h, c)`` after the step, each [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.lstm_cell`.
         """
         if hx is None or type(hx) is tuple:
             after = packed_step(self, input, hx or (None, None))

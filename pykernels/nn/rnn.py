@@ -72,6 +72,24 @@ class RNNCell(torch.nn.RNNCell):
     r"""`torch.nn.RNNCell` on fused kernels: one step of `RNN`.
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh}), \quad f = \tanh \text{ or relu}
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.RNNCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        nonlinearity: f, "tanh" or "relu".
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [H, I], and W_hh, [H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [H].
+
+    Example::
+
+        cell = pykernels.nn.RNNCell(10, 20)
+        h = cell(torch.randn(3, 10))  # [B, I] -> [B, H]
     """
 
     def __init__(
@@ -102,6 +120,9 @@ class RNNCell(torch.nn.RNNCell):
 
         Returns:
             The state after, [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.rnn_cell`.
         """
         after = packed_step(self, input, (hx,), relu=self.nonlinearity == "relu")
         if after is not None:

@@ -45,8 +45,9 @@ def forward(
     backend: ModuleType,
     options: dict[str, Any],
     tensors: tuple[Any, ...],
-) -> Any:
+) -> tuple[Any, ...]:
     """Runs the backend's ``<op>_fwd`` and keeps on `ctx` what `backward` needs."""
+    outputs: tuple[Any, ...]
     outputs, saved = run(backend, op, options, tensors, keep=True)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
@@ -65,7 +66,8 @@ def run(
     """The backend's ``<op>_fwd``: outputs, and what it saves for backward, if that is to `keep`."""
     compute = getattr(backend, f"{op}_fwd")
     with _autocast.disabled(tensors[0].device):
-        return compute(*tensors, keep=keep, **options)
+        found: tuple[Any, tuple[Tensor | None, ...]] = compute(*tensors, keep=keep, **options)
+        return found
 
 
 def backward(ctx: Any, op: str, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

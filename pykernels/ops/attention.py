@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, "attention", backend, options, tensors)
 
     @staticmethod
@@ -143,6 +143,44 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -240,6 +278,8 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, the same signature to the letter.
+
+    It is `attention`, where the sources stand, for any number of leading axes.
 
     Args:
         query: [..., S_q, D] or, with heads, [..., N, S_q, D]; any floating dtype.
@@ -498,4 +538,7 @@ def _run(
         options["dropout_p"] = float(dropout_p)
         seed = draw_seed(q.device)
     tensors = (q, k, v, mask, sinks, alibi_slopes, seed)
-    return _autograd.apply(AttentionFunction, "attention", chosen, options, tensors)
+    found: tuple[Tensor, Tensor] = _autograd.apply(
+        AttentionFunction, "attention", chosen, options, tensors
+    )
+    return found

@@ -20,7 +20,7 @@ class GRUFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, "gru", backend, options, tensors)
 
     @staticmethod

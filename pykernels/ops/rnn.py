@@ -22,7 +22,7 @@ class RNNFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, backend: ModuleType, options: dict[str, Any], *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, "rnn", backend, options, tensors)
 
     @staticmethod
@@ -108,7 +108,7 @@ def rnn_cell(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""One step of the Elman recurrence.
+    r"""One step of the Elman recurrence of `rnn`.
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
 
