@@ -27,7 +27,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench gpu readme lint format clean
+.PHONY: help setup demo test sweep bench gpu readme lint format clean
 
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ demo: setup ## Train the language models of examples/ with stock layers and with
 
 test: setup ## Run the tests
 	@$(PY) -m pytest $(WORKERS) $(ARGS)
+
+sweep: setup ## Compile the Triton kernels at every block size, under the oldest and newest Triton too
+	@$(PY) -m pytest $(WORKERS) -m "" tests/test_triton_compile.py
+	@.ci/tritons -m ""
 
 bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/product.py

@@ -81,10 +81,6 @@ def compiles(cxx: str, program: str, *flags: str) -> bool:
 class BuildKernels(build_ext):
     """build_ext with objects kept apart by instruction set, and failures told in one line."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        self.parallel = self.parallel or os.cpu_count()
-
     def build_extensions(self):
         cxx = compiler()
         if not compiles(
@@ -106,7 +102,10 @@ class BuildKernels(build_ext):
         for extension in self.extensions:
             extension.extra_compile_args += threads
             extension.extra_link_args += threads
-        super().build_extensions()
+        from pybind11.setup_helpers import ParallelCompile
+
+        with ParallelCompile():  # as many sources at a time as there are cores
+            super().build_extensions()
 
     def build_extension(self, ext):
         try:
@@ -123,7 +122,10 @@ class BuildKernels(build_ext):
                 objects, target, extra_postargs=ext.extra_link_args, target_lang="c++"
             )
         except Exception as error:
-            stop(f"building {ext.name} failed (the compiler's messages stand above): {error}")
+            told = str(error).partition("\n")[0]
+            if len(told) > 200:  # a command, with all its flags
+                told = f"{told[:100]} ... {told[-60:]}"
+            stop(f"building {ext.name} failed (the compiler's messages stand above): {told}")
 
 
 def kernels(isa: str, flags: list[str]) -> Extension:

@@ -1,7 +1,12 @@
 // The Python module, built once for each instruction set: _C_baseline, _C_avx2, _C_avx512.
 #include <string>
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 #include "bind.h"
+#include "core/parallel.h"
 
 namespace pykernels {
 namespace {
@@ -35,6 +40,9 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   m.doc() = "CPU kernels of pykernels for one instruction set.";
   m.def("cpu_runs", &cpu_runs, py::arg("isa"));
   m.attr("compiler") = compiler();
+#if defined(__linux__)
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
   bind_probe(m);
   bind_plan(m);
   bind_signature(m);

@@ -153,7 +153,7 @@ def _store_c(c, tile, m, n, M, N, stride_cm, DESCRIBED: tl.constexpr):
     if DESCRIBED:
         c.store([m, n], tile)
     else:
-        WIDTH: tl.constexpr = min(tile.shape[1], 128)  # at a time: pointers take registers
+        WIDTH: tl.constexpr = min(tile.shape[1], 64)  # at a time: pointers take registers
         parts = columns(tile, tile.shape[1] // WIDTH)
         for part in tl.static_range(tile.shape[1] // WIDTH):
             first = n + part * WIDTH

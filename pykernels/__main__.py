@@ -116,9 +116,9 @@ def instruction_set() -> str:
 def compiler() -> str:
     """What the C++ kernels in use were compiled by."""
     try:
-        return _backends.load_extension().compiler
+        return str(_backends.load_extension().compiler)
     except ImportError:
-        return "none: the C++ kernels are not built"
+        return "none: there are no C++ kernels to run"
 
 
 def _version(package: str) -> str:
@@ -140,7 +140,7 @@ def _default(device: str) -> str:
     try:
         return f"{serving('rnn', None, torch.device(device), torch.float32)}, {why}"
     except ValueError as error:
-        return str(error)
+        return f"none: {error} ({why})" if asked else str(error)
 
 
 def _chosen_by() -> str:
@@ -153,3 +153,5 @@ if __name__ == "__main__":
         main()
     except ValueError as error:  # PYKERNELS_ISA names what is not there
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -229,6 +229,8 @@ def load_extension() -> ModuleType:
     if forced is not None:
         if not baseline.cpu_runs(forced):
             _checks.fail("pykernels", "PYKERNELS_ISA", "a set that this processor runs", forced)
+        if importlib.util.find_spec(f"pykernels._C_{forced}") is None:
+            raise ImportError(f"no C++ kernels are built for PYKERNELS_ISA={forced}")
         return importlib.import_module(f"pykernels._C_{forced}")
     for isa in ISAS:
         built = importlib.util.find_spec(f"pykernels._C_{isa}") is not None

@@ -183,7 +183,7 @@ def _between(value: Tensor, end: int) -> bool:
     if value.is_cpu:
         return low.item() >= 0 and high.item() < end
     low, high = torch.stack((low, high)).tolist()  # the host waits once
-    return low >= 0 and high < end
+    return bool(low >= 0 and high < end)
 
 
 def choice(op: str, name: str, value: Any, choices: Collection[str]) -> None:

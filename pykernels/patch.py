@@ -217,7 +217,8 @@ def _attention(
     if 0 <= dropout_p <= 1 and _served(query, key, value, attn_mask, enable_gqa):
         return functional.scaled_dot_product_attention(*arguments, **options)
     stock = torch.ops.aten.scaled_dot_product_attention.default
-    return stock.decompose(*arguments, **options)
+    out: Tensor = stock.decompose(*arguments, **options)
+    return out
 
 
 def _unrecorded(*arguments: Any, **options: Any) -> Tensor:

@@ -10,6 +10,7 @@ from cases import (
     call,
     cases,
     check,
+    concurrently,
     gradcheck,
     gradcheck_cases,
     leaves,
@@ -60,6 +61,12 @@ def test_threads(name, count, threads):
     threads(count)
     check(find(f"attention_varlen-{name}"), "cpp", torch.float32)
     repeats_bitwise(find(f"attention_varlen-{name}"), "cpp", torch.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_concurrent_calls(count, threads):
+    threads(count)
+    concurrently(find("attention_varlen-tiles"), "cpp", torch.float32)
 
 
 def test_mutants(monkeypatch):

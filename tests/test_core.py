@@ -195,9 +195,11 @@ def test_limits(extension, dtype):
         "exp2": [0, 0, 1, 1, inf, inf, nan],
         "tanh": [-1, -1, -0.0, 0.0, 1, 1, nan],
         "sigmoid": [0, 0, 0.5, 0.5, 1, 1, nan],
+        "exp2_softmax": [0, 0, 1, 1, 1, 1, nan],
     }
     for name, values in expected.items():
-        out = apply(extension, name, x)
+        served = np.where(x > 0, 0, x).astype(dtype) if name == "exp2_softmax" else x
+        out = apply(extension, name, served)
         np.testing.assert_array_equal(out, np.array(values, dtype), name)
         signs = np.signbit(out[:-1]), np.signbit(np.array(values[:-1], dtype))
         np.testing.assert_array_equal(*signs, name)
@@ -359,11 +361,8 @@ def test_a_denormal_state_becomes_zero(op):
 
 
 def test_gemm_is_near_the_arithmetic_rate():
-    """A tenth of the multiply-add rate is a broken build (accumulators in memory).
-
-    benchmarks/product.py measures the real share; half leaves room for a machine that does other
-    things.
-    """
+    """benchmarks/product.py measures the share, which is about nine tenths; half leaves room for a
+    machine that does other things, and a build with accumulators in memory reaches a tenth."""
     if reason := _backends.available("cpp"):
         pytest.skip(reason)
     extension, n = _backends.load_extension(), 512

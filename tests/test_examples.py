@@ -60,6 +60,8 @@ def test_language_model_quick():
     assert all(float(difference) < 1e-4 for difference in apart)
     assert len(re.findall(r"^(?:stock|ours) writes: The", printed, re.MULTILINE)) == 8
     assert "torch / ours" in printed, "the benchmark's table"
+    for column in ("perplexity", "tokens/s"):
+        assert column in printed
 
 
 def test_vocabulary_sweep_quick(capsys, output):

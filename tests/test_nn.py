@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 import pickle
+import re
 
 import pytest
 import torch
@@ -234,11 +235,13 @@ class TestLayers:
         x = torch.randn(4, 0, 5)
         for one, two in zip(flat(ours(x)), flat(theirs(x)), strict=True):
             assert one.shape == two.shape
-        hx = first_states(ours, 3, torch.float32)
-        y, last = ours(torch.randn(0, 3, 5), hx)
-        assert y.shape == (0, 3, ours.proj_size or 7)
-        for one, two in zip(flat(last), flat(hx), strict=True):
-            assert torch.equal(one, two)
+        for options, shape in (({}, (0, 3, 5)), ({"batch_first": True}, (3, 0, 5)), ({}, (0, 5))):
+            ours, theirs = layers(kind, 5, 7, 2, **own, **options)
+            words = re.escape(f"{kind}: `input` must be of one step at least, got {list(shape)}")
+            with pytest.raises(ValueError, match=words):
+                ours(torch.randn(shape))
+            with pytest.raises(RuntimeError, match="larger than 0"):
+                theirs(torch.randn(shape))
 
     @kinds
     def test_copies_and_pickles(self, kind, own):
@@ -529,6 +532,23 @@ class TestCells:
 
     @every
     @pytest.mark.parametrize(
+        ("sizes", "error", "words"),
+        [
+            ((0, 7), ValueError, "`input_size` must be at least 1, got 0"),
+            ((5, -1), ValueError, "`hidden_size` must be at least 1, got -1"),
+            ((5, 7.0), TypeError, "`hidden_size` must be an integer, got float"),
+        ],
+    )
+    def test_bad_constructor(self, kind, sizes, error, words):
+        with pytest.raises(error, match=f"{kind}Cell: {words}"):
+            CELLS[kind][0](*sizes)
+
+    def test_bad_nonlinearity(self):
+        with pytest.raises(ValueError, match=r"RNNCell: `nonlinearity` must be .* got 'gelu'"):
+            RNNCell(5, 7, nonlinearity="gelu")
+
+    @every
+    @pytest.mark.parametrize(
         ("shape", "state", "words"),
         [
             (
@@ -779,6 +799,7 @@ class TestMultiheadAttention:
             for one, two in zip(
                 ours(*inputs, attn_mask=mask), theirs(*inputs, attn_mask=mask), strict=True
             ):
+                assert one.dtype == two.dtype
                 torch.testing.assert_close(one.float(), two.float(), rtol=5e-2, atol=5e-2)
 
     def test_help(self):
@@ -923,6 +944,26 @@ class TestMultiheadAttention:
         }
         with pytest.raises(error, match=words):
             attention_pair()[0](*inputs, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "words"),
+        [
+            (
+                {"num_heads": 3},
+                ValueError,
+                "`embed_dim` must be a multiple of `num_heads` = 3, got 8",
+            ),
+            ({"num_heads": 2.0}, TypeError, "`num_heads` must be an integer, got float"),
+            ({"embed_dim": 0}, ValueError, "`embed_dim` must be at least 1, got 0"),
+            ({"kdim": 0}, ValueError, "`kdim` must be at least 1, got 0"),
+            ({"vdim": -1}, ValueError, "`vdim` must be at least 1, got -1"),
+            ({"dropout": 2.0}, ValueError, "`dropout` must be from 0 to 1, got 2.0"),
+            ({"dropout": "a"}, TypeError, "`dropout` must be a number, got str"),
+        ],
+    )
+    def test_bad_constructor(self, options, error, words):
+        with pytest.raises(error, match=f"MultiheadAttention: {words}"):
+            MultiheadAttention(**{"embed_dim": E, "num_heads": N, **options})
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     def test_bad_kinds(self):

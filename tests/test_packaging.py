@@ -115,6 +115,7 @@ def holds_every_module(wheel):
     here = {str(path.relative_to(ROOT)) for path in (ROOT / "pykernels").rglob("*.py")}
     here |= {f"pykernels/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert inside == here
+    assert "pykernels/py.typed" in names(wheel)
     top = {name.split("/")[0] for name in names(wheel)}
     assert {name for name in top if not name.endswith(".dist-info")} == {"pykernels"}
 
@@ -185,8 +186,12 @@ def installs_and_runs(wheel, folder):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx512"])  # the least and the most of vec.h
-def test_clang_compiles_without_a_warning(isa):
+# The least and the most of vec.h and gemm.h: two sources take in all that differs.
+@pytest.mark.parametrize(
+    ("isa", "sources"),
+    [("baseline", ["csrc/probe.cpp", "csrc/core/gemm.cpp"]), ("avx512", None)],
+)
+def test_clang_compiles_without_a_warning(isa, sources):
     """Every source under -Wall -Wextra -Werror; of g++, .ci/run builds its kernels so."""
     if shutil.which("clang++") is None:
         pytest.skip("clang++ is not here")
@@ -199,7 +204,7 @@ def test_clang_compiles_without_a_warning(isa):
         ["clang++", "-fsyntax-only", "-Werror", *module.extra_compile_args]
         + [f"-isystem{folder}" for folder in folders]
         + [f"-D{name}={value}" for name, value in module.define_macros]
-        + module.sources,
+        + (sources or module.sources),
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -254,6 +259,61 @@ def test_an_old_compiler_is_one_line(tmp_path):
 def test_a_failed_build_is_one_line(tmp_path):
     last = failing_build(tmp_path, compiler(tmp_path / "cxx", "exit 1"))
     assert re.match(r"pykernels: building pykernels\._C_\w+ failed \(the compiler's messages", last)
+    assert len(last) < 300
+
+
+def mypy(*files):
+    """What mypy says of files; of those that pyproject.toml names, if none are given."""
+    pytest.importorskip("mypy")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", *files], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_types_are_complete():
+    """Of all that others call: --strict, and no module left out."""
+    inner = {"reference", "cpp", "testing", "_version"}
+    public = [path.relative_to(ROOT / "pykernels") for path in (ROOT / "pykernels").rglob("*.py")]
+    count = sum(path.parts[0].removesuffix(".py") not in inner for path in public)
+    assert f"no issues found in {count} source files" in mypy()
+
+
+def test_types_are_what_a_program_needs(tmp_path):
+    """A program in strict mode gets tensors, not this or that."""
+    program = """
+        from torch import Tensor, nn
+        from typing_extensions import assert_type
+
+        import pykernels
+        from pykernels import functional as F
+
+
+        def run(x: Tensor, w: Tensor, model: nn.Module) -> Tensor:
+            assert_type(F.rnn(x, w, w), tuple[Tensor, Tensor])
+            assert_type(F.gru(x, w, w), tuple[Tensor, Tensor])
+            assert_type(F.lstm(x, w, w), tuple[Tensor, tuple[Tensor, Tensor]])
+            assert_type(F.lstm(x, w, w, return_cell_states=True)[2], Tensor)
+            assert_type(F.rnn_cell(x, None, w, w), Tensor)
+            assert_type(F.gru_cell(x, None, w, w), Tensor)
+            assert_type(F.lstm_cell(x, None, w, w), tuple[Tensor, Tensor])
+            assert_type(F.attention(x, x, x), Tensor)
+            assert_type(F.attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
+            assert_type(F.scaled_dot_product_attention(x, x, x), Tensor)
+            assert_type(F.attention_varlen(x, x, x, x), Tensor)
+            assert_type(F.attention_varlen(x, x, x, x, return_lse=True), tuple[Tensor, Tensor])
+            assert_type(F.linear_cross_entropy(x, w, x), Tensor)
+            assert_type(pykernels.replace_modules(model, verbose=True), nn.Module)
+            assert_type(pykernels.restore_modules(model), nn.Module)
+            layer: nn.LSTM = pykernels.nn.LSTM(3, 4, num_layers=2, batch_first=True)
+            attention: nn.MultiheadAttention = pykernels.nn.MultiheadAttention(8, 2)
+            with pykernels.activate(), pykernels.use_backend("cpp"):
+                return attention.out_proj.weight * layer.num_layers
+    """
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(program))
+    mypy(str(path))
 
 
 def test_torch_is_new_enough():

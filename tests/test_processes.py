@@ -1,5 +1,6 @@
 """Our ops among Python threads, forked and spawned processes, and in torch's data parallelism."""
 
+import multiprocessing
 import os
 import threading
 import time
@@ -16,6 +17,7 @@ from pykernels import functional, nn
 from pykernels.testing import evaluate
 from pykernels.testing.specs import find
 
+GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 LONG = 0.02  # seconds that a kernel must take for a thread beside it to show
 
 
@@ -44,7 +46,7 @@ def sized(op, rows):
             return lambda: functional.attention(q, q, q)
         lse = torch.randn(q.shape[:3])
         return lambda: functional.attention_backward(q, q, q, q, q, lse)
-    gates = {"rnn": 1, "gru": 3, "lstm": 4}[op]
+    gates = GATES[op]
     weights = torch.randn(2, gates * 512, 512)
     args = torch.randn(rows // (4 * gates), 64, 512), *weights
     return lambda: getattr(functional, op)(*args)
@@ -186,6 +188,40 @@ def test_workers_of_a_data_loader(kind, threads):
     )
     for found, expected in zip(loader, here, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def small():
+    """A call of each op too small for torch's own threads, on numbers made before."""
+    torch.manual_seed(0)
+    x, q, vocabulary = torch.randn(9, 16, 32), torch.randn(70, 4, 16), torch.randn(400, 32)
+    weights = {op: torch.randn(2, gates * 32, 32) / 4 for op, gates in GATES.items()}
+    return [
+        *(getattr(functional, op)(x, *weights[op])[0] for op in GATES),
+        functional.attention(*[q.transpose(0, 1)[None]] * 3),
+        functional.attention_varlen(q, q, q, torch.tensor([0, 30, 70])),
+        functional.linear_cross_entropy(x[0], vocabulary, torch.arange(16)),
+    ]
+
+
+def forked(expected):
+    """In the process itself, and in a thread that it starts."""
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        for found in (small(), pool.submit(small).result()):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_runs_kernels_that_its_parent_ran_on_threads(threads):
+    """The threads stay behind, and the number that torch would use does not change."""
+    threads(2)
+    child = multiprocessing.get_context("fork").Process(target=forked, args=(small(),))
+    child.start()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert child.exitcode == 0
 
 
 def rank(number, folder):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import flat_tensors
 from torch import nn as stock
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import cached
@@ -213,6 +214,23 @@ def test_mixed_precision_on_a_gpu(dtype):
         assert not torch.equal(p, before[name])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention"]
+)
+def test_dtypes_of_autocast_on_a_gpu(name, dtype):
+    """Every output, states and weights of attention too, is of the dtype that stock layers give."""
+    x = torch.randn(5, 8, device="cuda")
+    found = []
+    for kinds in (nn, stock):
+        layer = getattr(kinds, name)(8, 2, device="cuda")
+        with torch.autocast("cuda", dtype):
+            outputs = layer(x, x, x) if name == "MultiheadAttention" else layer(x)
+        found.append([t.dtype for t in flat_tensors(outputs)])
+    assert found[0] == found[1]
+
+
 def test_deterministic_algorithms():
     """Nothing refuses to run where torch's flag forbids what differs from run to run."""
     model, (x, target) = Model(nn, dropout=0.3), batch(torch.float32, grad=True)
@@ -228,14 +246,14 @@ def test_deterministic_algorithms():
 def test_parametrisations(norm):
     """A weight computed anew at each use, in training and in evaluation, with its gradients."""
     models, (x, target) = twins(dtype=torch.float64), batch(grad=True)
-    names = {"attention": "in_proj_weight", "cell": "weight_hh", "loss": "weight"}
-    if norm is parametrizations.weight_norm:  # torch's layers miss an iteration of the other
-        names |= {"rnn": "weight_ih_l0", "gru": "weight_hh_l0_reverse", "lstm": "weight_hh_l1"}
+    names = {"rnn": "weight_ih_l0", "gru": "weight_hh_l0_reverse", "lstm": "weight_hh_l1"}
+    names |= {"attention": "in_proj_weight", "cell": "weight_hh", "loss": "weight"}
+    names |= {"cells.0": "weight_ih", "cells.1": "weight_hh"}
     results = []
     for model in models:
         torch.manual_seed(2)  # of the vectors that spectral_norm iterates
         for layer, weight in names.items():
-            norm(getattr(model, layer), weight)
+            norm(model.get_submodule(layer), weight)
         with cached():  # one iteration a call, however often a layer reads its weight
             results.append(gradients(model, model(x, target), x))
         model.eval()

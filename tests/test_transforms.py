@@ -382,10 +382,13 @@ def test_dropout_is_drawn_as_vmap_is_told():
         run("error")
 
 
-@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "MultiheadAttention"])
+MODULES = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention"]
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_gradients_of_each_sample_of_a_module(name):
     """The recipe of torch's per-sample gradients, on our layers as on stock ones."""
-    kwargs = {"num_layers": 2, "bidirectional": True}
+    kwargs = {} if name.endswith("Cell") else {"num_layers": 2, "bidirectional": True}
     if name == "MultiheadAttention":
         ours, stock = (kind.MultiheadAttention(6, 2).double() for kind in (nn, torch.nn))
     else:
@@ -394,17 +397,49 @@ def test_gradients_of_each_sample_of_a_module(name):
     params = dict(ours.named_parameters())
     xs = torch.randn(MAPPED, 5, 6, dtype=torch.float64)
 
-    def loss(params, x):
-        args = (x, x, x) if name == "MultiheadAttention" else (x,)
-        return functional_call(ours, params, args)[0].sin().sum()
+    def given(x):
+        return (x, x, x) if name == "MultiheadAttention" else (x,)
 
-    found = vmap(grad(loss), (None, 0))(params, xs)
+    def loss(outputs):
+        return sum((i + 1) * t.sin().sum() for i, t in enumerate(flat(outputs)))
+
+    def of_one(params, x):
+        return loss(functional_call(ours, params, given(x)))
+
+    found = vmap(grad(of_one), (None, 0))(params, xs)
     for i, x in enumerate(xs):
         stock.zero_grad()
-        args = (x, x, x) if name == "MultiheadAttention" else (x,)
-        stock(*args)[0].sin().sum().backward()
+        loss(stock(*given(x))).backward()
         for key, p in stock.named_parameters():
             torch.testing.assert_close(found[key][i], p.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_each_sample_of_the_loss():
+    """Each with targets of its own; the layer is a Linear and torch's cross_entropy."""
+    layer = nn.LinearCrossEntropyLoss(6, 9, bias=True).double()
+    params = dict(layer.named_parameters())
+    xs, targets = torch.randn(MAPPED, 5, 6, dtype=torch.float64), torch.randint(9, (MAPPED, 5))
+
+    def loss(params, x, target):
+        return functional_call(layer, params, (x, target))
+
+    def torchs(params, x, target):
+        logits = torch.nn.functional.linear(x, **params)
+        return torch.nn.functional.cross_entropy(logits, target)
+
+    each = (None, 0, 0)
+    found, expected = (vmap(grad(run), each)(params, xs, targets) for run in (loss, torchs))
+    for key in params:
+        close(found[key], expected[key])
+
+
+def test_an_ensemble():
+    """Layers of the same kind, their weights stacked, in one call."""
+    models = [nn.LSTM(6, 4).double() for _ in range(MAPPED)]
+    params, _ = torch.func.stack_module_state(models)
+    x = torch.randn(5, 2, 6, dtype=torch.float64)
+    found = vmap(lambda params: functional_call(models[0], params, (x,))[0])(params)
+    close(found, torch.stack([model(x)[0] for model in models]))
 
 
 def test_layers_in_evaluation():

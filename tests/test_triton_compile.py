@@ -1,4 +1,4 @@
-"""Every Triton kernel, at every block size that ships, compiled for GPUs that need not be there.
+"""Every Triton kernel, compiled for GPUs that need not be there; `-m sweep` takes every block size.
 
 The launchers themselves run, on CPU tensors, under a driver that names a GPU and compiles for it
 instead of launching: what is compiled is what would have run. The tools that Triton bundles then
@@ -174,27 +174,44 @@ def attention_entries():
 def attention_cases():
     for chip in (80, 90, 100):
         yield Case("attention", chip, BRAIN, 64, mask="bool")
-        yield Case("attention", chip, DOUBLE, 64, mask="bool")
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
-        yield Case("attention", chip, HALF, 128, packed=True)
         yield Case("attention", chip, BRAIN, 61, mask="float", rules=True)
+    for chip in (80, 90):
+        yield Case("attention", chip, HALF, 128, packed=True)
+    yield Case("attention", 90, SINGLE, 64, is_causal=True)
+    yield Case("attention", 90, DOUBLE, 64, mask="bool")
+    for size, size_v in _configs.ATTENTION_FWD_SM90:
+        yield Case("attention", 90, HALF, size, size_v=size_v)
+        yield Case("attention", 90, BRAIN, size, size_v=size_v, is_causal=True)
+
+
+def more_attention_cases():
+    for chip in (80, 100):
+        yield Case("attention", chip, DOUBLE, 64, mask="bool")
+    yield Case("attention", 100, HALF, 128, packed=True)
     yield Case("attention", 90, HALF, 128, rules=True, packed=True)
     yield Case("attention", 90, SINGLE, 64, mask="float", rules=True, is_causal=True)
-    yield Case("attention", 90, SINGLE, 64, is_causal=True)
     yield Case("attention", 90, DOUBLE, 64, packed=True)
     for size, size_v in _configs.ATTENTION_FWD_SM90:
-        for dtype, is_causal in ((HALF, False), (HALF, True), (BRAIN, True)):
-            yield Case("attention", 90, dtype, size, size_v=size_v, is_causal=is_causal)
+        yield Case("attention", 90, HALF, size, size_v=size_v, is_causal=True)
 
 
 def loss_cases():
     for chip in (80, 90, 100):
-        for dtype in (HALF, SINGLE, DOUBLE):
-            yield Case("linear_cross_entropy", chip, dtype, 64, batch=9)  # tiles for few rows
-            yield Case("linear_cross_entropy", chip, dtype, 64, batch=160, everything=True)
-        # rows that descriptors can address, with the registers of the largest tiles, and that not
+        yield Case("linear_cross_entropy", chip, HALF, 64, batch=9)  # tiles for few rows
+        yield Case("linear_cross_entropy", chip, SINGLE, 64, batch=160, everything=True)
+        # rows that descriptors can address, with the registers of the largest tiles
         yield Case("linear_cross_entropy", chip, BRAIN, 64, batch=300)
+
+
+def more_loss_cases():
+    for chip in (80, 90, 100):
+        for dtype in (SINGLE, DOUBLE):
+            yield Case("linear_cross_entropy", chip, dtype, 64, batch=9)
+        for dtype in (HALF, DOUBLE):
+            yield Case("linear_cross_entropy", chip, dtype, 64, batch=160, everything=True)
+        # rows that descriptors cannot address
         yield Case("linear_cross_entropy", chip, BRAIN, 67, batch=300, everything=True)
 
 
@@ -209,8 +226,14 @@ def amd_cases():
 
 
 CASES = [*recurrent_cases(), *attention_cases(), *loss_cases(), *amd_cases()]
-#: Every entry of the tables: minutes, so that they are compiled where `-m sweep` asks for them.
-ENTRIES = [*recurrent_entries(), *attention_entries()]
+#: Every entry of the tables and what differs little: minutes, so that they are compiled where
+#: `-m sweep` asks for them.
+SWEEP = [
+    *recurrent_entries(),
+    *attention_entries(),
+    *more_attention_cases(),
+    *more_loss_cases(),
+]
 
 
 def test_every_kernel_is_listed():
@@ -221,6 +244,9 @@ def test_every_kernel_is_listed():
         found |= {name for name in vars(module) if name.endswith("_kernel")}
     assert found == set(KERNELS)
     assert {case.op for case in CASES} == set(KERNELS.values())
+    for chip in (80, 90, 100):
+        launched = set().union(*(case.launched for case in CASES if case.chip == chip))
+        assert launched == {k for k in KERNELS if chip == 90 or "sm90" not in k}
 
 
 @pytest.fixture(scope="session")
@@ -272,6 +298,7 @@ HUGE = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", HUGE, ids=lambda case: case.id)
 def test_offsets_past_32_bits(case, compiler):
     answer = compiler(case)
@@ -297,7 +324,7 @@ def test_an_overflow_is_found():
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in ENTRIES)],
+    [*CASES, *(pytest.param(case, marks=pytest.mark.sweep) for case in SWEEP)],
     ids=lambda case: case.id,
 )
 def test_compiles(case, compiler):

@@ -88,19 +88,21 @@ PK_INLINE void for_each_tile_row(int64_t rows, const Body& body) {
 }
 
 // Runs body(row, tiles, height, panel, panels) over tiles that cover rows x panels, `tiles` of them
-// one below the other. Panels are outside: a panel of B stays in the first-level cache while the
-// rows of A go by.
+// one below the other, `backwards` from the last panel. Panels are outside: a panel of B stays in
+// the first-level cache while the rows of A go by.
 template <class Body>
-PK_INLINE void for_each_tile_column(Range rows, Range panels, const Body& body) {
+PK_INLINE void for_each_tile_column(Range rows, Range panels, const Body& body,
+                                    bool backwards = false) {
   if (rows.size() == 0) return;
   const int64_t group = rows.size() > kTileRows ? 1 : panels_of(rows.size());
-  for (int64_t panel = panels.begin; panel < panels.end;) {
+  for (int64_t done = 0; done < panels.size();) {
     int64_t count = group;
-    while (panel + count > panels.end) count /= 2;
+    while (done + count > panels.size()) count /= 2;
+    const int64_t panel = backwards ? panels.end - done - count : panels.begin + done;
     for_each_tile_height(rows.size(), [&](int64_t row, int64_t tiles, int64_t height) {
       body(rows.begin + row, tiles, height, panel, count);
     });
-    panel += count;
+    done += count;
   }
 }
 

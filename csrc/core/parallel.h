@@ -103,12 +103,16 @@ struct Team {
   Range share(int64_t n, int64_t block = 1) const { return split(n, block, size, rank); }
 };
 
+// Whether this thread has come out of a fork alone. libgomp would have it wait for ever for the
+// team that stayed with the parent; threads that the child starts have teams of their own.
+inline thread_local bool forked = false;
+
 // Runs work(Team) on `threads` threads, fewer if the runtime has fewer; with denormals flushed.
 // What work throws would end the process: allocate before, not inside.
 template <class Work>
 void parallel(int threads, const Work& work) {
 #if defined(_OPENMP)
-  if (threads > 1) {
+  if (threads > 1 && !forked) {
     Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {

@@ -141,10 +141,12 @@ __attribute__((flatten)) void finish_tile(Range rows, Range blocks, int64_t unit
 // products of some units fetch(row, unit) for each panel of them: what finish will read may lie a
 // page apart from row to row, where the processor does not fetch ahead by itself.
 //
-// `left` is nullptr for zeros; its rows are `left_row` apart.
+// `left` is nullptr for zeros; its rows are `left_row` apart. `backwards` begins with the last
+// units. Where every other step does, it finds in the cache what the step before has read last;
+// where all begin with the same of more weights than a cache holds, they find none.
 template <class T, int kGates, class Fetch, class... Finish>
 PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t depth, const T* left,
-                              int64_t left_row, const T* packed, const Fetch& fetch,
+                              int64_t left_row, const T* packed, bool backwards, const Fetch& fetch,
                               const Finish&... finish) {
   constexpr int64_t width = kPanel<T>;
   alignas(kCacheLine) T tile[kStepRows * kGates * width];
@@ -154,8 +156,9 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
     const int64_t count = std::min(kStepRows, rows.end - row);
     // Few rows take several blocks at a time, for as many panels as their tile may have.
     const int64_t group = count <= kTileRows ? panels_of(count) : 1;
-    for (int64_t block = blocks.begin; block < blocks.end; block += group) {
-      const int64_t wide = std::min(group, blocks.end - block);
+    for (int64_t done = 0; done < blocks.size(); done += group) {
+      const int64_t wide = std::min(group, blocks.size() - done);
+      const int64_t block = backwards ? blocks.end - done - wide : blocks.begin + done;
       const int64_t tile_row = wide * kGates * width;
       const T* const right = packed + block * kGates * panel_size;
       for (int64_t r = 0; r < count; ++r)
@@ -169,7 +172,8 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
                             right + panel * panel_size + k * width, panel_size, width, k > 0,
                             tile + r * tile_row + panel * width, tile_row, tiles,
                             height * left_row);
-            });
+            },
+            backwards);
       (finish_tile<T, kGates>({row, row + count}, {block, block + wide}, units, tile, finish), ...);
     }
   }

@@ -128,11 +128,10 @@ class Result {
   const Scratch<T> scratch_;
 };
 
-// sums[j] = sum over i of values[i * row + j]; this thread's columns. Partial sums of 64 rows keep
-// the rounding of a long sum down.
+// sums[j] = sum over i of values[i, j] [rows, columns]; this thread's columns. Partial sums of 64
+// rows keep the rounding of a long sum down.
 template <class T>
-void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, int64_t row,
-              T* sums) {
+void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, T* sums) {
   constexpr int64_t block = 64;
   const Range mine = team.share(columns, lanes<T>);
   for (int64_t j = mine.begin; j < mine.end; j += lanes<T>) {
@@ -141,7 +140,7 @@ void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, 
     for (int64_t i0 = 0; i0 < rows; i0 += block) {
       vec<T> partial{};
       for (int64_t i = i0; i < std::min(rows, i0 + block); ++i)
-        partial += load_n(values + i * row + j, count);
+        partial += load_n(values + i * columns + j, count);
       total += partial;
     }
     store_n(sums + j, total, count);
@@ -418,14 +417,14 @@ class ForwardPass : public Pass {
         else keep(row, unit, count, state);
       };
       const auto multiply = [&](Range part, const T* before) {
-        multiply_gates<T, kGates>(part, blocks, H, R, before, R, w_hh, fetch, gates, finish);
+        multiply_gates<T, kGates>(part, blocks, H, R, before, R, w_hh, s & 1, fetch, gates, finish);
       };
       multiply({rows.begin, std::min(rows.end, step.carried)}, step.before);
       multiply({std::max(rows.begin, step.carried), rows.end}, h0_.get());
       share.meet();
       if (!projects) continue;
       if (share.idle()) return;
-      multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, nothing,
+      multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, s & 1, nothing,
                            [=](int64_t row, int64_t unit, int64_t count, const T* product) {
                              keep(row, unit, count, load(product));
                            });
@@ -498,8 +497,8 @@ class BackwardPass : public Pass {
         w_ih_(p.link.done ? input_weights() : 0),
         first_(p.walk.offsets && p.walk.reverse && p.dh0 ? n_.B * kGates * n_.H : 0),
         dx_(p.dx, rows_ * n_.I), dw_ih_(p.dw_ih, kGates * n_.H * n_.I),
-        dw_hh_(p.dw_hh, kGates * n_.H * n_.R), db_ih_(p.db_ih, kGates * n_.H),
-        db_hh_(p.db_hh, kGates * n_.H), dh0_(p.dh0, n_.B * n_.R), dw_hr_(p.dw_hr, n_.R * n_.H),
+        dw_hh_(p.dw_hh, kGates * n_.H * n_.R), biases_(p.db_ih || p.db_hh ? cell.delta_row : 0),
+        dh0_(p.dh0, n_.B * n_.R), dw_hr_(p.dw_hr, n_.R * n_.H),
         product_(threads_, std::max({n_.I, n_.R, n_.H}), std::max(rows_, kGates * n_.H)) {}
 
   int threads() const override { return threads_; }
@@ -516,8 +515,7 @@ class BackwardPass : public Pass {
     dx_.narrow_share(team);
     dw_ih_.narrow_share(team);
     dw_hh_.narrow_share(team);
-    db_ih_.narrow_share(team);
-    db_hh_.narrow_share(team);
+    if (team.rank == 0) bias_gradients();
     dh0_.narrow_share(team);
     dw_hr_.narrow_share(team);
   }
@@ -576,14 +574,14 @@ class BackwardPass : public Pass {
         if (!projects) cell.fetch(step, row, unit);
       };
       multiply_gates<T, 1>(old, out_blocks, n_.R, kGates * n_.H, after, row_size, w_hh_.get(),
-                           fetch, finish);
+                           s & 1, fetch, finish);
       multiply_gates<T, 1>(fresh, out_blocks, n_.R, kGates * n_.H, nullptr, row_size, w_hh_.get(),
-                           fetch, finish);
+                           s & 1, fetch, finish);
       share.meet();
       if (!p_.w_hr) continue;
       if (share.idle()) return;
       multiply_gates<T, 1>(
-          rows, share.blocks(all_blocks), n_.H, n_.R, dstate, n_.R, w_hr_.get(),
+          rows, share.blocks(all_blocks), n_.H, n_.R, dstate, n_.R, w_hr_.get(), s & 1,
           [&](int64_t row, int64_t unit) { cell_.fetch(step, row, unit); },
           [&](int64_t row, int64_t unit, int64_t count, const T* product) {
             cell_.delta(step, row, unit, count, load(product), delta + row * row_size + unit);
@@ -610,7 +608,7 @@ class BackwardPass : public Pass {
       if (share.idle()) return;
     }
     multiply_gates<T, 1>(share.all_rows(), share.blocks(all_out), n_.R, kGates * n_.H,
-                         n_.T > 0 ? first : nullptr, first_row, w_hh_.get(), nothing,
+                         n_.T > 0 ? first : nullptr, first_row, w_hh_.get(), false, nothing,
                          [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                            vec<T> dh = load(product) + cell_.rest(row, unit, count);
                            if (n_.T == 0 && p_.dh_n)
@@ -634,7 +632,7 @@ class BackwardPass : public Pass {
     const T* w_ih = w_ih_.get();
     for (const DeltaPiece& piece : cell_.pieces()) {
       multiply_gates<T, 1>(rows, {0, ceil_div(n_.I, kPanel<T>)}, n_.I, piece.count,
-                           delta_.get() + piece.column, cell_.delta_row, w_ih, nothing,
+                           delta_.get() + piece.column, cell_.delta_row, w_ih, false, nothing,
                            [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                              T* const to = dx_.get() + row * n_.I + unit;
                              const vec<T> before =
@@ -646,9 +644,20 @@ class BackwardPass : public Pass {
     dx_.narrow({rows.begin * n_.I, rows.end * n_.I});
   }
 
-  // dx, the weights' gradients and the biases'.
+  // Rounds the sums of delta to the biases' gradients, once the team has met.
+  void bias_gradients() const {
+    const auto put = [&](int64_t column, int64_t count, S* to) {
+      for (int64_t i = 0; i < count; i += lanes<T>)
+        store_n(to + i, load_n(biases_.get() + column + i, count - i), count - i);
+    };
+    if (p_.db_hh) put(0, kGates * n_.H, p_.db_hh);
+    for (const DeltaPiece& piece : cell_.pieces())
+      if (p_.db_ih) put(piece.column, piece.count, p_.db_ih + piece.gate_row);
+  }
+
+  // dx, the weights' gradients, and the sums of the biases'.
   void products(const Team& team) const {
-    const int64_t row = cell_.delta_row, gates = kGates * n_.H;
+    const int64_t row = cell_.delta_row;
     bool first = true;
     for (const DeltaPiece& piece : cell_.pieces()) {
       const View<T> part{delta_.get() + piece.column, row, 1};
@@ -658,11 +667,9 @@ class BackwardPass : public Pass {
       if (p_.dw_ih)
         product_.run(team, {piece.count, n_.I, rows_}, part.transposed(), View<S>{p_.x, n_.I, 1},
                      false, dw_ih_.get() + piece.gate_row * n_.I, n_.I);
-      if (p_.db_ih)
-        sum_rows(team, part.data, rows_, piece.count, row, db_ih_.get() + piece.gate_row);
       first = false;
     }
-    if (p_.db_hh) sum_rows(team, delta_.get(), rows_, gates, row, db_hh_.get());
+    if (biases_.get()) sum_rows(team, delta_.get(), rows_, row, biases_.get());
     if (p_.dw_hr)
       product_.run(team, {n_.R, n_.H, rows_}, View<T>{dstate_.get(), 1, n_.R},
                    View<T>{cell_.unprojected, n_.H, 1}, false, dw_hr_.get(), n_.H);
@@ -706,7 +713,9 @@ class BackwardPass : public Pass {
   const int64_t chunk_;  // steps after which another pass may go on
   const Scratch<T> w_ih_;
   const Scratch<T> first_;
-  const Result<T, S> dx_, dw_ih_, dw_hh_, db_ih_, db_hh_, dh0_, dw_hr_;
+  const Result<T, S> dx_, dw_ih_, dw_hh_;
+  const Scratch<T> biases_;  // [delta_row]
+  const Result<T, S> dh0_, dw_hr_;
   const Gemm<T> product_;
 };
 

@@ -39,6 +39,11 @@ class Layers(torch.nn.RNNBase):
         Returns:
             y [T, B, directions * H] in the layout of `input`, and h_n of the shape of `hx`; an
             LSTM returns (h_n, c_n).
+
+        Raises:
+            TypeError: `input` or `hx` is no tensor (of an LSTM, no pair of them), or the dtypes of
+                input, states and weights differ.
+            ValueError: a rank, size or device is wrong; T is zero.
         """
         if isinstance(input, PackedSequence):
             return self._packed(input, hx)
@@ -48,7 +53,10 @@ class Layers(torch.nn.RNNBase):
         batched = input.dim() == 3
         sizes = (*input.shape[:-1], self.input_size)
         _checks.shape(self._name, "input", input, axes if batched else "T, I", sizes)
+        if input.shape[batched and self.batch_first] == 0:
+            _checks.fail(self._name, "input", "of one step at least", list(input.shape))
         (x,) = _autocast.cast(input)
+        _checks.floating(self._name, "input", x)
         if not batched:
             x = x[:, None]
         elif self.batch_first:
@@ -67,6 +75,7 @@ class Layers(torch.nn.RNNBase):
         _checks.shape(self._name, "input.data", data, "N, I", (data.shape[0], self.input_size))
         sizes = _checks.batch_sizes(self._name, batch_sizes, data.shape[0])
         (data,) = _autocast.cast(data)
+        _checks.floating(self._name, "input.data", data)
         states = self._first_states(hx, data, sizes[0], True)
         if states is not None and order is not None:
             states = [t.index_select(1, order) for t in states]
@@ -184,11 +193,18 @@ class Layers(torch.nn.RNNBase):
         return w_ih, w_hh, b_ih, b_hh, w_hr
 
 
+def check_sizes(name: str, input_size: Any, hidden_size: Any) -> None:
+    """Those of a cell's constructor, which torch takes as they come."""
+    for argument, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        _checks.integer(name, argument, size)
+        _checks.positive(name, argument, size)
+
+
 def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
     if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
         return None
-    kept = module.__dict__.setdefault("_packed_weights", {})
+    kept: dict[object, PackedWeights] = module.__dict__.setdefault("_packed_weights", {})
     return kept.get(key) or kept.setdefault(key, PackedWeights())
 
 

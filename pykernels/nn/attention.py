@@ -31,6 +31,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       torch, computes them in plain torch: one more [L, S] product per head and its
       [B, N, L, S] memory, forward and backward. Pass ``need_weights=False`` for the fused kernel
       alone.
+    * `attn_mask` and `key_padding_mask` together become one mask [B, 1, L, S], or [B, N, L, S].
     * ``dropout > 0`` in training draws the weights that it drops with torch's seed, but, unless the
       weights are an output, not torch's numbers.
     * Nested tensors are a TypeError.
@@ -64,6 +65,55 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ``torch.backends.mha.set_fastpath_enabled(False)``, and by `pykernels.replace_modules`.
     """
 
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class.
+
+        Raises:
+            TypeError: a size is no integer, or `dropout` no number.
+            ValueError: a size is not positive, `num_heads` does not divide `embed_dim`, or
+                `dropout` is no probability.
+        """
+        for name, size in (
+            ("embed_dim", embed_dim),
+            ("num_heads", num_heads),
+            ("kdim", embed_dim if kdim is None else kdim),
+            ("vdim", embed_dim if vdim is None else vdim),
+        ):
+            _checks.integer(_OP, name, size)
+            _checks.positive(_OP, name, size)
+        if embed_dim % num_heads:
+            must = f"a multiple of `num_heads` = {num_heads}"
+            _checks.fail(_OP, "embed_dim", must, embed_dim)
+        _checks.number(_OP, "dropout", dropout)
+        if not 0 <= dropout <= 1:
+            _checks.fail(_OP, "dropout", "from 0 to 1", dropout)
+        super().__init__(
+            embed_dim,
+            num_heads,
+            dropout,
+            bias,
+            add_bias_kv,
+            add_zero_attn,
+            kdim,
+            vdim,
+            batch_first,
+            device,
+            dtype,
+        )
+
     def forward(
         self,
         query: Tensor,
@@ -92,6 +142,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         Returns:
             out in the layout of `query`, and the weights [B, L, S] (averaged) or [B, N, L, S],
             without B for unbatched input, or None.
+
+        Raises:
+            TypeError: something is no tensor, dtypes differ, or a mask is neither boolean nor
+                floating.
+            ValueError: a rank, size or device is wrong, or is_causal comes without a mask.
         """
         self._check(query, key, value)
         batched = query.dim() == 3
@@ -198,7 +253,7 @@ def _check_attn_mask(
         _checks.shape(_OP, "attn_mask", mask, "L, S", (L, S))
         return mask[None, None]
     _checks.shape(_OP, "attn_mask", mask, "B * N, L, S", (B * N, L, S))
-    return mask.unflatten(0, (B, N))
+    return mask.reshape(B, N, L, S)
 
 
 def _check_key_padding_mask(
@@ -237,6 +292,8 @@ def _attend_with_weights(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, N, L, D] and the weights [B, N, L, S], which nothing but plain torch builds."""
+    # autocast has a softmax on a GPU, and on no CPU, return float32
+    held = torch.float32 if q.is_cuda and _autocast.on(q.device) else q.dtype
     with _autocast.disabled(q.device):
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = q.to(wide) @ k.to(wide).transpose(-2, -1) / math.sqrt(q.shape[-1])
@@ -245,9 +302,9 @@ def _attend_with_weights(
         elif mask is not None:
             scores = scores + mask
         blind = (scores == -math.inf).all(-1, keepdim=True)  # sees no key
-        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(q.dtype)
+        weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0).to(held)
         if not dropout:
             out: Any = functional.attention(q, k, v, mask)
             return out, weights
         weights = F.dropout(weights, dropout)
-        return weights @ v, weights
+        return weights.to(v.dtype) @ v, weights

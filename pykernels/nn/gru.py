@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class GRU(Layers, torch.nn.GRU):
@@ -21,8 +29,7 @@ class GRU(Layers, torch.nn.GRU):
         h_t = (1 - z) n + z h_{t-1}
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRU`: layers,
-    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
-    differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -61,7 +68,42 @@ class GRU(Layers, torch.nn.GRU):
 
 
 class GRUCell(torch.nn.GRUCell):
-    """`torch.nn.GRUCell` on fused kernels: one step of `GRU`."""
+    """`torch.nn.GRUCell` on fused kernels: one step of `GRU`, by its equations.
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRUCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [3H, I], and W_hh, [3H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [3H].
+
+    Example::
+
+        cell = pykernels.nn.GRUCell(10, 20)
+        h = cell(torch.randn(3, 10))  # [B, I] -> [B, H]
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.GRUCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive.
+        """
+        check_sizes("GRUCell", input_size, hidden_size)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step.
@@ -72,6 +114,9 @@ class GRUCell(torch.nn.GRUCell):
 
         Returns:
             The state after, [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.gru_cell`.
         """
         after = packed_step(self, input, (hx,))
         if after is not None:

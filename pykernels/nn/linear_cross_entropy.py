@@ -27,6 +27,15 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
         weight: the class weights, [V]; a buffer `class_weight` that state_dict leaves out.
         reduction, ignore_index, label_smoothing, z_loss: as `functional.linear_cross_entropy`.
         device, dtype: of the parameters.
+
+    Parameters:
+        weight: W, [V, H].
+        bias: b, [V].
+
+    Example::
+
+        loss = pykernels.nn.LinearCrossEntropyLoss(20, 1000)
+        loss(torch.randn(5, 3, 20), torch.randint(1000, (5, 3)))  # [..., H], [...] -> []
     """
 
     class_weight: Tensor | None
@@ -71,6 +80,9 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
 
         Returns:
             A number, or [...] with reduction "none"; a tuple with what else is asked for.
+
+        Raises:
+            TypeError, ValueError: as `functional.linear_cross_entropy`.
         """
         return functional.linear_cross_entropy(
             input,

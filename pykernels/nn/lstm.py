@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pykernels import _checks, functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class LSTM(Layers, torch.nn.LSTM):
@@ -20,8 +28,7 @@ class LSTM(Layers, torch.nn.LSTM):
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTM`: layers,
     directions, dropout between layers, `batch_first`, projections (`proj_size`), unbatched input,
-    PackedSequence. One thing differs: an empty sequence (T = 0), which torch refuses, returns `hx`
-    as `(h_n, c_n)`.
+    PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -66,11 +73,47 @@ class LSTM(Layers, torch.nn.LSTM):
     ) -> tuple[Tensor, States]:
         w_ih, w_hh, b_ih, b_hh, w_hr = weights
         h0, c0 = (None, None) if states is None else states
-        return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        y, after = functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr=w_hr, **options)
+        return y, after
 
 
 class LSTMCell(torch.nn.LSTMCell):
-    """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`."""
+    """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`, by its equations.
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTMCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [4H, I], and W_hh, [4H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [4H].
+
+    Example::
+
+        cell = pykernels.nn.LSTMCell(10, 20)
+        h, c = cell(torch.randn(3, 10))  # [B, I] -> [B, H], [B, H]
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.LSTMCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive.
+        """
+        check_sizes("LSTMCell", input_size, hidden_size)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
@@ -83,6 +126,9 @@ class LSTMCell(torch.nn.LSTMCell):
 
         Returns:
             ``(h, c)`` after the step, each [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.lstm_cell`.
         """
         if hx is None or type(hx) is tuple:
             after = packed_step(self, input, hx or (None, None))

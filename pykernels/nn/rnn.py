@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import functional
-from pykernels.nn._recurrent import Layers, States, Weights, cell_arguments, frozen, packed_step
+from pykernels import _checks, functional
+from pykernels.nn._recurrent import (
+    Layers,
+    States,
+    Weights,
+    cell_arguments,
+    check_sizes,
+    frozen,
+    packed_step,
+)
 
 
 class RNN(Layers, torch.nn.RNN):
@@ -17,8 +25,7 @@ class RNN(Layers, torch.nn.RNN):
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.RNN`: layers,
-    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence. One thing
-    differs: an empty sequence (T = 0), which torch refuses, returns `hx` as `h_n`.
+    directions, dropout between layers, `batch_first`, unbatched input, PackedSequence.
 
     Args:
         input_size: I, the size of x.
@@ -65,7 +72,44 @@ class RNNCell(torch.nn.RNNCell):
     r"""`torch.nn.RNNCell` on fused kernels: one step of `RNN`.
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh}), \quad f = \tanh \text{ or relu}
+
+    Constructor, parameters, state_dict and forms of call are those of `torch.nn.RNNCell`.
+
+    Args:
+        input_size: I, the size of x.
+        hidden_size: H, the size of the state.
+        bias: whether there are b_ih and b_hh.
+        nonlinearity: f, "tanh" or "relu".
+        device, dtype: of the parameters.
+
+    Parameters:
+        weight_ih, weight_hh: W_ih, [H, I], and W_hh, [H, H].
+        bias_ih, bias_hh: b_ih and b_hh, [H].
+
+    Example::
+
+        cell = pykernels.nn.RNNCell(10, 20)
+        h = cell(torch.randn(3, 10))  # [B, I] -> [B, H]
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """As `torch.nn.RNNCell`.
+
+        Raises:
+            TypeError: a size is no integer.
+            ValueError: a size is not positive, or there is no such nonlinearity.
+        """
+        check_sizes("RNNCell", input_size, hidden_size)
+        _checks.choice("RNNCell", "nonlinearity", nonlinearity, ("tanh", "relu"))
+        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Run one step.
@@ -76,6 +120,9 @@ class RNNCell(torch.nn.RNNCell):
 
         Returns:
             The state after, [B, H] or [H].
+
+        Raises:
+            TypeError, ValueError: as `functional.rnn_cell`.
         """
         after = packed_step(self, input, (hx,), relu=self.nonlinearity == "relu")
         if after is not None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 
-def forward(ctx: Any, call: Any, tensors: tuple[Any, ...]) -> Any:
+def forward(ctx: Any, call: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
     """Runs the forward pass of `call` and keeps on `ctx` what `backward` needs."""
+    outputs: tuple[Any, ...]
     outputs, saved = call.forward(tensors)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)

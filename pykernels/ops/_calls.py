@@ -70,7 +70,8 @@ class Call:
     def _run(self, tensors: tuple[Any, ...], **more: Any) -> tuple[Any, tuple[Maybe, ...]]:
         compute = getattr(self.backend, f"{self.op}_fwd")
         with _autocast.disabled(tensors[0].device):
-            return compute(*tensors, **more, **self.options)
+            found: tuple[Any, tuple[Maybe, ...]] = compute(*tensors, **more, **self.options)
+            return found
 
     def backward(
         self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]

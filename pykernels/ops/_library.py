@@ -77,7 +77,8 @@ def call(
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         found = operator.forward(*tensors, **options, backend=name, keep=keep)
     else:
-        found = _Transformed.apply(_Forward(operator, name, options, True), *tensors)
+        run = _Forward(operator, name, options, True)
+        found = _Transformed.apply(run, *tensors)  # type: ignore[no-untyped-call]
     count = len(operator.outputs)
     return found[: count if options.get(operator.last_if, True) else count - 1]
 
@@ -162,7 +163,8 @@ class Operator:
             ctx.run.setup(ctx, inputs, output)
 
         def backward(ctx: Any, *grads: Maybe) -> Tensors:
-            return ctx.run.backward(ctx, ctx.needs_input_grad, grads)
+            run: _Pass = ctx.run
+            return run.backward(ctx, ctx.needs_input_grad, grads)
 
         def vmap(info: Any, in_dims: Axes, *args: Maybe, **keywords: Any) -> tuple[Any, Any]:
             return of(keywords).batch(info.batch_size, in_dims, args)
@@ -192,7 +194,9 @@ class _Pass:
         """The results, seen by whatever transform there is."""
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             return self.apply(*args)
-        return _Transformed.apply(self, *args)
+        found: tuple[Tensor, ...]
+        found = _Transformed.apply(self, *args)  # type: ignore[no-untyped-call]
+        return found
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
         """The operator."""
@@ -261,9 +265,10 @@ class _Forward(_Pass):
         self.keep = keep
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
-        return self.operator.forward(
+        found: tuple[Tensor, ...] = self.operator.forward(
             *args, **self.options, backend=self.backend_name, keep=self.keep
         )
+        return found
 
     def run(self, *args: Maybe) -> tuple[Tensor, ...]:
         self.operator.check(*args, **self.options)
@@ -331,9 +336,10 @@ class _Backward(_Pass):
         self.needs = tuple(needs)
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
-        return self.operator.backward(
+        found: tuple[Tensor, ...] = self.operator.backward(
             *args, **self.options, backend=self.backend_name, needs=self.needs
         )
+        return found
 
     def run(self, *args: Maybe) -> tuple[Tensor, ...]:
         # A backend finds what it saved as it saved it, whatever has been made of it in between.
@@ -359,7 +365,8 @@ class _Backward(_Pass):
             grads = grads[:-1]
         compute = getattr(module, f"{self.operator.op}_bwd")
         with _autocast.disabled(_device(args)):
-            return compute(saved, grads, needs=self.needs, **self.options)
+            found: Tensors = compute(saved, grads, needs=self.needs, **self.options)
+        return found
 
     def _needed(self, args: Sequence[Any], grads: Sequence[Maybe]) -> tuple[Tensor, ...]:
         return tuple(
@@ -446,7 +453,8 @@ class _Transformed(torch.autograd.Function):
 
 
 def _device(args: Sequence[Any]) -> torch.device:
-    return args[0].device
+    first: Tensor = args[0]
+    return first.device
 
 
 def _own(found: Sequence[Tensor], given: Sequence[Maybe]) -> tuple[Tensor, ...]:

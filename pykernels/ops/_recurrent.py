@@ -44,6 +44,7 @@ def define(op: str, *, options: str = "", extras: str = "") -> None:
 
     def formula(*tensors: Any, **options: Any) -> tuple[Tensor, ...]:
         with_cells = options.pop(last_if, True)
+        found: tuple[Tensor, ...]
         found = getattr(_backends.module("reference", op), op)(*tensors, **options)
         return found if with_cells else found[:-1]
 
@@ -367,7 +368,8 @@ def recurrent_group(
             tensors += [x, *plain, *(states or (None,))]
     count = len(calls)
     if _autograd.wanted(tuple(tensors)):
-        flat = GroupFunction.apply(op, backend, options, chained, *tensors)
+        given = (op, backend, options, chained, *tensors)
+        flat = GroupFunction.apply(*given)  # type: ignore[no-untyped-call]
     else:
         for own, kept, each in zip(options, packed, _split(tensors, count), strict=True):
             own |= {} if kept is None else kept.option(op, backend, each)
@@ -389,7 +391,10 @@ def _run_group(
     """The outputs of each call and what it saved."""
     calls = list(zip(_split(tensors, len(options)), options, strict=True))
     with _autocast.disabled(tensors[0].device):
-        return getattr(backend, f"{op}_group_fwd")(calls, chained=chained, keep=keep)
+        run = getattr(backend, f"{op}_group_fwd")
+        found: list[tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]]
+        found = run(calls, chained=chained, keep=keep)
+        return found
 
 
 def _group_outputs(found: Sequence[tuple[Tensor, ...]], chained: bool) -> tuple[Tensor, ...]:
@@ -482,5 +487,5 @@ class _Rows:
 
     def scatter(self, y: Tensor) -> Tensor:
         """[N, H] -> [T, B, H], zeros where no step counts."""
-        padded = y.new_zeros(self.T * self.B, y.shape[1]).index_copy(0, self.rows, y)
-        return padded.unflatten(0, (self.T, self.B))
+        padded = y.new_zeros(self.T * self.B, y.shape[1]).index_put_((self.rows,), y)
+        return padded.view(self.T, self.B, y.shape[1])

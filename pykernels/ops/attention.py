@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class AttentionFunction(torch.autograd.Function):
     """Autograd over one backend's ``attention_fwd`` and ``attention_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, call, tensors)
 
     @staticmethod
@@ -162,6 +162,44 @@ def _checked(
     return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p)
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -292,6 +330,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, the same signature to the letter.
 
+    It is `attention`, where the sources stand, for any number of leading axes.
+
     Args:
         query: [..., S_q, D] or, with heads, [..., N, S_q, D]; any floating dtype.
         key: [..., N_kv, S_k, D].
@@ -314,6 +354,7 @@ def scaled_dot_product_attention(
     tensors = (query, key, value, attn_mask)
     call = _checked_stock(tensors, None, dropout_p, is_causal, scale, enable_gqa)
     seed = draw_seed(query.device) if dropout_p > 0 else None
+    out: Tensor
     out, _ = call((*tensors, None, None, seed))
     return out
 

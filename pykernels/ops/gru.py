@@ -18,7 +18,7 @@ class GRUFunction(torch.autograd.Function):
     """Autograd over one backend's ``gru_fwd`` and ``gru_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, call, tensors)
 
     @staticmethod

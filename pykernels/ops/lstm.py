@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -50,6 +50,42 @@ def _checked(
     return _recurrent.call("lstm", LSTMFunction, tensors, backend, options, lengths, batch_sizes)
 
 
+@overload
+def lstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    batch_sizes: Tensor | Sequence[int] | None = None,
+    reverse: bool = False,
+    return_cell_states: Literal[False] = False,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+@overload
+def lstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    batch_sizes: Tensor | Sequence[int] | None = None,
+    reverse: bool = False,
+    return_cell_states: Literal[True],
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
 def lstm(
     x: Tensor,
     w_ih: Tensor,

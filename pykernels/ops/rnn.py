@@ -20,7 +20,7 @@ class RNNFunction(torch.autograd.Function):
     """Autograd over one backend's ``rnn_fwd`` and ``rnn_bwd``; differentiable twice."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return _autograd.forward(ctx, call, tensors)
 
     @staticmethod
@@ -124,7 +124,7 @@ def rnn_cell(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    r"""One step of the Elman recurrence.
+    r"""One step of the Elman recurrence of `rnn`.
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
 
