@@ -129,7 +129,7 @@ def linear_cross_entropy_logits_kernel(
                     tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
             if SUMS:
                 here = (v // COLUMNS).to(tl.int64) * N + rows
-                here_ok = rows_ok & (v < V)
+                here_ok = rows < N * (v < V)
                 if SMOOTH:
                     weighted = tl.where(cols_ok[None, :], tile, 0.0)
                     if HAS_CLASS_WEIGHT:
