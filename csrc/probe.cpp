@@ -80,6 +80,12 @@ template <class T>
 void vec_math(const std::string& name, const T* in, T* out, int64_t n) {
   if (name == "exp") return map(in, out, n, exp<T>);
   if (name == "exp2") return map(in, out, n, exp2<T>);
+  if (name == "exp2_normal")
+    return map(in, out, n, [](vec<T> x) {
+      vec<T> one[1] = {x};
+      exp2_normal<T>(one);
+      return one[0];
+    });
   if (name == "exp2_softmax") return map(in, out, n, exp2_softmax<T>);
   if (name == "tanh") return map(in, out, n, tanh<T>);
   if (name == "sigmoid") return map(in, out, n, sigmoid<T>);

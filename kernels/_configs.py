@@ -412,7 +412,7 @@ LOSS_ROWS = 2048
 #: gradients, LOSS_SPLIT rows in one program.
 LOSS_SUMS = LossConfig(16, 64, 4)
 #: Columns of a tile of logits that are taken at a time: what is made of them takes registers too.
-LOSS_COLUMNS = 128
+LOSS_COLUMNS = 64
 LOSS_GRADIENT = {
     torch.float16: LossConfig(8, 512, 4, H100),
     torch.float32: LossConfig(8, 512, 8),

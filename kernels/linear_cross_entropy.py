@@ -129,13 +129,12 @@ def linear_cross_entropy_logits_kernel(
                     tl.store(z_ptrs, rounded, mask=rows_ok[:, None] & cols_ok[None, :])
             if SUMS:
                 here = (v // COLUMNS).to(tl.int64) * N + rows
-                here_ok = rows_ok & (v < V)
                 if SMOOTH:
                     weighted = tl.where(cols_ok[None, :], tile, 0.0)
                     if HAS_CLASS_WEIGHT:
                         w = tl.load(class_weight_ptr + cols, mask=cols_ok, other=0.0).to(ACC)
                         weighted = tl.where(cols_ok[None, :], tile * w[None, :], 0.0)
-                    tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=here_ok)
+                    tl.store(weighted_ptr + here, tl.sum(weighted, 1), mask=rows_ok)
                 # 32 bits tell targets apart; only one that is ignored may have more
                 target = tl.load(target_ptr + rows, mask=rows_ok, other=-1).to(tl.int32) - v
                 hit = tl.sum(tl.where(at[None, :] == target[:, None], tile, 0.0), 1)
@@ -146,12 +145,12 @@ def linear_cross_entropy_logits_kernel(
                 if ARGMAX:
                     # tl.argmax would carry a second tile, of numbers
                     first = tl.min(tl.where(tile == highest[:, None], cols[None, :], V), 1)
-                    tl.store(argmax_ptr + here, first, mask=here_ok)
+                    tl.store(argmax_ptr + here, first, mask=rows_ok)
                 # where all are -inf, -inf - -inf would be NaN
                 anchor = tl.where(highest == float("-inf"), 0.0, highest)
                 total = tl.sum(tl.exp(tile - anchor[:, None]), 1)
-                tl.store(highest_ptr + here, highest, mask=here_ok)
-                tl.store(total_ptr + here, total, mask=here_ok)
+                tl.store(highest_ptr + here, highest, mask=rows_ok)
+                tl.store(total_ptr + here, total, mask=rows_ok)
 
 
 @triton.jit
@@ -364,7 +363,8 @@ def _logits_operands(
 def _tiles(x: Tensor, weight: Tensor, z: Maybe, crowded: bool) -> int:
     """How many pieces of a row `_logits_plan` has side by side."""
     _, constants = _logits_operands(x, weight, z, crowded)
-    return _common.cdiv(weight.shape[1], constants["COLUMNS"])
+    parts = constants["BLOCK_N"] // constants["COLUMNS"]
+    return _common.cdiv(weight.shape[1], constants["BLOCK_N"]) * parts
 
 
 def _rows_plan(

@@ -347,19 +347,21 @@ def test_blind_rows(backend):
     assert (grads[0][..., ~blind, :] != 0).any()
 
 
+@pytest.mark.parametrize("S", [40, 256])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_shows_in_the_rows_that_see_it(backend):
-    spec = AttentionSpec("attention-nan", "drawn", 1, 2, 40, 16)
+def test_nan_shows_in_the_rows_that_see_it(backend, S):
+    spec = AttentionSpec("attention-nan", "drawn", 1, 2, S, 16)
     need(spec, backend, torch.float32)
     clean = spec.inputs(torch.float32, device(backend))
     expected = functional.attention(**clean, is_causal=True, backend=backend)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # all bits of it set
     for name in "qk":
         made = {key: t.clone() for key, t in clean.items()}
-        made[name][0, 1, 20, 3] = torch.nan
+        made[name][0, 1, 20, 3] = nan
         out = functional.attention(**made, is_causal=True, backend=backend)
-        sees = [20] if name == "q" else range(20, 40)
+        sees = [20] if name == "q" else range(20, S)
         assert out[0, 1, sees].isnan().all()
-        unseen = [i for i in range(40) if i not in sees]
+        unseen = [i for i in range(S) if i not in sees]
         torch.testing.assert_close(out[0, 1, unseen], expected[0, 1, unseen])
         torch.testing.assert_close(out[0, 0], expected[0, 0])
 

@@ -368,6 +368,19 @@ def test_python_m_pykernels_without_kernels():
     )
 
 
+def test_an_instruction_set_that_is_not_built():
+    if not _backends.load_extension().cpu_runs("avx2"):
+        pytest.skip("this processor does not run avx2")
+    program = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if '_C_avx2' in name else find(name, *rest)\n"
+        "from pykernels import _backends; print(_backends.available('cpp'))"
+    )
+    out, code = python(program, PYKERNELS_ISA="avx2")
+    assert code == 0, out
+    assert out == "no C++ kernels are built for PYKERNELS_ISA=avx2"
+
+
 @pytest.mark.parametrize("name", ["rnn-strided", "gru-plain", "lstm-proj", "attention-strided"])
 def test_memory_that_c_cannot_find(name, monkeypatch):
     """A torch before 2.10 has no exchange functions: each tensor is asked in Python."""

@@ -4,8 +4,8 @@
 // last place of the correctly rounded result (denormal results included), as tests/test_core.py
 // measures it:
 //
-//              exp    exp2   exp2_softmax   tanh   sigmoid
-//   bound      1.05   1.25   2.5            2.5    2.5
+//              exp    exp2   exp2_normal   exp2_softmax   tanh   sigmoid
+//   bound      1.05   1.25   2.5           2.5            2.5    2.5
 //
 // NaN gives NaN; +-inf give the limits. The polynomials are minimax fits (Remez) to the relative
 // error, made for this file; the range reduction is W. J. Cody and W. Waite's ("Software Manual for
@@ -26,7 +26,6 @@ struct math_constants<float> {
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
   static constexpr float kExpLow = -105, kExpHigh = 89;     // exp is 0 below and inf above
   static constexpr float kExp2Low = -151, kExp2High = 129;  // and so exp2
-  static constexpr float kExp2Normal = -126;                // exp2 is normal from here on
   static constexpr float kTanhOne = 10;                     // tanh rounds to 1 from here on
   static constexpr float kSigmoidOne = 64;                  // and sigmoid
   // (exp(r) - 1 - r) / r^2, highest power first: relative error of exp 3.1e-9.
@@ -47,7 +46,6 @@ struct math_constants<double> {
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpLow = -746, kExpHigh = 710;
   static constexpr double kExp2Low = -1076, kExp2High = 1025;
-  static constexpr double kExp2Normal = -1022;
   static constexpr double kTanhOne = 20;
   static constexpr double kSigmoidOne = 64;
   // Relative error of exp 5.3e-20.
@@ -143,19 +141,19 @@ PK_INLINE vec<T> exp2(vec<T> x) {
   return scale_by_power<T>(1 + r * polynomial<T>(r, C::kExp2), n.integer);
 }
 
-// x to 2^(x rate), of several registers, where these powers are normal numbers. Step by step for
-// all of them: their chains of operations hide each other.
+// exp2 of several registers: x to 2^r, r = x - n and |r| <= 1/2, and `power` to what has the low
+// bits of the integer n + `bias`. Step by step for all of them: their chains of operations hide
+// each other.
 template <class T, int N>
-PK_INLINE void exp2_normal(vec<T> (&x)[N], vec<T> rate) {
+PK_INLINE void reduce_exp2(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
   using C = math_constants<T>;
   constexpr int terms = sizeof(C::kExp2Short) / sizeof(T);
-  // The rounding constant holds the exponent's bias, so the low bits of the sum are 2^n's exponent.
-  const vec<T> magic = broadcast(C::kRound + C::kBias);
+  const vec<T> magic = broadcast(C::kRound + bias);
   vec<T> shifted[N], y[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) shifted[i] = x[i] * rate + magic;
+  for (int i = 0; i < N; ++i) shifted[i] = x[i] + magic;
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = x[i] * rate - (shifted[i] - magic);
+  for (int i = 0; i < N; ++i) x[i] -= shifted[i] - magic;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) y[i] = broadcast(C::kExp2Short[0]);
 #pragma GCC unroll 16
@@ -163,17 +161,32 @@ PK_INLINE void exp2_normal(vec<T> (&x)[N], vec<T> rate) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::kExp2Short[k];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
-    x[i] = y[i] * bit_cast<vec<T>>(bit_cast<vec<int_of<T>>>(shifted[i]) << C::kMantissa);
+  for (int i = 0; i < N; ++i) {
+    power[i] = bit_cast<vec<int_of<T>>>(shifted[i]) << C::kMantissa;
+    x[i] = y[i];
+  }
 }
 
-// exp2 for softmax: x <= kBias only, and 0 may stand for what is no normal number. The exponent's
-// bits are 0, and the power with them, where the bias bounds x.
+// exp2 where it is a normal number, of finite x: n is added to the exponent's bits.
+template <class T, int N>
+PK_INLINE void exp2_normal(vec<T> (&x)[N]) {
+  vec<int_of<T>> n[N];
+  reduce_exp2<T>(x, n, T(0));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = bit_cast<vec<T>>(bit_cast<vec<int_of<T>>>(x[i]) + n[i]);
+}
+
+// exp2 for softmax: x <= kBias only, and 0 may stand for what is no normal number. The bits of 2^n
+// are n's with the bias; where they are 0, at the least x, the power is.
 template <class T, int N>
 PK_INLINE void exp2_softmax(vec<T> (&x)[N]) {
+  constexpr T bias = math_constants<T>::kBias;
+  vec<int_of<T>> power[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) x[i] = max(broadcast(T(-math_constants<T>::kBias)), x[i]);
-  exp2_normal<T>(x, 1 + vec<T>{});
+  for (int i = 0; i < N; ++i) x[i] = max(broadcast(-bias), x[i]);
+  reduce_exp2<T>(x, power, bias);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] *= bit_cast<vec<T>>(power[i]);
 }
 
 template <class T>

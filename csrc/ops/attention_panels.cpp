@@ -6,9 +6,10 @@
 namespace pykernels {
 namespace {
 
-// Keys by which a panel of scores takes 12 KB at most, a part of the first level of cache, and
-// whose weights are summed in one chain.
-constexpr int64_t kKeyBlock = std::min<int64_t>(kChain, 12 * 1024 / (kPanelVecs * kVecBytes));
+// Keys by which a panel of scores takes 12 KB at most, a part of the first level of cache. Outputs
+// and sums of weights are chains of as many additions: with kChain, their loads and stores took 1
+// to 2 % of the time more.
+constexpr int64_t kKeyBlock = std::min(192, 12 * 1024 / (kPanelVecs * kVecBytes));
 
 // Bytes of widened queries and of outputs that one thread keeps while all keys go past.
 constexpr int64_t kQueryBytes = 1024 * 1024;
@@ -37,8 +38,8 @@ class Panels {
         chunks_(cut(threads)), rows_(round_up(group_ * longest_chunk(), kWidth)),
         widest_(std::max(n_.D, n_.D_v)),
         per_thread_(Arena<T>::padded(rows_ * n_.D) + Arena<T>::padded(rows_ * n_.D_v) +
-                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(rows_ / kWidth) +
-                    Arena<T>::padded(kKeyBlock * n_.D) + Arena<T>::padded(kKeyBlock * n_.D_v) +
+                    Arena<T>::padded(rows_) * 2 + Arena<T>::padded(kKeyBlock * n_.D) +
+                    Arena<T>::padded(kKeyBlock * n_.D_v) +
                     Arena<T>::padded((kKeyBlock + 1) * kWidth) +
                     Arena<T>::padded(kWidth * std::max(kTurnedRow, widest_ + lanes<T>))),
         scratch_(threads * per_thread_), gathered_(threads * gathered_rows()) {}
@@ -51,13 +52,12 @@ class Panels {
     T* const out = arena.take(rows_ * n_.D_v);    // [panel][D_v, kWidth]
     T* const level = arena.take(rows_);
     T* const sum = arena.take(rows_);
-    T* const reach = arena.take(rows_ / kWidth);             // the largest |q|^2 of a panel
     T* const keys = arena.take(kKeyBlock * n_.D);            // [keys, D]
     T* const values = arena.take(kKeyBlock * n_.D_v);        // V^T, packed in tiles of its rows
     T* const scores = arena.take((kKeyBlock + 1) * kWidth);  // [keys, kWidth]
     T* const turned = arena.take(kWidth * std::max(kTurnedRow, widest_ + lanes<T>));
     S* const gathered = gathered_.get() + team.rank * gathered_rows();
-    const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
+    const T unit = score_unit(n_, p_.rule);
     const bool ruled = !scale_waits(n_, p_.rule) || p_.rule.mask.kind != AttentionMask::kNone;
 
     const Chunk chunk = chunks_[item];
@@ -74,8 +74,13 @@ class Panels {
       }
     };
 
+    const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
+    const T log_rate = unit * T(kLog2E);
+    const bool bounded = !ruled && are_bounded(b, g, {i0, i0 + length}, all, log_rate, gathered);
+    const T rate = bounded ? T(1) : log_rate;  // packed queries hold it already
+
     std::fill(out, out + round_up(rows, kWidth) * n_.D_v, T(0));
-    std::fill(level, level + round_up(rows, kWidth), -kInfinity<T>);
+    std::fill(level, level + round_up(rows, kWidth), bounded ? T(0) : -kInfinity<T>);
     std::fill(sum, sum + round_up(rows, kWidth), T(0));
     for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
       for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
@@ -85,16 +90,16 @@ class Panels {
         level[r0 + r] = widen(p_.rule.sinks[h]);
         sum[r0 + r] = level[r0 + r] == -kInfinity<T> ? T(0) : T(1);
       });
-      reach[r0 / kWidth] = longest_square(turned, std::min(kWidth, rows - r0), n_.D);
+      if (bounded)
+        for (int64_t x = 0; x < kWidth * n_.D; x += lanes<T>)
+          store(turned + x, load(turned + x) * log_rate);
       pack_panel(View<T>{turned, 1, n_.D}, n_.D, std::min(kWidth, rows - r0), queries + r0 * n_.D);
     }
 
-    const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
       const int64_t block = std::min(kKeyBlock, all.end - j0);
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, block, n_.D, gathered);
       copy_rows(k.data, k.row, block, n_.D, keys);
-      const T longest = longest_square(keys, block, n_.D);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, block, n_.D_v, gathered);
       pack_rows<T>(v.transposed(), n_.D_v, block, values);
       for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
@@ -106,10 +111,6 @@ class Panels {
         const Range part{j0 + seen.begin, j0 + seen.end};
         const Panel panel{queries + r0 * n_.D, scores, out + r0 * n_.D_v, level + r0, sum + r0};
         const bool whole = all_visible(n, some, part);
-        // A product is no longer than the lengths of its vectors.
-        const bool bounded =
-            !ruled && reach[r0 / kWidth] * longest * rate * rate < T(kBound * kBound);
-        if (!bounded) reach[r0 / kWidth] = kInfinity<T>;  // the level is its own from now on
         score(keys + seen.begin * n_.D, seen.size(), panel.queries, scores);
         if (ruled) {
           // Rules are about rows: they get them.
@@ -182,18 +183,31 @@ class Panels {
     });
   }
 
-  // The largest |row|^2 of [count, D].
-  T longest_square(const T* rows, int64_t count, int64_t D) const {
-    T most = 0;
-    for (int64_t r = 0; r < count; ++r, rows += D) {
+  // Whether the products of these queries with these keys, times the rate, are all within kBound:
+  // one is no longer than the lengths of its vectors.
+  bool are_bounded(int64_t b, int64_t g, Range queries, Range keys, T rate, S* gathered) const {
+    T query = 0, key = 0;
+    for (int64_t h = g * group_; h < (g + 1) * group_; ++h)
+      lengthen(&query, {p_.q.at(b, h, queries.begin), p_.q.row, 1}, queries.size());
+    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += kKeyBlock) {
+      const int64_t block = std::min(kKeyBlock, keys.end - j0);
+      lengthen(&key, rows_of(p_.k, p_.pages, b, g, j0, block, n_.D, gathered), block);
+    }
+    return query * key * rate * rate < T(kBound * kBound);
+  }
+
+  // *most becomes the largest |row|^2 of [count, D] if that is larger, and NaN if one is NaN.
+  void lengthen(T* most, View<S> rows, int64_t count) const {
+    for (int64_t r = 0; r < count; ++r) {
+      const S* const row = rows.data + r * rows.row;
       vec<T> sum{};
-      for (int64_t d = 0; d < D; d += lanes<T>) {
-        const vec<T> x = load_n(rows + d, D - d);
+      for (int64_t d = 0; d < n_.D; d += lanes<T>) {
+        const vec<T> x = load_n(row + d, n_.D - d);
         sum += x * x;
       }
-      most = std::max(most, reduce_add(sum));
+      const T square = reduce_add(sum);
+      if (!(square <= *most) && *most == *most) *most = square;
     }
-    return most;
   }
 
   // to[c * to_row + r] = from[r * kWidth + c], in whole registers of rows.
@@ -210,13 +224,12 @@ class Panels {
       }
   }
 
-  // A panel's scores [count, kWidth] to weights 2^((score - level) rate). The level is 0 where all
-  // scores are `bounded`; else near the largest so far: it follows only where a weight would exceed
-  // 2^kHeadroom, since all weights so far then have to follow too.
+  // A panel's scores [count, kWidth] to weights 2^((score - level) rate). Where all scores are
+  // `bounded`, the level is 0 and the rate 1; else the level is near the largest so far: it follows
+  // only where a weight would exceed 2^kHeadroom, since all weights so far then have to follow too.
   void weigh(int64_t count, T rate, bool bounded, bool whole, const Panel& panel) const {
     constexpr int n = kPanelVecs;
-    if (bounded) std::fill(panel.level, panel.level + kWidth, T(0));
-    else follow(count, rate, panel);
+    if (!bounded) follow(count, rate, panel);
     vec<T> total[n]{};
     const auto put = [&](T* row, const vec<T>* weight) {
 #pragma GCC unroll 4
@@ -231,7 +244,7 @@ class Panels {
         vec<T> weight[n];
 #pragma GCC unroll 4
         for (int x = 0; x < n; ++x) weight[x] = load(row + x * lanes<T>);
-        exp2_normal<T>(weight, broadcast(rate));
+        exp2_normal<T>(weight);
         put(row, weight);
       }
     } else {

@@ -71,7 +71,8 @@ def rnn(
     .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), \quad f = \tanh, \mathrm{relu}
 
     The parametrisation is that of `torch.nn.RNN`; the recurrence is J. L. Elman's ("Finding
-    structure in time", 1990). Only the states are kept for the backward pass.
+    structure in time", 1990). Only the states are kept for the backward pass, and with
+    `lengths` the rows of x that count.
 
     Args:
         x: the input, [T, B, I], any floating dtype; with `batch_sizes` the rows [N, I] of a
