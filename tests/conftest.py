@@ -6,6 +6,7 @@ how its kernels run.
 
 import torch  # noqa: I001  first: the C++ kernels share its OpenMP runtime
 
+import gc
 import os
 
 if not torch.cuda.is_available():
@@ -20,6 +21,11 @@ def pytest_configure(config):
     # Workers of xdist share the cores; tests that are about threads set their own number.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_finish():
+    # Modules and tests stay to the end: the collector would look through them all again and again.
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

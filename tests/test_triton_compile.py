@@ -181,21 +181,21 @@ def attention_entries():
 
 def attention_cases():
     for chip in (80, 90, 100):
-        yield Case("attention", chip, BRAIN, 64, mask="bool")
         yield Case("attention", chip, BRAIN, 61, mask="float", rules=True)
     for chip in (80, 90):
         yield Case("attention", chip, HALF, 64, heads=2)
         yield Case("attention", chip, HALF, 128, queries=1)
         yield Case("attention", chip, HALF, 128, packed=True)
+    yield Case("attention", 90, BRAIN, 64, mask="bool")
     yield Case("attention", 90, SINGLE, 64, is_causal=True)
     yield Case("attention", 90, DOUBLE, 64, mask="bool")
     for size, size_v in _configs.ATTENTION_FWD_SM90:
-        yield Case("attention", 90, HALF, size, size_v=size_v)
         yield Case("attention", 90, BRAIN, size, size_v=size_v, is_causal=True)
 
 
 def more_attention_cases():
     for chip in (80, 100):
+        yield Case("attention", chip, BRAIN, 64, mask="bool")
         yield Case("attention", chip, DOUBLE, 64, mask="bool")
     yield Case("attention", 100, HALF, 64, heads=2)
     yield Case("attention", 100, HALF, 128, queries=1)
@@ -204,6 +204,7 @@ def more_attention_cases():
     yield Case("attention", 90, SINGLE, 64, mask="float", rules=True, is_causal=True)
     yield Case("attention", 90, DOUBLE, 64, packed=True)
     for size, size_v in _configs.ATTENTION_FWD_SM90:
+        yield Case("attention", 90, HALF, size, size_v=size_v)
         yield Case("attention", 90, HALF, size, size_v=size_v, is_causal=True)
 
 
