@@ -17,8 +17,7 @@ bool row_major(const dlpack::Tensor& t) {
 }
 
 bool rows_dense(const dlpack::Tensor& t) {
-  const int32_t last = t.ndim - 1;
-  return last >= 0 && (t.strides[last] == 1 || t.shape[last] == 1);
+  return t.ndim == 4 && (t.strides[3] == 1 || t.shape[3] == 1);
 }
 
 // The first strides; of a tensor that broadcasts, 0 along an axis of size one.
@@ -33,6 +32,7 @@ py::tuple strides(const dlpack::Tensor& t, int32_t count, bool broadcast) {
 
 // A tensor that the kernel fills, or none where there is no dtype.
 struct Result {
+  static constexpr size_t kMostAxes = 5;
   std::vector<py::object> sizes;
   py::object dtype;  // Python's None for that of the first tensor
 
@@ -41,7 +41,7 @@ struct Result {
     if (!dtype) return py::none();
     static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
     static PyObject* const names = py::make_tuple("dtype").release().ptr();
-    PyObject* arguments[8] = {like.ptr()};  // no result has more than five axes
+    PyObject* arguments[kMostAxes + 2] = {like.ptr()};
     size_t count = 1;
     for (const py::object& size : sizes) arguments[count++] = size.ptr();
     arguments[count] = dtype.ptr();
@@ -52,7 +52,7 @@ struct Result {
   }
 };
 
-// What a hole in the arguments is filled with; the order is that of pykernels/cpp/__init__.py.
+// What a hole in the arguments is filled with: What of pykernels/cpp/__init__.py.
 enum What : int { kAddress, kStart, kStrides, kRows };
 
 // A part of the arguments.
@@ -82,6 +82,7 @@ class Plan {
         for (const py::handle size : py::tuple(given[0]))
           made.sizes.push_back(py::reinterpret_borrow<py::object>(size));
         made.dtype = given[1];
+        if (made.sizes.size() > Result::kMostAxes) throw std::invalid_argument("too many axes");
       }
       results_.push_back(std::move(made));
     }

@@ -333,6 +333,12 @@ def test_isa_of_no_name():
     assert out.endswith(
         "pykernels: `PYKERNELS_ISA` must be one of 'avx512', 'avx2', 'baseline', got 'sse9'"
     )
+    out, code = python(
+        "import torch; from pykernels import functional; q = torch.ones(1, 1, 2, 4);"
+        "print(functional.attention(q, q, q, backend='reference').shape)",
+        PYKERNELS_ISA="sse9",
+    )
+    assert (out, code) == ("torch.Size([1, 1, 2, 4])", 0)
 
 
 def test_python_m_pykernels():

@@ -75,11 +75,41 @@ def test_once(run, checks):
 
 @needs_signatures
 def test_lengths_are_not_remembered(checks):
-    """They come with indices of a batch's size, and seldom come back."""
+    """They come with indices of a batch's size, and seldom come back; nor do many batch sizes."""
     x, n = tensor(3, 2, size()), size()
+    weights = tensor(n, x.shape[2]), tensor(n, n)
     for _ in range(2):
-        functional.rnn(x, tensor(n, x.shape[2]), tensor(n, n), lengths=(3, 1))
+        functional.rnn(x, *weights, lengths=(3, 1))
     assert len(checks) == 2
+    for _ in range(2):
+        functional.rnn(tensor(300, x.shape[2]), *weights, batch_sizes=(1,) * 300)
+    assert len(checks) == 4
+
+
+@needs_signatures
+@pytest.mark.parametrize("layer", [torch.nn.RNN, torch.nn.LSTM])
+def test_gradients_that_come_and_go(layer, checks):
+    """Which outputs have a gradient is no part of what is remembered of a call."""
+    op = layer.__name__.lower()
+    n = size()
+    made = layer(3, n)
+    weights = [w.detach().requires_grad_() for w in made.parameters()]
+    x = tensor(4, 2, 3)
+    for use in (
+        lambda y, h: y.sum(),
+        lambda y, h: h.square().sum(),
+        lambda y, h: y.sum() + h.sum(),
+    ):
+        y, last = getattr(functional, op)(x, *weights)
+        h = last[0] if op == "lstm" else last
+        found = torch.autograd.grad(use(y, h), weights)
+        y, last = made(x)
+        h = last[0][0] if op == "lstm" else last[0]
+        for mine, theirs in zip(
+            found, torch.autograd.grad(use(y, h), list(made.parameters())), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+    assert len(checks) == 1
 
 
 class Watched(TorchDispatchMode):
@@ -114,6 +144,21 @@ def test_what_looks_on_is_seen(around, checks):
     assert len(checks) == 2
     attention(n)
     assert len(checks) == 2
+
+
+@needs_signatures
+def test_a_trace_is_seen(checks):
+    """Sizes are tensors of its own there."""
+    n = size()
+    traced = torch.jit.trace(attention_of_one, tensor(1, 2, n, 4), check_trace=False)
+    assert traced(tensor(1, 2, n, 4)).shape == (1, 2, n, 4)
+    assert len(checks) == 1
+    attention_of_one(tensor(1, 2, n, 4))
+    assert len(checks) == 2
+
+
+def attention_of_one(x):
+    return functional.attention(x, x, x)
 
 
 @needs_signatures
@@ -263,9 +308,9 @@ def test_no_more_is_kept_than_there_is_room_for(monkeypatch):
         def unseen(self, is_recorded):
             return self
 
-    for number in (1, 1, 2, 2, 3, 3, 1, 1):
+    for number in (1, 1, 2, 2, 1, 3, 3, 1, 2):
         check((), None, number)
-    assert checked == [1, 2, 3, 1]
+    assert checked == [1, 2, 3, 2]  # what was asked for last stays
 
 
 def test_without_signatures(monkeypatch):

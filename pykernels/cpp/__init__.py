@@ -5,6 +5,8 @@ The kernels read and write memory that torch owns; they know nothing of torch.
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,31 +42,37 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg()
 
 
+class What(enum.IntEnum):
+    """What a kernel wants of a tensor's memory; csrc/plan.cpp has the same."""
+
+    ADDRESS = 0  # of one in row-major order
+    START = 1  # the address of one of any strides
+    STRIDES = 2  # all, 0 along an axis of size one, which broadcasts
+    ROWS = 3  # address and first three strides of one [., ., ., D] whose last axis is contiguous
+
+
 class Hole(NamedTuple):
     """Where the arguments of a kernel want something of a tensor's memory; 0 or zeros for None."""
 
     index: int  # among the tensors, and behind them the results
-    what: int
+    what: What
 
 
 def at(*indices: int | None) -> list[Any]:
     """The addresses of tensors in row-major order; 0 for None."""
-    return [0 if i is None else Hole(i, 0) for i in indices]
+    return [0 if i is None else Hole(i, What.ADDRESS) for i in indices]
 
 
 def start(index: int) -> Hole:
-    """The address of a tensor of any strides."""
-    return Hole(index, 1)
+    return Hole(index, What.START)
 
 
 def strides(index: int) -> Hole:
-    """All strides of a tensor, 0 along an axis of size one, which broadcasts."""
-    return Hole(index, 2)
+    return Hole(index, What.STRIDES)
 
 
 def rows(*indices: int) -> list[Hole]:
-    """Address and first three strides of tensors [., ., ., D] whose last axis is contiguous."""
-    return [Hole(i, 3) for i in indices]
+    return [Hole(i, What.ROWS) for i in indices]
 
 
 class Result(NamedTuple):
@@ -90,21 +98,24 @@ class Plan:
         self.count, self.results, self.arguments = count, list(results), arguments
         make = _backends.load_extension().plan
         self._quick = make(Tensor, Hole, self.results, arguments, count) or (lambda _: None)
+        wanted: dict[int, What] = {}
+        _holes(arguments, wanted)
+        lay = {What.ADDRESS: contiguous, What.ROWS: dense_rows}
+        self._lay = [lay.get(wanted[i], plain) if i in wanted else None for i in range(count)]
 
     def __call__(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
         """The results, uninitialised; the arguments; and what must outlive the call beside them."""
         return self._quick(tensors) or self._at_length(tensors)
 
     def _at_length(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
-        """The same where C cannot tell where tensors are (before torch 2.10), or must be copied."""
-        wanted: dict[int, int] = {}
-        _holes(self.arguments, wanted)
-        kept: list[Maybe] = []
-        for i, t in enumerate(tensors):
-            if t is not None:
-                what = wanted.get(i)
-                t = contiguous(t) if what == 0 else dense_rows(t) if what == 3 else plain(t)
-            kept.append(t)
+        """The same with copies; or where C cannot tell where tensors are, before torch 2.10."""
+        kept = tuple(
+            t if t is None or lay is None else lay(t)
+            for t, lay in zip(tensors, self._lay, strict=True)
+        )
+        quick = self._quick(kept)
+        if quick is not None:
+            return quick[0], quick[1], kept
         made = [None if r is None else r.like(tensors[0]) for r in self.results]
         return tuple(made), _filled(self.arguments, [*kept, *made]), kept
 
@@ -140,7 +151,28 @@ class Pass:
         return self.finish(tensors, results)
 
 
-def _holes(arguments: Any, found: dict[int, int]) -> None:
+def planned(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, whose passes are kept.
+
+    It sees no more of its tensors than their key has; each build of the kernels has its own passes.
+    """
+
+    @functools.lru_cache(128)
+    def place(*key: object) -> list[Any]:
+        return []
+
+    @functools.wraps(make)
+    def find(*tensors: Maybe, **options: Any) -> Any:
+        looks = [None if t is None else (t.shape, t.dtype) for t in tensors]
+        known = place(_backends.load_extension(), *looks, *options.items())
+        if not known:
+            known.append(make(*tensors, **options))
+        return known[0]
+
+    return find
+
+
+def _holes(arguments: Any, found: dict[int, What]) -> None:
     """What is wanted of each tensor."""
     if isinstance(arguments, Hole):
         found[arguments.index] = arguments.what
@@ -154,11 +186,12 @@ def _filled(arguments: Any, tensors: Sequence[Maybe]) -> Any:
     if isinstance(arguments, Hole):
         tensor = tensors[arguments.index]
         if tensor is None:
-            return (0, (0, 0, 0)) if arguments.what == 3 else 0
-        if arguments.what == 2:
+            return (0, (0, 0, 0)) if arguments.what == What.ROWS else 0
+        if arguments.what == What.STRIDES:
             pairs = zip(tensor.shape, tensor.stride(), strict=True)
             return tuple(0 if size == 1 else step for size, step in pairs)
-        return (address(tensor), tensor.stride()[:3]) if arguments.what == 3 else address(tensor)
+        start = address(tensor)
+        return (start, tensor.stride()[:3]) if arguments.what == What.ROWS else start
     if isinstance(arguments, (list, tuple)):
         return type(arguments)(_filled(each, tensors) for each in arguments)
     return arguments

@@ -114,14 +114,14 @@ def backward(
 ) -> list[tuple[Maybe, ...]]:
     """The backward passes of calls, side by side.
 
-    As `forward`; `make` takes what a call saved, the gradients of its outputs, what is needed, and
-    options. If `chained`, the gradient of each y is that of the input of the call before.
+    As `forward`; `make` takes what a call saved, what is needed, and options. If `chained`, the
+    gradient of each y is that of the input of the call before.
     """
 
     def one(call: Backward, dx: Maybe) -> tuple[Pass, tuple[Maybe, ...]]:
         saved, (dy, *grads), needs, options = call
         given = (dy if dx is None else dx, *grads)
-        return make(saved, given, needs=needs, **options), (*saved, *given)
+        return make(*saved, needs=needs, **options), (*saved, *given)
 
     return side_by_side(calls, one, chained)
 
@@ -202,7 +202,7 @@ def with_second_bias(
 
     def finish(tensors: tuple[Maybe, ...], grads: tuple[Any, ...]) -> tuple[Maybe, ...]:
         first = grads[3]
-        second = first.clone() if copied else first if moved else None
-        return (*grads[:4], second, *grads[5:])
+        biases = (None, first) if moved else (first, first.clone() if copied else None)
+        return (*grads[:3], *biases, *grads[5:])
 
     return finish

@@ -9,7 +9,19 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import Pass, Plan, Result, address, at, contiguous, plain, rows, start, strides
+from pykernels.cpp import (
+    Pass,
+    Plan,
+    Result,
+    address,
+    at,
+    contiguous,
+    plain,
+    planned,
+    rows,
+    start,
+    strides,
+)
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset(
@@ -30,6 +42,7 @@ def attention_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any
     return found
 
 
+@planned
 def attention_fwd_pass(
     q: Tensor,
     k: Tensor,
@@ -88,14 +101,13 @@ def attention_bwd(
     saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], **options: Any
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract."""
-    found: tuple[Tensor | None, ...] = attention_bwd_pass(saved, grads, **options)((*saved, *grads))
+    found: tuple[Tensor | None, ...] = attention_bwd_pass(*saved, **options)((*saved, *grads))
     return found
 
 
+@planned
 def attention_bwd_pass(
-    saved: tuple[Any, ...],
-    grads: tuple[Tensor | None, ...],
-    *,
+    *saved: Any,
     band: Band,
     scale: float,
     softcap: float = 0.0,

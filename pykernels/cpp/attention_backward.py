@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels.cpp import attention
+from pykernels.cpp import attention, planned
 
 DTYPES = attention.DTYPES
 FEATURES = attention.FEATURES - {"dropout"}
@@ -22,6 +22,7 @@ def attention_backward_fwd(
     return attention_backward_fwd_pass(*tensors, keep=keep, **options)(tensors)
 
 
+@planned
 def attention_backward_fwd_pass(
     dout: Tensor,
     q: Tensor,
@@ -43,7 +44,7 @@ def attention_backward_fwd_pass(
     given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
     unit = attention.unit(*given, **options)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    backward = attention.attention_bwd_pass((*given, out, None), (), needs=needs, **options)
+    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, **options)
 
     def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
         dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors

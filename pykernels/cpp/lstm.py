@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import Maybe, Pass, Result, _recurrent, at
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, planned
 from pykernels.cpp._recurrent import Backward, Forward, Kept, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -22,6 +22,7 @@ def lstm_fwd(
     return lstm_fwd_pass(*tensors, keep=keep, **options)(tensors, packed)
 
 
+@planned
 def lstm_fwd_pass(
     x: Tensor,
     w_ih: Tensor,
@@ -79,13 +80,12 @@ def lstm_bwd(
     saved: tuple[Any, ...], grads: tuple[Maybe, ...], *, needs: tuple[bool, ...], **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return lstm_bwd_pass(saved, grads, needs=needs, **options)((*saved, *grads))
+    return lstm_bwd_pass(*saved, needs=needs, **options)((*saved, *grads))
 
 
+@planned
 def lstm_bwd_pass(
-    saved: tuple[Any, ...],
-    grads: tuple[Maybe, ...],
-    *,
+    *saved: Any,
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import Maybe, Pass, Result, _recurrent, at
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, planned
 from pykernels.cpp._recurrent import Backward, Forward, Kept, Packed
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -20,6 +20,7 @@ def rnn_fwd(*tensors: Any, keep: bool = True, packed: Packed | None = None, **op
     return rnn_fwd_pass(*tensors, keep=keep, **options)(tensors, packed)
 
 
+@planned
 def rnn_fwd_pass(
     x: Tensor,
     w_ih: Tensor,
@@ -54,13 +55,12 @@ def rnn_bwd(
     saved: tuple[Any, ...], grads: tuple[Maybe, ...], *, needs: tuple[bool, ...], **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return rnn_bwd_pass(saved, grads, needs=needs, **options)((*saved, *grads))
+    return rnn_bwd_pass(*saved, needs=needs, **options)((*saved, *grads))
 
 
+@planned
 def rnn_bwd_pass(
-    saved: tuple[Any, ...],
-    grads: tuple[Maybe, ...],
-    *,
+    *saved: Any,
     nonlinearity: str,
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,

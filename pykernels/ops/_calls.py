@@ -21,8 +21,10 @@ from pykernels import _autocast, _backends
 from pykernels.ops import _autograd, _library
 from pykernels.ops._packed import PackedWeights
 
-#: How many signatures are kept of an op: sizes may never repeat, and then they help nobody.
+#: How many signatures are kept of an op, the last ones: sizes may never repeat.
 CAPACITY = 1024
+#: Bytes of the longest one that is: more hold a number for each sequence or step, as seldom again.
+LONGEST = 1024
 
 Maybe = Tensor | None
 
@@ -156,20 +158,20 @@ class _Unseen(Call):
             return super().backward(saved, grads, needs)
         run = self._backward.get(needs)
         if run is None:
-            run = self._backward[needs] = plan(saved, grads, needs=needs, **self.options)
+            run = self._backward[needs] = plan(*saved, needs=needs, **self.options)
         found: tuple[Maybe, ...] = run((*saved, *grads))
         return found
 
 
 Check = Callable[..., Any]
-#: What is remembered of each op, by signature.
-_known: list[dict[bytes, Any]] = []
+#: What forgets the calls of each op.
+_forget: list[Callable[[], None]] = []
 
 
 def forget() -> None:
     """Forgets all calls: plans hold for the build of the C++ kernels that they were made with."""
-    for known in _known:
-        known.clear()
+    for forget_op in _forget:
+        forget_op()
 
 
 def once(check: Check) -> Check:
@@ -179,26 +181,29 @@ def once(check: Check) -> Check:
     and returns a `Call` or what has an `unseen` like it, or raises an error. A call whose `unseen`
     is None is not remembered.
     """
-    known: dict[bytes, Any] = {}
-    _known.append(known)
+
+    @functools.lru_cache(CAPACITY)
+    def place(signature: bytes) -> list[Any]:
+        """Where the call of a signature is, once it is found right."""
+        return []
+
+    _forget.append(place.cache_clear)
 
     @functools.wraps(check)
     def checked(tensors: tuple[Maybe, ...], backend: str | None, *others: Any) -> Any:
         if torch.compiler.is_compiling():
             return check(tensors, backend, *others)
         signature = _signer()(tensors, (_backends.asked_for(backend), *others))
-        if signature is None:
+        if signature is None or len(signature) > LONGEST:
             return check(tensors, backend, *others)
-        call = known.get(signature)
-        if call is not None:
-            return call
+        known = place(signature)
+        if known:
+            return known[0]
         found = check(tensors, backend, *others)
         call = found.unseen(signature[0] == 1)
         if call is None:
             return found
-        if len(known) >= CAPACITY:
-            known.clear()
-        known[signature] = call
+        known.append(call)
         return call
 
     return checked
@@ -207,12 +212,17 @@ def once(check: Check) -> Check:
 @functools.cache
 def _signer() -> Callable[..., bytes | None]:
     """What makes signatures in C; it makes none without the C++ kernels or before torch 2.10."""
-    if _backends.available("cpp") is not None:
+    try:
+        missing = _backends.available("cpp")
+    except ValueError as error:  # of what asks for the kernels, which not every call does
+        missing = str(error)
+    if missing is not None:
         return lambda *_: None
     looking_on = (
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
         torch._C._is_any_autocast_enabled,
+        torch._C._is_tracing,
         _library.in_forward_mode,
     )
     make = _backends.load_extension().signer
