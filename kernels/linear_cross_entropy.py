@@ -361,7 +361,7 @@ def _logits_operands(
 
 
 def _tiles(x: Tensor, weight: Tensor, z: Maybe, crowded: bool) -> int:
-    """How many pieces of a row `_logits_plan` has side by side."""
+    """How many pieces of a row `_logits_plan` has side by side; the last may lie past V, empty."""
     _, constants = _logits_operands(x, weight, z, crowded)
     parts = constants["BLOCK_N"] // constants["COLUMNS"]
     return _common.cdiv(weight.shape[1], constants["BLOCK_N"]) * parts

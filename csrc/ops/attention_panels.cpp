@@ -7,8 +7,8 @@ namespace pykernels {
 namespace {
 
 // Keys by which a panel of scores takes 12 KB at most, a part of the first level of cache. Outputs
-// and sums of weights are chains of as many additions: with kChain, their loads and stores took 1
-// to 2 % of the time more.
+// and sums of weights are chains of as many additions, a few more than kChain: each block costs
+// their loads and stores.
 constexpr int64_t kKeyBlock = std::min(192, 12 * 1024 / (kPanelVecs * kVecBytes));
 
 // Bytes of widened queries and of outputs that one thread keeps while all keys go past.
