@@ -98,10 +98,14 @@ class Plan:
         self.count, self.results, self.arguments = count, list(results), arguments
         make = _backends.load_extension().plan
         self._quick = make(Tensor, Hole, self.results, arguments, count) or (lambda _: None)
+
+    @functools.cached_property
+    def _lay(self) -> list[Callable[[Tensor], Maybe] | None]:
+        """What lays each tensor as the kernel wants it; None where it wants none of it."""
         wanted: dict[int, What] = {}
-        _holes(arguments, wanted)
+        _holes(self.arguments, wanted)
         lay = {What.ADDRESS: contiguous, What.ROWS: dense_rows}
-        self._lay = [lay.get(wanted[i], plain) if i in wanted else None for i in range(count)]
+        return [lay.get(wanted[i], plain) if i in wanted else None for i in range(self.count)]
 
     def __call__(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
         """The results, uninitialised; the arguments; and what must outlive the call beside them."""
