@@ -268,6 +268,20 @@ PK_INLINE void transpose_bit(V* rows) {
   }
 }
 
+// The sums of rows over pairs of lanes, and pairs of those: half as many rows each time.
+template <int kBit, class V>
+PK_INLINE void sum_bit(V* rows) {
+  constexpr int n = lanes<lane_t<V>>;
+  if constexpr (kBit < n) {
+    using Lanes = std::make_integer_sequence<int, n>;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 2 * kBit)
+      rows[i] = exchange<kBit, false>(rows[i], rows[i + kBit], Lanes{}) +
+                exchange<kBit, true>(rows[i], rows[i + kBit], Lanes{});
+    sum_bit<2 * kBit>(rows);
+  }
+}
+
 // v with the lanes of each pair that differ in bit kBit swapped.
 template <int kBit, class V, int... I>
 PK_INLINE V swap_lanes(V v, std::integer_sequence<int, I...>) {
@@ -313,6 +327,13 @@ PK_INLINE bool any(M mask) {
 template <class V>
 PK_INLINE void transpose(V (&rows)[lanes<lane_t<V>>]) {
   detail::transpose_bit<1>(rows);
+}
+
+// The sum of each row's lanes, that of row i in lane i. Of the rows nothing is left.
+template <class V>
+PK_INLINE V sum_of_each(V (&rows)[lanes<lane_t<V>>]) {
+  detail::sum_bit<1>(rows);
+  return rows[0];
 }
 
 // ---- the processor ------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ constexpr int64_t kFewRows = sizeof(S) < 4 ? 2 : 3;
 // And where spans of keys keep more threads busy than heads do.
 constexpr int64_t kFewRowsOfFewHeads = 4;
 
-// Keys whose scores become weights at a time: they and their values stay in the first cache.
-constexpr int64_t kFewKeys = 128;
-static_assert(kFewKeys <= kChain);
+// Keys whose scores become weights at a time. The processor fetches ahead of reads that go on in
+// order, and has to find out anew where they turn from keys to values and back: seldom, by this.
+constexpr int64_t kFewKeys = 512;
 
 // Keys of one item.
 constexpr int64_t kSpan = 1024;
@@ -95,7 +95,8 @@ class Few {
           draw_kept(p_.rule, b * n_.N + h, i, j0, mine, keep);
           for (int64_t j = mine.begin; j < mine.end; ++j) row[j] *= keep[j];
         }
-        add_values(row, v, mine, part.out);
+        for (int64_t j = mine.begin; j < mine.end; j += kChain)
+          add_values(row, v, {j, std::min(j + kChain, mine.end)}, part.out);
       }
     }
   }
@@ -157,10 +158,13 @@ class Few {
   void multiply_keys(const T* query, View<S> k, Range seen, T* scores) const {
     constexpr int width = lanes<T>;
     for (int64_t j = seen.begin / width * width; j < seen.end; j += width) {
-      vec<T> sums[width] = {};
-      // Past the last key, the last one again.
+      vec<T> sums[width];
       const S* rows[width];
-      for (int x = 0; x < width; ++x) rows[x] = k.at(std::min(j + x, seen.end - 1), 0).data;
+#pragma GCC unroll 16
+      for (int x = 0; x < width; ++x) {
+        sums[x] = vec<T>{};
+        rows[x] = k.at(std::min(j + x, seen.end - 1), 0).data;  // past the last key, it again
+      }
       int64_t d = 0;
       for (; d + width <= n_.D; d += width) {
         const vec<T> q = load(query + d);
@@ -168,35 +172,41 @@ class Few {
         for (int x = 0; x < width; ++x) sums[x] += q * load(rows[x] + d);
       }
       if (d < n_.D)
+#pragma GCC unroll 16
         for (int x = 0; x < width; ++x) sums[x] += load(query + d) * load_n(rows[x] + d, n_.D - d);
-      transpose(sums);
-      for (int x = 1; x < width; x *= 2)
-        for (int y = 0; y + x < width; y += 2 * x) sums[y] += sums[y + x];
-      store(scores + j, sums[0]);
+      store(scores + j, sum_of_each(sums));
     }
   }
 
   // out += the values of the keys `mine`, weighed.
   void add_values(const T* weights, View<S> v, Range mine, T* out) const {
-    constexpr int64_t width = lanes<T>;
-    int64_t d = 0;
-    for (; d + kSums * width <= n_.D_v; d += kSums * width) {
-      vec<T> sums[kSums] = {};
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        const S* const row = v.at(j, d).data;
-        const vec<T> weight = broadcast(weights[j]);
-#pragma GCC unroll 8
-        for (int x = 0; x < kSums; ++x) sums[x] += weight * load(row + x * width);
-      }
-      for (int x = 0; x < kSums; ++x)
-        store(out + d + x * width, load(out + d + x * width) + sums[x]);
-    }
-    for (; d < n_.D_v; d += width) {
+    int64_t d = add_registers<kSums>(weights, v, mine, 0, out);
+    for (; d < n_.D_v; d += lanes<T>) {
       vec<T> sum{};
       for (int64_t j = mine.begin; j < mine.end; ++j)
         sum += broadcast(weights[j]) * load_n(v.at(j, d).data, n_.D_v - d);
       store(out + d, load(out + d) + sum);
     }
+  }
+
+  // The same for whole registers from column d on, kCount at a time and then fewer. Returns the
+  // first column that is left.
+  template <int kCount>
+  int64_t add_registers(const T* weights, View<S> v, Range mine, int64_t d, T* out) const {
+    constexpr int64_t width = lanes<T>;
+    for (; d + kCount * width <= n_.D_v; d += kCount * width) {
+      vec<T> sums[kCount] = {};
+      for (int64_t j = mine.begin; j < mine.end; ++j) {
+        const S* const row = v.at(j, d).data;
+        const vec<T> weight = broadcast(weights[j]);
+#pragma GCC unroll 8
+        for (int x = 0; x < kCount; ++x) sums[x] += weight * load(row + x * width);
+      }
+      for (int x = 0; x < kCount; ++x)
+        store(out + d + x * width, load(out + d + x * width) + sums[x]);
+    }
+    if constexpr (kCount > 1) return add_registers<kCount / 2>(weights, v, mine, d, out);
+    return d;
   }
 
   const AttentionForward<S>& p_;
