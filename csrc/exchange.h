@@ -63,9 +63,11 @@ class Exchange {
 
   // Whether `object` is a tensor in memory that `out` then describes.
   bool read(py::handle object, dlpack::Tensor* out) const {
-    if (table_->tensor_from(object.ptr(), out) == 0 && out->strides) return true;
-    PyErr_Clear();
-    return false;
+    if (table_->tensor_from(object.ptr(), out) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return out->strides && (out->data || empty(*out));
   }
 
   // Whether a tensor has the signs that its memory has: torch may keep a minus to itself.
@@ -78,6 +80,12 @@ class Exchange {
   }
 
  private:
+  static bool empty(const dlpack::Tensor& t) {
+    for (int32_t axis = 0; axis < t.ndim; ++axis)
+      if (t.shape[axis] == 0) return true;
+    return false;
+  }
+
   static constexpr const char* kName = "dlpack_exchange_api";
   const py::object is_neg_;  // unbound, to be found once
   const dlpack::ExchangeTable* table_ = nullptr;

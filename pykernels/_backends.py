@@ -102,7 +102,7 @@ def select(
 
 def asked_for(requested: str | None) -> str | None:
     """The backend that the call or its surroundings ask for; None leaves the choice."""
-    return requested or _context.get() or _environment
+    return _context.get() or _environment if requested is None else requested
 
 
 def name(module: ModuleType) -> str:
@@ -115,7 +115,10 @@ def _found(
 ) -> ModuleType | str:
     """What `select` returns, or the message of what it raises."""
     try:
-        return _select(op, asked_for(requested), device, dtype, features)
+        requested = asked_for(requested)
+        if requested is not None:  # here, as what is no string may have no hash
+            _checks.choice(op, "backend", requested, BACKENDS)
+        return _select(op, requested, device, dtype, features)
     except ValueError as error:
         return str(error)
 
@@ -134,7 +137,6 @@ def _select(
     features: frozenset[str],
 ) -> ModuleType:
     if requested is not None:
-        _checks.choice(op, "backend", requested, BACKENDS)
         reason = refusal(requested, op, device, dtype, features)
         if reason is None:
             return module(requested, op)

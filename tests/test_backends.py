@@ -188,6 +188,14 @@ def test_backward_stays_on_the_backend_of_its_forward():
             "rnn: `backend` must be one of 'cpp', 'triton', 'reference', got 'fast'",
         ),
         (
+            lambda: chosen(""),
+            "rnn: `backend` must be one of 'cpp', 'triton', 'reference', got ''",
+        ),
+        (
+            lambda: chosen([]),
+            "rnn: `backend` must be one of 'cpp', 'triton', 'reference', got []",
+        ),
+        (
             lambda: chosen("cpp", torch.float8_e4m3fn),
             "rnn: backend 'cpp' cannot serve this call: it does not serve torch.float8_e4m3fn; "
             "no backend can",

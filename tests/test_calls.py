@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional as stock
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pykernels import _backends, functional, use_backend
+from pykernels.cpp import attention as cpp_attention
 from pykernels.ops import _calls
 
 needs_signatures = pytest.mark.skipif(
@@ -319,3 +322,44 @@ def test_without_signatures(monkeypatch):
     n = size()
     for run in CALLS.values():
         torch.testing.assert_close(run(n), run(n), rtol=0, atol=0)
+
+
+def test_tensors_that_dispatch_by_themselves():
+    """They see the operator, as in the modes that made them: they have no memory to read."""
+    with FakeTensorMode():
+        fake = tensor(1, 2, 5, 4)
+    plain = tensor(1, 2, 5, 4)
+    assert isinstance(functional.attention(fake, fake, fake), FakeTensor)
+    assert functional.attention(*[fake.clone().requires_grad_()] * 3).requires_grad
+    pair = TwoTensor(plain, -plain)
+    found = functional.attention(pair, pair, pair)
+    for one, t in ((found.a, plain), (found.b, -plain)):
+        torch.testing.assert_close(one, functional.attention(t, t, t), rtol=0, atol=0)
+
+
+def test_memory_that_is_not_there():
+    """As where weights are gathered for a layer and given back."""
+    q = tensor(1, 2, 5, 4)
+    gone = torch.empty_like(q)
+    gone.untyped_storage().resize_(0)
+    for recorded in (False, True):
+        given = q.clone().requires_grad_(recorded)
+        with pytest.raises(ValueError, match=r"of a tensor of shape \[1, 2, 5, 4\] is not there"):
+            functional.attention(given, q, gone, backend="cpp")
+
+
+def test_zeros_that_torch_keeps_to_itself():
+    q = tensor(1, 2, 5, 4).requires_grad_()
+    out = functional.attention(q, q, q, backend="cpp")
+    zeros = torch._efficientzerotensor(out.shape)
+    assert (torch.autograd.grad(out, q, zeros)[0] == 0).all()
+
+
+@needs_signatures
+def test_a_plan_is_of_so_many_tensors():
+    q = tensor(1, 2, 5, 4)
+    given = (q, q, q, None, None, None, None)
+    options = {"band": (None, None), "scale": 1.0, "keep": False}
+    planned = cpp_attention.attention_fwd_pass(*given, **options)
+    with pytest.raises(ValueError, match="another number of tensors"):
+        planned(given[:-1])

@@ -38,8 +38,15 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor with the signs that its memory has: torch may keep a minus to itself."""
-    return tensor.resolve_neg()
+    """The tensor with what its memory has: torch may keep a minus, or that all is 0, to itself.
+
+    Raises:
+        ValueError: its memory has been given back.
+    """
+    tensor = tensor.clone() if tensor._is_zerotensor() else tensor.resolve_neg()
+    if tensor.numel() and not tensor.data_ptr():
+        raise ValueError(f"the memory of a tensor of shape {list(tensor.shape)} is not there")
+    return tensor
 
 
 class What(enum.IntEnum):

@@ -30,17 +30,28 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _operators: dict[str, Operator] = {}
 
 
-def looked_at(backend: ModuleType) -> bool:
+def looked_at(backend: ModuleType, tensors: Sequence[Maybe] = ()) -> bool:
     """Whether a compiler, a transform or a dispatch mode looks on, and must see an operator.
 
-    A mode sees the operations that the reference is made of.
+    So must tensors that dispatch by themselves, as those of `FakeTensorMode` do outside of it: they
+    need have no memory. All of these see the operations that the reference is made of.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or in_forward_mode()
-        or (torch._C._len_torch_dispatch_stack() > 0 and _backends.name(backend) != "reference")
+        or (
+            (torch._C._len_torch_dispatch_stack() > 0 or any(map(_dispatches, tensors)))
+            and _backends.name(backend) != "reference"
+        )
     )
+
+
+def _dispatches(tensor: Maybe) -> bool:
+    """Whether its class wants to see each operation on it."""
+    if tensor is None or type(tensor) is Tensor:
+        return False
+    return type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
 
 
 def in_forward_mode() -> bool:

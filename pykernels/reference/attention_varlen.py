@@ -88,7 +88,8 @@ def sequences(tensors, *, band, ends_meet, dropout_p=0.0, **options):
         if block_table is None:
             keys, values = k[slot(places, b)], v[slot(places, b)]
         else:
-            keys, values = (pool[block_table[b].long()].flatten(0, 1) for pool in (k, v))
+            pages = block_table[b, : -(-int(seqused_k[b]) // max(1, k.shape[1]))].long()
+            keys, values = (pool[pages].flatten(0, 1) for pool in (k, v))
         if seqused_k is not None:
             keys, values = keys[: seqused_k[b]], values[: seqused_k[b]]
         shift = keys.shape[0] - (end - begin) if ends_meet else 0
