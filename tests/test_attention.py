@@ -122,6 +122,21 @@ PANELS = [
         "sinks": {"sinks": True},
         "alibi": {"alibi": ("N",)},
         "dropout": {"dropout_p": 0.3, "is_causal": True},
+        "everything": {
+            "dropout_p": 0.3,
+            "window": (300, 40),
+            "causal_alignment": "bottom-right",
+            "softcap": 5.0,
+            "mask": "float",
+            "mask_shape": ("N", "S_q", "S_k"),
+            "dead_rows": True,
+            "learned": True,
+            "sinks": True,
+            "alibi": ("N",),
+            "n_kv": 2,
+            "d_v": 37,
+            "layout": "strided",
+        },
     }.items()
 ]
 
