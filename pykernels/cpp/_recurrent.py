@@ -172,17 +172,10 @@ def gradients(
     w_hh: Tensor,
     sizes: Sizes,
     needs: Sequence[bool],
-    *,
-    one_bias: bool,
 ) -> list[Result | None]:
-    """The gradients of x, w_ih, w_hh, b_ih, b_hh, h0.
-
-    With `one_bias` the two biases have the same gradient, and only the first is made.
-    """
+    """The gradients of x, w_ih, w_hh, b_ih, b_hh, h0."""
     need_x, need_w_ih, need_w_hh, need_b_ih, need_b_hh, need_h0 = needs
     _, B, I, _, R = sizes
-    if one_bias:
-        need_b_ih, need_b_hh = need_b_ih or need_b_hh, False
     rows = w_ih.shape[0]
     return [
         Result(tuple(x.shape)) if need_x else None,
@@ -192,17 +185,3 @@ def gradients(
         Result((rows,)) if need_b_hh else None,
         Result((B, R)) if need_h0 else None,
     ]
-
-
-def with_second_bias(
-    needs: Sequence[bool],
-) -> Callable[[tuple[Maybe, ...], tuple[Maybe, ...]], tuple[Maybe, ...]]:
-    """What puts the gradient of the second bias among those of a pass that computed only one."""
-    copied, moved = needs[3] and needs[4], needs[4] and not needs[3]
-
-    def finish(tensors: tuple[Maybe, ...], grads: tuple[Any, ...]) -> tuple[Maybe, ...]:
-        first = grads[3]
-        biases = (None, first) if moved else (first, first.clone() if copied else None)
-        return (*grads[:3], *biases, *grads[5:])
-
-    return finish

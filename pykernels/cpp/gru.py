@@ -73,7 +73,7 @@ def gru_bwd_pass(
     """See `pykernels._backends` for the contract."""
     x, w_ih, w_hh, *_ = saved
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
-    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=False)
+    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs)
     # the tensors, y, gates, the gradients of y and h_n; the gradients of the tensors
     memory = at(0, 1, 2, 5, None, 6, 8, 9), at(10, 11, 12, 13, 14, 15, None), *at(7)
     plan = _recurrent.plan(10, results, (sizes, batch_sizes, reverse), memory)

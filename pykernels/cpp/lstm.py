@@ -96,7 +96,7 @@ def lstm_bwd_pass(
     w_hr = saved[7]
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
     _, B, _, H, _ = sizes
-    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6], one_bias=True)
+    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs[:6])
     results.append(Result((B, H)) if needs[6] else None)
     results.append(Result(tuple(w_hr.shape)) if needs[7] else None)
     # the tensors, y, gates, cells, unprojected; the gradients of y, h_n, c_n and the cells if they
@@ -110,7 +110,7 @@ def lstm_bwd_pass(
         at(9, 10, 11),
     )
     plan = _recurrent.plan(first, results, (sizes, batch_sizes, reverse), memory)
-    return Pass("lstm_backward", x, plan, _recurrent.with_second_bias(needs))
+    return Pass("lstm_backward", x, plan, lambda _, results: results)
 
 
 def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:

@@ -69,12 +69,12 @@ def rnn_bwd_pass(
     """See `pykernels._backends` for the contract."""
     x, w_ih, w_hh, *_ = saved
     sizes = _recurrent.sizes(x, w_hh, 1, batch_sizes)
-    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs, one_bias=True)
+    results = _recurrent.gradients(x, w_ih, w_hh, sizes, needs)
     # the tensors, y, the gradients of y and h_n; the gradients of the tensors
     memory = at(0, 1, 2, 5, None, 6, 7, 8), at(9, 10, 11, 12, 13, 14, None)
     shape, relu = (sizes, batch_sizes, reverse), nonlinearity == "relu"
     plan = _recurrent.plan(9, results, shape, memory, relu)
-    return Pass("rnn_backward", x, plan, _recurrent.with_second_bias(needs))
+    return Pass("rnn_backward", x, plan, lambda _, results: results)
 
 
 def rnn_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
