@@ -19,8 +19,7 @@ from pykernels.testing.specs import find
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 LONG = 0.02  # seconds that a kernel must take for a thread beside it to show
-
-
+LARGE, SMALL = 1024, 64  # some tenths of a second on one thread, and some milliseconds at most
 OPS = (
     "rnn",
     "gru",
@@ -50,9 +49,6 @@ def sized(op, rows):
     weights = torch.randn(2, gates * 512, 512)
     args = torch.randn(rows // (4 * gates), 64, 512), *weights
     return lambda: getattr(functional, op)(*args)
-
-
-LARGE, SMALL = 1024, 64  # some tenths of a second on one thread, and some milliseconds at most
 
 
 @pytest.mark.parametrize("op", OPS)

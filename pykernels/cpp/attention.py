@@ -62,10 +62,8 @@ def attention_fwd_pass(
     """See `pykernels._backends` for the contract."""
     B, N, S_q, _ = q.shape
     dtype = compute_dtype(q)
-    results = [Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype)]
-    results.append(_row_stats(q))
-    if not keep:
-        results[2] = None
+    row_stats = _row_stats(q) if keep else None
+    results = [Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype), row_stats]
     # the tensors; out, lse, row_stats
     arguments = (
         _sizes(q, k, v, band, diagonal),
