@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import io
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +16,7 @@ from cases import BAD_CALLS
 from cases import flat_tensors as flat
 from torch.library import opcheck
 
-from pykernels import functional, nn, use_backend
+from pykernels import _backends, functional, nn, use_backend
 from pykernels.testing import specs
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -594,6 +599,112 @@ def test_export(dynamic):
     )
     for given in (x, torch.randn(11, 2, 4)) if dynamic else (x,):
         exactly(flat(program.module()(given)), flat(model(given)))
+
+
+RUN = """
+import sys
+import torch
+import pykernels
+program = torch.export.load(sys.argv[1] + "/program.pt2")
+torch.save(program.module()(torch.load(sys.argv[1] + "/x")), sys.argv[1] + "/found")
+"""
+
+
+def test_export_runs_in_a_fresh_process(tmp_path):
+    """Which knows nothing of the model, and has pykernels for its operators alone."""
+    model, x = Model().eval(), torch.randn(5, 3, 4)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "program.pt2")
+    torch.save(x, tmp_path / "x")
+    subprocess.run([sys.executable, "-c", RUN, os.fspath(tmp_path)], check=True)
+    exactly(torch.load(tmp_path / "found"), flat(model(x)))
+
+
+KEPT = """
+import sys
+import torch
+from pykernels import _backends, functional
+torch._dynamo.config.allow_rnn = True
+assert _backends.isa() == sys.argv[1]
+for op, gates in (("gru", 3), ("lstm", 4)):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 3, 4), (gates * 5, 4), (gates * 5, 5)
+    args = [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
+    run = getattr(functional, op)
+    grads = [
+        torch.autograd.grad(f(*args)[0].sin().sum(), args)
+        for f in (run, torch.compile(run, fullgraph=True))
+    ]
+    torch.testing.assert_close(*grads)
+print(dict(torch._dynamo.utils.counters["aot_autograd"]))
+"""
+
+
+def test_graphs_on_disk_run_on_another_build(tmp_path):
+    """Kept by a process that runs one instruction set, a graph serves one that runs another."""
+    sets = [isa for isa in _backends.ISAS if runs(isa)]
+    if len(sets) < 2:
+        pytest.skip("one instruction set runs here")
+    said = []
+    for isa in sets:
+        around = os.environ | {"PYKERNELS_ISA": isa, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", KEPT, isa]
+        done = subprocess.run(command, env=around, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "autograd_cache_hit" not in said[0]
+    assert all("'autograd_cache_hit': 2" in each for each in said[1:]), said
+
+
+def runs(isa):
+    """Whether there is a build for an instruction set, and the processor runs it."""
+    if importlib.util.find_spec(f"pykernels._C_{isa}") is None:
+        return False
+    return importlib.import_module("pykernels._C_baseline").cpu_runs(isa)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_sizes_of_weights_may_be_dynamic(op):
+    """One graph for any number of units: what is kept for backward has a size by formula."""
+    graphs, run = Graphs(), getattr(functional, op)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=graphs)
+    for H in (6, 7, 20):
+        args = arguments(op, H=H)
+        exactly(step(compiled, *args), step(run, *args))
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_trace(training):
+    """torch.jit.trace: an operator in the graph, saved and loaded, right for other sizes."""
+    model = Traced().train(training)
+    x = torch.randn(5, 3, 8)
+    with torch.set_grad_enabled(training):
+        traced = torch.jit.trace(model, x)
+    kinds = {n.kind() for n in traced.inlined_graph.nodes() if n.kind().startswith("pykernels")}
+    assert kinds == {"pykernels::rnn", "pykernels::gru", "pykernels::lstm"}
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for given in (x, torch.randn(9, 2, 8)):
+        given.requires_grad_()
+        torch.testing.assert_close(step(traced, given), step(model, given))
+        torch.testing.assert_close(torch.jit.load(file)(given), model(given))
+        file.seek(0)
+
+
+class Traced(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.gru, self.lstm = nn.RNN(8, 8), nn.GRU(8, 8, 2), nn.LSTM(8, 8)
+        self.attention, self.cell = nn.MultiheadAttention(8, 2), nn.LSTMCell(8, 8)
+
+    def forward(self, x):
+        for layer in (self.rnn, self.gru, self.lstm):
+            x, _ = layer(x)
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.cell(x[-1])
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell", "MultiheadAttention"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,22 @@ States = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 #: The weights of a layer and direction, its first states, the options of its op.
 Call = tuple[Weights, States | None, dict[str, Any]]
+Self = TypeVar("Self", bound=torch.nn.Module)
 
 
-class Layers(torch.nn.RNNBase):
+class Packing(torch.nn.Module):
+    """A module that keeps its weights packed in evaluation, as `frozen` does."""
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`; packed weights are forgotten.
+
+        So a step of training shows that writes through ``.data``, which leave no trace.
+        """
+        self.__dict__.pop("_packed_weights", None)
+        return super().train(mode)
+
+
+class Layers(Packing, torch.nn.RNNBase):
     """The forward pass of `RNN`, `GRU` and `LSTM`, which come after it in the order of bases."""
 
     _name: str  # what errors call the layer
@@ -202,7 +215,9 @@ def check_sizes(name: str, input_size: Any, hidden_size: Any) -> None:
 
 def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
-    if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
+    if module.training or torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
     kept: dict[object, PackedWeights] = module.__dict__.setdefault("_packed_weights", {})
     return kept.get(key) or kept.setdefault(key, PackedWeights())

@@ -10,6 +10,7 @@ from torch import Tensor
 from pykernels import functional
 from pykernels.nn._recurrent import (
     Layers,
+    Packing,
     States,
     Weights,
     cell_arguments,
@@ -67,7 +68,7 @@ class GRU(Layers, torch.nn.GRU):
         return y, (h_n,)
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(Packing, torch.nn.GRUCell):
     """`torch.nn.GRUCell` on fused kernels: one step of `GRU`, by its equations.
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRUCell`.

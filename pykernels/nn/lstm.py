@@ -10,6 +10,7 @@ from torch import Tensor
 from pykernels import _checks, functional
 from pykernels.nn._recurrent import (
     Layers,
+    Packing,
     States,
     Weights,
     cell_arguments,
@@ -77,7 +78,7 @@ class LSTM(Layers, torch.nn.LSTM):
         return y, after
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(Packing, torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`, by its equations.
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTMCell`.

@@ -31,13 +31,14 @@ _operators: dict[str, Operator] = {}
 
 
 def looked_at(backend: ModuleType, tensors: Sequence[Maybe] = ()) -> bool:
-    """Whether a compiler, a transform or a dispatch mode looks on, and must see an operator.
+    """Whether a compiler, a trace, a transform or a dispatch mode looks on: it sees an operator.
 
     So must tensors that dispatch by themselves, as those of `FakeTensorMode` do outside of it: they
     need have no memory. All of these see the operations that the reference is made of.
     """
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or in_forward_mode()
         or (
@@ -80,11 +81,13 @@ def call(
 ) -> Any:
     """The outputs of `op`, for whoever looks on; `keep` as in the contract of backends."""
     operator = _operators[op]
-    if in_forward_mode():
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    if in_forward_mode() or (traced and not operator.is_traceable):
         operator.check(*map(_unwrapped, tensors), **options)
         with _autocast.disabled(tensors[0].device):
             return operator.formula(*tensors, **options)
     name = _backends.name(backend)
+    keep = keep or traced  # what is traced without gradients may get some
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         found = operator.forward(*tensors, **options, backend=name, keep=keep)
     else:
@@ -133,6 +136,7 @@ class Operator:
         name: what torch calls it, where that is not `op`.
         """
         name = name or op
+        self.is_traceable = "?[" not in options  # torch.jit.trace: numbers or None in lists
         self.op, self.saves, self.last_if = op, saves, last_if
         self.empty, self.formula, self.axes = empty, formula, axes
         self.check, self.adapt = check, adapt
