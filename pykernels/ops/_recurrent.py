@@ -12,7 +12,7 @@ from torch import Tensor
 from pykernels import _autocast, _backends, _checks
 from pykernels.ops import _autograd, _library
 from pykernels.ops._calls import Call
-from pykernels.ops._packed import PackedWeights
+from pykernels.ops._packed import PackedWeights, check_packed
 
 #: Rows of the weights by the number of gates, as errors name them.
 _ROWS = {1: "H", 3: "3H", 4: "4H"}
@@ -244,6 +244,7 @@ def cell_call(
 
 
 def step(
+    cell: str,
     check: Callable[..., Call],
     tensors: tuple[Any, ...],
     packed: PackedWeights | None,
@@ -253,6 +254,7 @@ def step(
     """One step of an op: what its cell does.
 
     Args:
+        cell: what errors call it.
         check: what makes a `cell_call` of the tensors, the backend and so on.
         tensors: the input, [B, I] or [I]; w_ih, w_hh, b_ih, b_hh; the states before the step,
             [B, H], or [H] as the input, or None.
@@ -263,6 +265,7 @@ def step(
     """
     input, weights, states = tensors[0], tensors[1:5], tensors[5:]
     if packed is not None:
+        check_packed(cell, packed)
         relu = nonlinearity == ("relu",)
         after = packed.step(weights, input, states, relu=relu, backend=backend)
         if after is not None:
@@ -299,26 +302,19 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs, saved, count = ctx.needs_input_grad[4:], ctx.saved_tensors, len(ctx.options)
+        needs, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
         tensors, saved = saved[: len(needs)], saved[len(needs) :]
         with _autocast.disabled(tensors[0].device):
             if torch.is_grad_enabled():
-                found = _differentiable(ctx, tensors, needs, grads)
+                found = _by_formula(ctx, tensors, needs, grads, again=True)
             else:
-                ys = (*[None] * (count - 1), grads[0]) if ctx.chained else grads[:count]
-                states = _split(grads[1 if ctx.chained else count :], count)
-                calls = [
-                    (kept, (y, *last), need, own)
-                    for kept, y, last, need, own in zip(
-                        _split(saved, count),
-                        ys,
-                        states,
-                        _split(needs, count),
-                        ctx.options,
-                        strict=True,
-                    )
-                ]
-                found = _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
+                try:
+                    found = _group_backward(ctx, saved, needs, grads)
+                except RuntimeError:
+                    if not _autograd.mapped(grads):
+                        raise
+                    with torch.enable_grad():
+                        found = _by_formula(ctx, tensors, needs, grads, again=False)
         wanted = (grad if need else None for grad, need in zip(found, needs, strict=True))
         return None, None, None, None, *wanted
 
@@ -403,6 +399,25 @@ def _group_outputs(found: Sequence[tuple[Tensor, ...]], chained: bool) -> tuple[
     return *(ys[-1:] if chained else ys), *(state for _, *last in found for state in last)
 
 
+def _group_backward(
+    ctx: Any,
+    saved: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """The gradients of all tensors of all calls, from what forward saved of them."""
+    count = len(ctx.options)
+    ys = (*[None] * (count - 1), grads[0]) if ctx.chained else grads[:count]
+    states = _split(grads[1 if ctx.chained else count :], count)
+    calls = [
+        (kept, (y, *last), need, own)
+        for kept, y, last, need, own in zip(
+            _split(saved, count), ys, states, _split(needs, count), ctx.options, strict=True
+        )
+    ]
+    return _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
+
+
 def _group_gradients(
     op: str, backend: ModuleType, calls: list[tuple[Any, ...]], chained: bool
 ) -> list[Tensor | None]:
@@ -420,13 +435,15 @@ def _group_gradients(
     return [grad for each in found for grad in each]
 
 
-def _differentiable(
+def _by_formula(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
+    *,
+    again: bool,
 ) -> list[Tensor | None]:
-    """The gradients by the reference's formulas, for autograd to differentiate again."""
+    """The gradients by the reference's formulas; differentiable if `again`."""
     run = getattr(_backends.module("reference", ctx.op), ctx.op)
     results = 3 if ctx.op == "lstm" else 2
     # Aliases: what one tensor has to do with another is not this gradient's business.
@@ -447,7 +464,7 @@ def _differentiable(
             [output for output, _ in given],
             wanted,
             [grad for _, grad in given],
-            create_graph=True,
+            create_graph=again,
             allow_unused=True,
         )
     )
