@@ -115,6 +115,13 @@ def integer(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: `{name}` must be an integer, got {type(value).__name__}")
 
 
+def flags(op: str, **values: Any) -> None:
+    """Each of `values`, by its name, is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: `{name}` must be True or False, got {type(value).__name__}")
+
+
 def pair(op: str, name: str, value: Any, of: str) -> None:
     """`value` is a tuple or list of the two tensors that `of` names."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
 from pykernels.ops._calls import Call
-from pykernels.ops._packed import PackedWeights
+from pykernels.ops._packed import PackedWeights, check_packed
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -46,7 +46,8 @@ def _checked(
         _checks.shape("lstm", "h0", h0, "B, H" if w_hr is None else "B, R", (B, R))
     if c0 is not None:
         _checks.shape("lstm", "c0", c0, "B, H", (B, H))
-    options = {"reverse": bool(reverse), "return_cell_states": bool(return_cell_states)}
+    _checks.flags("lstm", reverse=reverse, return_cell_states=return_cell_states)
+    options = {"reverse": reverse, "return_cell_states": return_cell_states}
     return _recurrent.call("lstm", LSTMFunction, tensors, backend, options, lengths, batch_sizes)
 
 
@@ -86,6 +87,24 @@ def lstm(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
+@overload
+def lstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    batch_sizes: Tensor | Sequence[int] | None = None,
+    reverse: bool = False,
+    return_cell_states: bool,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
 def lstm(
     x: Tensor,
     w_ih: Tensor,
@@ -146,11 +165,12 @@ def lstm(
 
     Raises:
         TypeError: something is no tensor, or the dtypes differ or are not floating, or lengths or
-            batch sizes are not integers.
+            batch sizes are not integers, or `packed` is no PackedWeights, or a flag no bool.
         ValueError: a rank, size, length, device or backend is wrong; I, H or R is zero; both
             `lengths` and `batch_sizes` are given.
     """
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+    check_packed("lstm", packed)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse, return_cell_states)
     y, h_n, c_n, *c = call(tensors, packed=packed)
     return y, (h_n, c_n), *c
@@ -191,5 +211,5 @@ def lstm_cell(
     if hx is not None:
         _checks.pair("lstm_cell", "hx", hx, "(h, c)")
     tensors = (input, w_ih, w_hh, b_ih, b_hh, *(hx or (None, None)))
-    h, c = _recurrent.step(_checked_cell, tensors, packed, backend)
+    h, c = _recurrent.step("lstm_cell", _checked_cell, tensors, packed, backend)
     return h, c
