@@ -138,6 +138,66 @@ def test_lengths_as_numbers(op, lengths, dynamic):
     assert graphs.ours() == [op]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("op", GATES)
+def test_lengths_as_a_tensor(op, reverse, dynamic):
+    """One graph for all lengths: no size in it hangs on them. What is padding may hold anything."""
+    graphs, options = Graphs(), {"return_cell_states": True} if op == "lstm" else {}
+
+    def run(lengths, *args):
+        return getattr(functional, op)(*args, lengths=lengths, reverse=reverse, **options)
+
+    def padded(lengths, **sizes):
+        x, *rest = arguments(op, dtype=torch.float64, **sizes)
+        with torch.no_grad():
+            x[torch.arange(len(x))[:, None] >= lengths] = torch.nan
+        return x, *rest
+
+    compiled = torch.compile(run, fullgraph=True, backend=graphs, dynamic=dynamic)
+    for numbers in ((2, 5, 1), (5, 5, 5), (1, 1, 4), (4, 3, 7, 6)) if dynamic else ((2, 5, 1),):
+        lengths = torch.tensor(numbers)
+        args = padded(lengths, T=max(5, *numbers), B=len(numbers))
+        found, expected = (step(functools.partial(f, lengths), *args) for f in (compiled, run))
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    assert graphs.ours() == ["checked_lengths", op]
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_lengths_out_of_range(op):
+    """Found where the graph runs, and worded as in an eager call; wrong kinds as it is made."""
+    run = lambda lengths, *args: getattr(functional, op)(*args, lengths=lengths)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for f in (run, compiled):
+        with pytest.raises(
+            ValueError, match=rf"{op}: `lengths` must be between 1 and T = 5, got 6"
+        ):
+            f(torch.tensor([2, 6, 1]), *arguments(op))
+    for lengths in (torch.tensor([2, 5]), torch.tensor([2.0, 5, 1]), torch.tensor([[2, 5, 1]])):
+        with pytest.raises((ValueError, TypeError)) as expected:
+            run(lengths, *arguments(op))
+        with pytest.raises(expected.type) as found:
+            torch.compile(run, backend="aot_eager")(lengths, *arguments(op))
+        assert str(found.value) == str(expected.value)
+
+
+def test_export_with_lengths():
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(4, 6)
+
+        def forward(self, x, lengths):
+            return functional.gru(x, *self.layer.all_weights[0], lengths=lengths)
+
+    model, x, lengths = Last(), torch.randn(5, 3, 4), torch.tensor([2, 5, 1])
+    program = torch.export.export(model, (x, lengths)).module()
+    for given in (lengths, torch.tensor([4, 1, 3])):
+        torch.testing.assert_close(program(x, given), model(x, given))
+
+
 def test_options_of_the_lstm():
     def run(x, w_ih, w_hh, b_ih, b_hh, h0, c0):
         return functional.lstm(x, w_ih, w_hh, b_ih, b_hh, h0, c0, return_cell_states=True)
@@ -517,10 +577,8 @@ def test_opcheck(name, backend):
     assert [func._opname for func, *_ in seen] == [name, f"{name}_backward"]
     for func, args, kwargs in seen:
         args = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
-        # A graph holds the same whichever backend runs in it, so one backend's is traced. The
-        # gradient of attention_varlen's gradient reads where the sequences lie.
-        traced = backend == "cpp" and func._opname != "attention_varlen_backward"
-        tests = [*OPCHECKS, "test_aot_dispatch_dynamic"] if traced else OPCHECKS
+        # A graph holds the same whichever backend runs in it, so one backend's is traced.
+        tests = [*OPCHECKS, "test_aot_dispatch_dynamic"] if backend == "cpp" else OPCHECKS
         opcheck(func, tuple(args), {**kwargs, "backend": backend}, test_utils=tests)
 
 

@@ -114,6 +114,7 @@ class Operator:
         formula: Callable[..., tuple[Tensor, ...]],
         axes: Callable[..., tuple[Axes, Axes] | None],
         check: Callable[..., None] = _no_check,
+        reads_values: bool = False,
         adapt: Callable[[ModuleType], Any] = _as_it_is,
         name: str = "",
     ) -> None:
@@ -132,6 +133,8 @@ class Operator:
         axes: ``(*tensors, **options)`` -> the batch axis of each tensor, and that of each output
             and extra; None for what all rows share. None in their place: rows are not apart.
         check: ``(*tensors, **options)`` checks their values, which whoever looks on cannot see.
+        reads_values: the reference's formula reads values of tensors: a graph that is to have the
+            gradient of the gradient needs an operator for it.
         adapt: makes the module of a backend one of tensors alone, if it is not.
         name: what torch calls it, where that is not `op`.
         """
@@ -155,6 +158,16 @@ class Operator:
             f"bool[] needs) -> ({', '.join(own)})",
             _Backward,
         )
+        self.twice = None
+        if reads_values:
+            upstream = [f"Tensor? dd{part}" for part in self.tensors]
+            given = [tensors, *kept, *grads]
+            results = ["Tensor"] * len(", ".join(given).split(", "))
+            self.twice = self._register(
+                f"{name}_double_backward({', '.join([*given, *upstream])}, *, {options}, "
+                f"str backend, bool[] needs, int[] wanted) -> ({', '.join(results)})",
+                _Twice,
+            )
         _operators[op] = self
 
     def _register(self, schema: str, kind: type[_Pass]) -> Any:
@@ -189,6 +202,8 @@ class Operator:
         _library.impl(name, run, "CompositeExplicitAutograd")
         full = f"pykernels::{name}"
         torch.library.register_fake(full, fake, lib=_library)
+        if kind is _Twice:
+            return getattr(torch.ops.pykernels, name).default
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=_library)
         torch.library.register_vmap(full, vmap, lib=_library)
         return getattr(torch.ops.pykernels, name).default
@@ -399,6 +414,15 @@ class _Backward(_Pass):
         extras = len(self.operator.tensors) + self.operator.saves
         kept = range(extras, extras + len(self.operator.extras))  # the reference has no use for it
         wanted = [i for i in range(len(args)) if needs[i] and i not in kept]
+        twice = self.operator.twice
+        if twice is not None and any(map(_dispatches, args)):  # a trace, which sees no values
+            options = self.options | {"backend": self.backend_name, "needs": self.needs}
+            found = twice(*args, *grads, **options, wanted=wanted)
+            return tuple(found[i] if i in wanted else None for i in range(len(args)))
+        return self.again(args, grads, wanted)
+
+    def again(self, args: Sequence[Any], grads: Tensors, wanted: Sequence[int]) -> Tensors:
+        """The gradients of `args` from those of the results: of the reference's formula."""
 
         def formula(*given: Tensor) -> Tensors:
             own = list(args)
@@ -444,6 +468,37 @@ class _Backward(_Pass):
                     grad = grad.sum(a + 1, keepdim=True)
             grads.append(grad)
         return tuple(grads), out
+
+
+class _Twice(_Pass):
+    """The gradient of `_Backward`, where it is an operator too; it has none of its own."""
+
+    own = "wanted"
+
+    def __init__(
+        self, operator: Operator, backend: str, options: dict[str, Any], wanted: Sequence[int]
+    ) -> None:
+        super().__init__(operator, backend, options, wanted)
+        self.wanted = wanted
+        self.once = _Backward(operator, backend, options, options.pop("needs"))
+
+    def run(self, *args: Maybe) -> tuple[Tensor, ...]:
+        given, upstream = self._split(args)
+        return _own(self._results(given, self.once.again(given, upstream, self.wanted)), args)
+
+    def empty(self, *args: Maybe) -> tuple[Tensor, ...]:
+        given, _ = self._split(args)
+        return self._results(given, [t if t is None else t.new_empty(t.shape) for t in given])
+
+    def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
+        count = len(args) - len(self.operator.tensors)
+        return args[:count], args[count:]
+
+    def _results(self, given: Sequence[Any], found: Sequence[Maybe]) -> tuple[Tensor, ...]:
+        return tuple(
+            t if i in self.wanted and t is not None else given[0].new_empty(0)
+            for i, t in enumerate(found)
+        )
 
 
 class _Transformed(torch.autograd.Function):

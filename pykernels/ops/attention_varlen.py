@@ -359,4 +359,5 @@ _library.Operator(
     formula=_formula,
     axes=_axes,
     check=_check_values,
+    reads_values=True,
 )

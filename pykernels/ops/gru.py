@@ -84,7 +84,8 @@ def gru(
         h0: the first state, [B, H]; zeros if None.
         lengths: how many steps of each sequence count, [B] integers from 1 to T in any order (a
             list, or an int64 tensor on the CPU); all if None. The steps after them may hold
-            anything: y is zero there and x gets zero gradient.
+            anything: y is zero there and x gets zero gradient. None is computed, but where
+            torch.compile is given a tensor, whose numbers it does not see.
         batch_sizes: how many of the rows x each step has, T integers that sum to N and never
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
