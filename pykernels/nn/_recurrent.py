@@ -38,6 +38,8 @@ class Layers(Packing, torch.nn.RNNBase):
     _name: str  # what errors call the layer
     _op: str
     _gates: int
+    #: Whether torch's layer has no kernel of its own on a CPU: for a padded batch, for packed rows.
+    _composed = (False, False)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run all layers.
@@ -76,6 +78,8 @@ class Layers(Packing, torch.nn.RNNBase):
             x = x.transpose(0, 1)
         states = self._first_states(hx, x, x.shape[1], batched)
         x, states = self._run(x, states, None)
+        if self._composed[0]:
+            x, *states = _autocast.carried(self._first(input, hx), x, *states)
         if not batched:
             return x[:, 0], self._returned([t[:, 0] for t in states])
         return x.transpose(0, 1) if self.batch_first else x, self._returned(states)
@@ -93,6 +97,8 @@ class Layers(Packing, torch.nn.RNNBase):
         if states is not None and order is not None:
             states = [t.index_select(1, order) for t in states]
         y, states = self._run(data, states, sizes)
+        if self._composed[1]:
+            y, *states = _autocast.carried(self._first(input.data, hx), y, *states)
         if place is not None:
             states = [t.index_select(1, place) for t in states]
         return PackedSequence(y, batch_sizes, order, place), self._returned(states)
@@ -116,6 +122,10 @@ class Layers(Packing, torch.nn.RNNBase):
     def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
         """The tensors of `hx`, each with its name, its last axis and the size of that."""
         return [("hx", "H", self.hidden_size, hx)]
+
+    def _first(self, x: Tensor, hx: Any) -> Any:
+        """The last of the first states, or the input if there is none."""
+        return x if hx is None else self._named(hx)[-1][-1]
 
     def _returned(self, states: list[Tensor]) -> Any:
         """The last states as the layer returns them."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _checks, functional
+from pykernels import _autocast, _checks, functional
 from pykernels.nn._recurrent import (
     Layers,
     Packing,
@@ -55,6 +55,7 @@ class LSTM(Layers, torch.nn.LSTM):
     """
 
     _name, _op, _gates = "LSTM", "lstm", 4
+    _composed = (False, True)
 
     def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
         _checks.pair("LSTM", "hx", hx, "(h_0, c_0)")
@@ -138,7 +139,9 @@ class LSTMCell(Packing, torch.nn.LSTMCell):
                 return h, c
         if hx is not None:
             _checks.pair("LSTMCell", "hx", hx, "(h, c)")
-        input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
-        return functional.lstm_cell(
-            input, None if hx is None else (h, c), *weights, packed=frozen(self)
+        x, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
+        h, c = functional.lstm_cell(
+            x, None if hx is None else (h, c), *weights, packed=frozen(self)
         )
+        h, c = _autocast.carried(input if hx is None else hx[1], h, c)
+        return h, c
