@@ -16,6 +16,7 @@ from cases import BAD_CALLS
 from cases import flat_tensors as flat
 from torch.library import opcheck
 
+import pykernels
 from pykernels import _backends, functional, nn, use_backend
 from pykernels.testing import specs
 
@@ -479,11 +480,26 @@ def test_the_graph_and_its_making_are_flat_in_time(op, compiler):
     assert times[2] < 3 * max(times[:2]) + 1
 
 
-@pytest.mark.parametrize("op", [*GATES, "attention", "attention_varlen", "linear_cross_entropy"])
+INDUCED = [*GATES, "gru_cell", "lstm_cell", "attention", "scaled_dot_product_attention"]
+INDUCED += ["attention_backward", "attention_varlen", "linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("op", INDUCED)
 def test_inductor(op):
     """The compiler that torch.compile takes by default, forward and backward."""
     run, args = getattr(functional, op), arguments(op) if op in GATES else heads()
-    if op == "attention_varlen":
+    if op.endswith("_cell"):
+        args = arguments(op.removesuffix("_cell"))
+        run = lambda x, *rest: getattr(functional, op)(x[0], hx(rest[4:]), *rest[:4])  # noqa: E731
+        hx = lambda states: states[0] if len(states) == 1 else tuple(states)  # noqa: E731
+    elif op == "attention_backward":
+        args = heads(torch.float64)
+
+        def run(q, k, v):
+            made = functional.attention(q, k, v, return_lse=True)
+            return functional.attention_backward(k.cos(), q, k, v, *made)[:3]
+
+    elif op == "attention_varlen":
         args = packed_heads()
         run = lambda *args: functional.attention_varlen(*args, torch.tensor([0, 3, 8]))  # noqa: E731
     elif op == "linear_cross_entropy":
@@ -518,6 +534,8 @@ def test_backend_is_in_the_graph(op):
     nodes = [node for graph in graphs.graphs for node in graph.graph.nodes]
     chosen = [node.kwargs["backend"] for node in nodes if "backend" in node.kwargs]
     assert chosen == ["reference", "cpp"]
+    made_by = {node.kwargs["version"] for node in nodes if "backend" in node.kwargs}
+    assert made_by == {pykernels.__version__}  # by which graphs on disk are told apart
 
 
 OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -705,6 +723,7 @@ def test_graphs_on_disk_run_on_another_build(tmp_path):
     said = []
     for isa in sets:
         around = os.environ | {"PYKERNELS_ISA": isa, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        around |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
         command = [sys.executable, "-c", KEPT, isa]
         done = subprocess.run(command, env=around, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -717,13 +717,22 @@ class TestMultiheadAttention:
             **options,
         )
 
-    def test_is_causal_with_keys_behind(self):
-        """The appended zero key is seen by every query: the mask decides, not the hint."""
+    @pytest.mark.parametrize("behind", ["add_bias_kv", "add_zero_attn"])
+    def test_is_causal_with_keys_behind(self, behind):
+        """An appended key is seen by every query; in torch too, but where the hint hides it."""
         mask = nn.Transformer.generate_square_subsequent_mask(S) == -torch.inf
-        ours, _ = attention_pair(batch_first=True, add_zero_attn=True)
+        ours, theirs = attention_pair(batch_first=True, **{behind: True})
         inputs = operands("batch", length=S)
-        hinted = ours(*inputs, attn_mask=mask, is_causal=True, need_weights=False)[0]
-        torch.testing.assert_close(hinted, ours(*inputs, attn_mask=mask)[0], **TIGHT)
+        shown = torch.zeros(B, S, dtype=torch.bool)
+        for weights, padding in itertools.product((True, False), (None, shown)):
+            given = {"attn_mask": mask, "need_weights": weights, "key_padding_mask": padding}
+            expected = theirs(*inputs, **given)[0]
+            hinted = theirs(*inputs, **given, is_causal=True)[0]
+            for hint in (True, False):
+                found = ours(*inputs, **given, is_causal=hint)[0]
+                torch.testing.assert_close(found, expected, **TIGHT)
+            hides = not weights and padding is None
+            assert torch.allclose(hinted, expected, **TIGHT) != hides
 
     @pytest.mark.parametrize("mask", ["none", "both", "float 2-D"])
     def test_dropout_with_weights_draws_what_torch_draws(self, mask):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pykernels import _autocast, _backends
+from pykernels._version import __version__
 
 Maybe = Tensor | None
 Tensors = tuple[Maybe, ...]
@@ -28,6 +29,15 @@ _library = torch.library.Library("pykernels", "DEF")
 #: The second: a compiler need not lay out what they take, as they take any strides.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _operators: dict[str, Operator] = {}
+
+
+#: Of every operator: the backend that runs, and the version that a graph was made by. Compilers
+#: keep graphs on disk, with the sizes of what that version saves for backward, and tell them so.
+_MADE_BY = "str backend, str version=''"
+
+
+def _made_by(backend: str) -> dict[str, str]:
+    return {"backend": backend, "version": __version__}
 
 
 def looked_at(backend: ModuleType, tensors: Sequence[Maybe] = ()) -> bool:
@@ -89,7 +99,7 @@ def call(
     name = _backends.name(backend)
     keep = keep or traced  # what is traced without gradients may get some
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        found = operator.forward(*tensors, **options, backend=name, keep=keep)
+        found = operator.forward(*tensors, **options, **_made_by(name), keep=keep)
     else:
         run = _Forward(operator, name, options, True)
         found = _Transformed.apply(run, *tensors)  # type: ignore[no-untyped-call]
@@ -150,11 +160,11 @@ class Operator:
         results = ["Tensor"] * len(self.outputs + self.extras)
         own = ["Tensor"] * len(self.tensors)
         self.forward = self._register(
-            f"{name}({tensors}, *, {options}, str backend, bool keep) -> ({', '.join(results)})",
+            f"{name}({tensors}, *, {options}, {_MADE_BY}, bool keep) -> ({', '.join(results)})",
             _Forward,
         )
         self.backward = self._register(
-            f"{name}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, str backend, "
+            f"{name}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, {_MADE_BY}, "
             f"bool[] needs) -> ({', '.join(own)})",
             _Backward,
         )
@@ -165,7 +175,7 @@ class Operator:
             results = ["Tensor"] * len(", ".join(given).split(", "))
             self.twice = self._register(
                 f"{name}_double_backward({', '.join([*given, *upstream])}, *, {options}, "
-                f"str backend, bool[] needs, int[] wanted) -> ({', '.join(results)})",
+                f"{_MADE_BY}, bool[] needs, int[] wanted) -> ({', '.join(results)})",
                 _Twice,
             )
         _operators[op] = self
@@ -176,6 +186,7 @@ class Operator:
                 k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()
             }
             own = options.pop(kind.own)
+            options.pop("version", None)
             return kind(self, options.pop("backend"), options, own)
 
         def run(*args: Maybe, **keywords: Any) -> tuple[Tensor, ...]:
@@ -296,7 +307,7 @@ class _Forward(_Pass):
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.operator.forward(
-            *args, **self.options, backend=self.backend_name, keep=self.keep
+            *args, **self.options, **_made_by(self.backend_name), keep=self.keep
         )
         return found
 
@@ -367,7 +378,7 @@ class _Backward(_Pass):
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.operator.backward(
-            *args, **self.options, backend=self.backend_name, needs=self.needs
+            *args, **self.options, **_made_by(self.backend_name), needs=self.needs
         )
         return found
 
@@ -416,8 +427,8 @@ class _Backward(_Pass):
         wanted = [i for i in range(len(args)) if needs[i] and i not in kept]
         twice = self.operator.twice
         if twice is not None and any(map(_dispatches, args)):  # a trace, which sees no values
-            options = self.options | {"backend": self.backend_name, "needs": self.needs}
-            found = twice(*args, *grads, **options, wanted=wanted)
+            options = self.options | _made_by(self.backend_name)
+            found = twice(*args, *grads, **options, needs=self.needs, wanted=wanted)
             return tuple(found[i] if i in wanted else None for i in range(len(args)))
         return self.again(args, grads, wanted)
 
