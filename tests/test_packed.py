@@ -263,7 +263,7 @@ def test_cells_take_the_long_way_where_they_must(op, long_ways):
     with pykernels.use_backend("reference"):
         same_step(ours, stock, x)
     with torch.autocast("cpu"), torch.no_grad():
-        assert flat([ours(x)])[0].dtype == torch.bfloat16
+        assert flat([ours(x)])[0].dtype == flat([stock(x)])[0].dtype
     assert ours(x.clone().requires_grad_())[0].requires_grad
     assert len(long_ways) == 4
 
