@@ -11,16 +11,20 @@ namespace {
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
 
-// With P the weights and delta_i = out_i . dout_i - dlse_i, one number a query:
+// With P the weights and delta_i = out_i . dout_i, one number a query:
 //
-//   dV = P^T dout      dP = dout V^T      dS = P * (dP - delta)      dQ = dS K      dK = dS^T Q
+//   dV = P^T dout    dP = dout V^T    dS = P * (dP - delta + dlse)    dQ = dS K    dK = dS^T Q
 //
-// where dQ and dK take the scale. An item is a block of keys of one head of K and V. A thread takes
-// the blocks of a head one after the other, and when no head is left helps those that others are
-// at: blocks of one head add to the same dQ, each a little behind the block before it, so that the
-// order of additions is always the same. All that adds to one element of the mask's gradient is one
-// item: where sequences or heads share a mask, they count as one head, and the item goes through
-// them all.
+// where dQ and dK take the scale. Of few keys dP and delta are nearly equal, and what they were
+// rounded by would show. So a query whose keys are all in one block gets its delta there, of these
+// very dP: delta = sum P dP. Others are summed in the order of dP, which is the same sum where a
+// query sees one key.
+//
+// An item is a block of keys of one head of K and V. A thread takes the blocks of a head one after
+// the other, and when no head is left helps those that others are at: blocks of one head add to the
+// same dQ, each a little behind the block before it, so that the order of additions is always the
+// same. All that adds to one element of the mask's gradient is one item: where sequences or heads
+// share a mask, they count as one head, and the item goes through them all.
 template <class S>
 class Backward {
   using T = compute_t<S>;
@@ -41,7 +45,8 @@ class Backward {
             Arena<T>::padded(kBackwardRows * n_.D_v) + Arena<T>::padded(kBackwardRows * width_) +
             Arena<T>::padded(kBackwardRows * v_width_) +
             Arena<T>::padded(kBackwardRows * kTileLine) * 2),
-        scratch_(threads * per_thread_), delta_(row_count_),
+        scratch_(threads * per_thread_),
+        delta_(p.whole && blocks_ <= 1 && !p.dsinks ? 0 : row_count_),
         dq_scratch_(p.dq.data && !in_place_ ? row_count_ * width_ : 0),
         dq_(in_place_ ? reinterpret_cast<T*>(p.dq.data) : dq_scratch_.get()),
         sets_(n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_)), next_set_(sets_),
@@ -49,14 +54,17 @@ class Backward {
 
   // Before any item: this thread's share of delta, and of a cleared dQ.
   void prepare(const Team& team) const {
-    const Range rows = team.share(row_count_);
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const S* const dout = row_at(p_.dout, r);
-      const S* const out = row_at(p_.out, r);
-      vec<T> sum{};
-      for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
-        sum += load_n(dout + d, n_.D_v - d) * load_n(out + d, n_.D_v - d);
-      delta_.get()[r] = reduce_add(sum) - (p_.dlse ? p_.dlse[r] : 0);
+    Arena<T> arena(scratch_.get() + team.rank * per_thread_);
+    T* const douts = arena.take(n_.D_v * kPanel<T>);
+    T* const outs = arena.take(n_.D_v * kPanel<T>);
+    const int64_t panels = delta_.get() ? ceil_div(n_.S_q, kPanel<T>) : 0;  // of a head
+    const Range mine = team.share((p_.packing.queries ? 1 : n_.B) * n_.N * panels);
+    for (int64_t at = mine.begin; at < mine.end; ++at) {
+      const int64_t i = at % panels * kPanel<T>, row = at / panels * n_.S_q + i;
+      const int64_t count = std::min<int64_t>(kPanel<T>, n_.S_q - i);
+      pack_panel(View<S>{row_at(p_.dout, row), 1, p_.dout.row}, n_.D_v, count, douts);
+      pack_panel(View<S>{row_at(p_.out, row), 1, p_.out.row}, n_.D_v, count, outs);
+      multiply_lanes(douts, outs, count, delta_.get() + row);
     }
     if (!p_.dq.data) return;
     const Range all = team.share(row_count_ * width_, lanes<T>);
@@ -125,6 +133,23 @@ class Backward {
     return tensor.at(r / n_.S_q / n_.N, r / n_.S_q % n_.N, r % n_.S_q);
   }
 
+  // to[r] = the sum of a[d, r] b[d, r] over D_v, two panels, in the order of multiply_in_chains.
+  void multiply_lanes(const T* a, const T* b, int64_t count, T* to) const {
+    constexpr int64_t width = kPanel<T>;
+    vec<T> total[kPanelVecs]{};
+    for (int64_t first = 0; first < n_.D_v; first += kChain) {
+      vec<T> sum[kPanelVecs]{};
+      for (int64_t d = first; d < std::min(first + kChain, n_.D_v); ++d)
+#pragma GCC unroll 4
+        for (int x = 0; x < kPanelVecs; ++x)
+          sum[x] += load(a + d * width + x * lanes<T>) * load(b + d * width + x * lanes<T>);
+#pragma GCC unroll 4
+      for (int x = 0; x < kPanelVecs; ++x) total[x] = first ? total[x] + sum[x] : sum[x];
+    }
+#pragma GCC unroll 4
+    for (int x = 0; x < kPanelVecs; ++x) store_n(to + x * lanes<T>, total[x], count - x * lanes<T>);
+  }
+
   // A sink's value is 0, so that its score gets P * (0 - delta) from each query. Of signs of either
   // kind: what a sum in float32 rounds would show beside what is left.
   T sink_gradient(int64_t h) const {
@@ -134,7 +159,7 @@ class Backward {
       for (int64_t i = 0; i < sequence(n_, p_.packing, b).S_q; ++i) {
         const int64_t at = row_of(n_, p_.packing, b, h, i);
         const double weight = std::exp(double(sink) - p_.rows.top[at]) * p_.rows.inverse[at];
-        sum -= weight * delta_.get()[at];
+        sum -= weight * (double(delta_.get()[at]) - (p_.dlse ? p_.dlse[at] : 0));
       }
     }
     return static_cast<T>(sum);
@@ -215,16 +240,33 @@ class Backward {
       std::fill(weight, weight + mine.begin, -kInfinity<T>);
       const int64_t at = row_of(n_, p_.packing, b, h, i);
       const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
-      const vec<T> delta = broadcast(delta_.get()[at]);
       if (p_.rule.dropout > 0) {
         draw_kept(p_.rule, b * n_.N + h, i, first, mine, keep);
         for (int64_t j = mine.begin; j < mine.end; ++j) dscore[j] *= keep[j];
       }
+      // What an unseen key has may be NaN.
+      std::fill(dscore, dscore + mine.begin, T(0));
+      fill(dscore, mine.end, mine.end, T(0));
+      fill(weight, mine.end, mine.end, -kInfinity<T>);
+      vec<T> total{}, products{};
       for (int64_t j = 0; j < mine.end; j += lanes<T>) {
         const vec<T> p = exp2_softmax<T>((load(weight + j) - top) * rate) * inverse;
         store(weight + j, p);
-        store(dscore + j, p * (load(dscore + j) - delta));
+        total += p;
+        products += p * load(dscore + j);
       }
+      T delta;
+      if (p_.whole && mine.size() == visible_keys(n, {i, i + 1}, {0, n.S_k}).size()) {
+        // All weights add up to 1, but for roundings; a sink's is not among these.
+        const T sum = p_.rule.sinks ? T(1) : reduce_add(total);
+        delta = sum > 0 ? reduce_add(products) / sum : T(0);
+        if (p_.dsinks) delta_.get()[at] = delta;
+      } else {
+        delta = delta_.get()[at];
+      }
+      const T dlse = p_.dlse ? p_.dlse[at] : T(0);
+      for (int64_t j = 0; j < mine.end; j += lanes<T>)
+        store(dscore + j, load(weight + j) * (load(dscore + j) - delta + dlse));
       if (p_.rule.dropout > 0)
         for (int64_t j = mine.begin; j < mine.end; ++j) weight[j] *= keep[j];
       if (p_.dmask.data) {
@@ -234,7 +276,6 @@ class Backward {
       if (n_.softcap > 0)
         for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
           store(dscore + j, load(dscore + j) * load(growth + j));
-      // What an unseen key has may be NaN.
       std::fill(dscore, dscore + mine.begin, T(0));
       fill(weight, mine.end, seen.size(), T(0));
       fill(dscore, mine.end, seen.size(), T(0));
