@@ -340,22 +340,24 @@ def test_never_holds_a_score_matrix(options):
 def test_scratch_is_tiles_alone(dtype, threads):
     """Four times as many queries and keys: forward takes no byte more for itself.
 
-    Backward takes one number more a query; and dQ in float32 where that is not what is returned.
+    Backward takes one number more a query of the head that a thread is at; and dQ in float32 where
+    that is not what is returned. Of sequences and heads it takes nothing for those that wait.
     """
     need(find("attention-plain"), "cpp", dtype)
     threads(1)
     held = []
     extension = _backends.load_extension()
-    for S in (4096, 16384):
-        q, k, v = (torch.randn(1, 1, S, 64).to(dtype).requires_grad_() for _ in range(3))
+    for B, N, S in ((1, 1, 4096), (1, 1, 16384), (2, 3, 4096)):
+        q, k, v = (torch.randn(B, N, S, 64).to(dtype).requires_grad_() for _ in range(3))
         extension.scratch_peak()
         out = functional.attention(q, k, v, is_causal=True, window=(8, 0), backend="cpp")
         held.append(extension.scratch_peak())
         out.backward(torch.ones_like(out))
         held.append(extension.scratch_peak())
     rows = 16384 - 4096
-    assert held[0] == held[2] > 0
+    assert held[0] == held[2] == held[4] > 0
     assert held[3] - held[1] == 4 * rows * (1 if dtype == torch.float32 else 1 + 64)
+    assert held[5] == held[1]
 
 
 @pytest.mark.parametrize("window", [None, (150, 0)])
