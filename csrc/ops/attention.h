@@ -92,6 +92,7 @@ struct AttentionBackward {
   Heads<const S> q, k, v;
   Heads<const S> out;  // [B, N, S_q, D_v], of the forward pass
   AttentionRows<const compute_t<S>> rows;
+  bool whole;                // these are of all keys that `out` is of, not of some
   Heads<const S> dout;       // [B, N, S_q, D_v]
   const compute_t<S>* dlse;  // [B, N, S_q] or nullptr for zeros
   Heads<S> dq;               // [B, N, S_q, D]

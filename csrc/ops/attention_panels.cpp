@@ -76,7 +76,10 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
-    const bool bounded = !ruled && are_bounded(b, g, {i0, i0 + length}, all, log_rate, gathered);
+    // Measured from 0, an only key's weight times the inverse of their sum need not be 1.
+    const bool alone = std::min(n.S_k, n.last - n.first + 1) == 1;
+    const bool bounded =
+        !ruled && !alone && are_bounded(b, g, {i0, i0 + length}, all, log_rate, gathered);
     const T rate = bounded ? T(1) : log_rate;  // packed queries hold it already
 
     std::fill(out, out + round_up(rows, kWidth) * n_.D_v, T(0));

@@ -112,8 +112,9 @@ def attention_bwd_pass(
     diagonal: int = 0,
     dropout_p: float = 0.0,
     needs: tuple[bool, ...],
+    whole: bool = True,
 ) -> Pass:
-    """See `pykernels._backends` for the contract."""
+    """See `pykernels._backends` for the contract; `whole` unless k is a part of what out is of."""
     q, k, v, attn_mask, sinks, alibi_slopes, *_ = saved
     wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
     results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
@@ -124,7 +125,9 @@ def attention_bwd_pass(
         _NO_PACKING,
         _rule(attn_mask, alibi_slopes),
         rows(0, 1, 2, 7, 9),
-        *at(8, 10),
+        *at(8),
+        whole,
+        *at(10),
         rows(12, 13, 14),
         *rows(11),
         *at(15),

@@ -44,7 +44,7 @@ def attention_backward_fwd_pass(
     given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
     unit = attention.unit(*given, **options)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, **options)
+    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, whole=False, **options)
 
     def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
         dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
