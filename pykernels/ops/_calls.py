@@ -128,27 +128,25 @@ class _Unseen(Call):
             check(*tensors, **self.options)
         if self._record is not None:
             return self._record(self, *tensors)
-        forward = self._forward or self._plan_forward(tensors, keep=False)
-        if packed is None:
-            return forward(tensors)[0]
-        return forward(tensors, **packed.option(self.op, self.backend, tensors))[0]
+        forward = self._forward or self._plan_forward(tensors)
+        if packed is not None:
+            tensors = (*tensors, *packed.option(self.op, self.backend, tensors).values())
+        return forward(tensors)[0]
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
         found: tuple[Any, tuple[Maybe, ...]]
-        found = (self._forward or self._plan_forward(tensors, keep=True))(tensors)
+        found = (self._forward or self._plan_forward(tensors))(tensors)
         return found
 
-    def _plan_forward(self, tensors: tuple[Any, ...], keep: bool) -> Callable[..., Any]:
+    def _plan_forward(self, tensors: tuple[Any, ...]) -> Callable[..., Any]:
+        """A function of the tensors."""
+        keep = self._record is not None
         plan = getattr(self.backend, f"{self.op}_fwd_pass", None)
-        if plan is not None:
-            made: Callable[..., Any] = plan(*tensors, keep=keep, **self.options)
+        if plan is None:
+            self._forward = functools.partial(self._run, keep=keep)
         else:
-
-            def made(tensors: tuple[Any, ...], **packed: Any) -> Any:
-                return self._run(tensors, keep=keep, **packed)
-
-        self._forward = made
-        return made
+            self._forward = plan(*tensors, keep=keep, **self.options).run
+        return self._forward
 
     def backward(
         self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]
@@ -158,7 +156,7 @@ class _Unseen(Call):
             return super().backward(saved, grads, needs)
         run = self._backward.get(needs)
         if run is None:
-            run = self._backward[needs] = plan(*saved, needs=needs, **self.options)
+            run = self._backward[needs] = plan(*saved, needs=needs, **self.options).run
         found: tuple[Maybe, ...] = run((*saved, *grads))
         return found
 
