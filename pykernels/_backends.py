@@ -13,7 +13,7 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   their ``.run(tensors)`` and ``.run((*saved, *grads))`` return what the two above return, for all
   tensors that look alike, any gradient there or None;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
-  with ``keep=False``, and its pass behind the tensors, to spare it the packing of these weights;
+  with ``keep=False``, and its passes behind the tensors, to spare it the packing of these weights;
   beside it
   ``<op>_step(packed, weights)``: a function ``(weights, threads, input, states, relu) -> states``
   of one step of a cell, which returns None where these are no longer the weights or any tensor is

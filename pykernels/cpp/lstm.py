@@ -26,7 +26,12 @@ def lstm_fwd_pass(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    *others: Maybe,
+    b_ih: Maybe,
+    b_hh: Maybe,
+    h0: Maybe,
+    c0: Maybe,
+    w_hr: Maybe,
+    *_: Maybe,
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
@@ -35,7 +40,7 @@ def lstm_fwd_pass(
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
     _, B, _, H, R = sizes
-    gates, cells, unprojected = _extras(x, w_hh, others[-1])
+    gates, cells, unprojected = _extras(x, w_hh, w_hr)
     if not keep:
         gates, unprojected = None, None
         cells = cells if return_cell_states else None

@@ -114,7 +114,6 @@ class _Unseen(Call):
         # tensor what one has left.
         beyond: Any = super(torch.autograd.Function, call.function)
         self._record = beyond.apply if is_recorded else None
-        self._forward: Callable[..., Any] | None = None
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def __call__(
@@ -128,37 +127,41 @@ class _Unseen(Call):
             check(*tensors, **self.options)
         if self._record is not None:
             return self._record(self, *tensors)
-        forward = self._forward or self._plan_forward(tensors)
         if packed is not None:
             tensors = (*tensors, *packed.option(self.op, self.backend, tensors).values())
-        return forward(tensors)[0]
+        return self.forward(tensors)[0]
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
-        found: tuple[Any, tuple[Maybe, ...]]
-        found = (self._forward or self._plan_forward(tensors))(tensors)
-        return found
-
-    def _plan_forward(self, tensors: tuple[Any, ...]) -> Callable[..., Any]:
-        """A function of the tensors."""
+        """As of any call; from the second time on it is the function that is planned here."""
         keep = self._record is not None
         plan = getattr(self.backend, f"{self.op}_fwd_pass", None)
         if plan is None:
-            self._forward = functools.partial(self._run, keep=keep)
+            run: Any = functools.partial(self._run, keep=keep)
         else:
-            self._forward = plan(*tensors, keep=keep, **self.options).run
-        return self._forward
+            run = plan(*tensors, keep=keep, **self.options).run
+        self.forward = run  # type: ignore[method-assign]
+        found: tuple[Any, tuple[Maybe, ...]] = run(tensors)
+        return found
 
     def backward(
         self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]
     ) -> tuple[Maybe, ...]:
-        plan = getattr(self.backend, f"{self.op}_bwd_pass", None)
-        if plan is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return super().backward(saved, grads, needs)
-        run = self._backward.get(needs)
-        if run is None:
-            run = self._backward[needs] = plan(*saved, needs=needs, **self.options).run
+        run = self._backward.get(needs) or self._plan_backward(saved, needs)
         found: tuple[Maybe, ...] = run((*saved, *grads))
         return found
+
+    def _plan_backward(self, saved: tuple[Any, ...], needs: tuple[bool, ...]) -> Any:
+        """A function of what was saved and the gradients."""
+        plan, count = getattr(self.backend, f"{self.op}_bwd_pass", None), len(saved)
+        if plan is None:
+            whole = super().backward
+            run = lambda given: whole(given[:count], given[count:], needs)  # noqa: E731
+        else:
+            run = plan(*saved, needs=needs, **self.options).run
+        self._backward[needs] = run
+        return run
 
 
 Check = Callable[..., Any]

@@ -13,16 +13,8 @@ from pykernels.ops import _autograd, _calls, _library
 from pykernels.ops._calls import Call
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(_autograd.Function):
     """Autograd over one backend's ``attention_fwd`` and ``attention_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:

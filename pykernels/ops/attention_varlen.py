@@ -18,16 +18,8 @@ from pykernels.ops._calls import Call
 OP = "attention_varlen"
 
 
-class AttentionVarlenFunction(torch.autograd.Function):
+class AttentionVarlenFunction(_autograd.Function):
     """Autograd over one backend's ``attention_varlen_fwd`` and ``_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 @_calls.once
