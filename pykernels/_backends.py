@@ -8,10 +8,10 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
 * ``<op>_bwd(saved, grads, *, needs, **options) -> input grads``: one entry per tensor argument of
   the forward. An entry of `grads` may be None, which stands for zeros; where `needs` is False, the
   entry returned may be None;
-* optionally ``<op>_fwd_pass(*tensors, keep, **options)`` and ``<op>_bwd_pass(*saved, needs,
+* optionally ``<op>_fwd_pass(*tensors, keep, skip, **options)`` and ``<op>_bwd_pass(*saved, needs,
   **options)``, which see no more of a tensor than its shape and dtype and whether it is there:
   their ``.run(tensors)`` and ``.run((*saved, *grads))`` return what the two above return, for all
-  tensors that look alike, any gradient there or None;
+  tensors that look alike, any gradient there or None; outputs at the places `skip` may be None;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
   with ``keep=False``, and its passes behind the tensors, to spare it the packing of these weights;
   beside it

@@ -99,6 +99,11 @@ class Result(NamedTuple):
         return x.new_empty(self.sizes, dtype=self.dtype)
 
 
+def without(skip: tuple[int, ...], *results: Result) -> list[Result | None]:
+    """The results but for those at the places `skip`."""
+    return [None if i in skip else result for i, result in enumerate(results)]
+
+
 class Plan(NamedTuple):
     """What a kernel is called with on tensors of certain shapes: all is known but their memory.
 

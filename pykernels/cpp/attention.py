@@ -21,6 +21,7 @@ from pykernels.cpp import (
     start,
     strides,
     these,
+    without,
 )
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -58,12 +59,13 @@ def attention_fwd_pass(
     diagonal: int = 0,
     dropout_p: float = 0.0,
     keep: bool,
+    skip: tuple[int, ...] = (),
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     B, N, S_q, _ = q.shape
     dtype = compute_dtype(q)
     row_stats = _row_stats(q) if keep else None
-    results = [Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype), row_stats]
+    outputs = without(skip, Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype))
     # the tensors; out, lse, row_stats
     arguments = (
         _sizes(q, k, v, band, diagonal),
@@ -76,7 +78,7 @@ def attention_fwd_pass(
         *at(8, 9),
     )
     returns = these(7, 8), these(*range(8), 9)
-    made = make_pass("attention_forward", q, 7, results, arguments, returns)
+    made = make_pass("attention_forward", q, 7, [*outputs, row_stats], arguments, returns)
     if not _is_widened(q, alibi_slopes):
         return made
     return made._replace(run=lambda tensors: made.run(_widened(tensors)))

@@ -38,6 +38,7 @@ def attention_backward_fwd_pass(
     *,
     mask_grad: bool = False,
     keep: bool = True,
+    skip: tuple[int, ...] = (),
     **options: Any,
 ) -> Pass:
     """See `pykernels._backends` for the contract."""

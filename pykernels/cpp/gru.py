@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, make_pass, planned, these
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, make_pass, planned, these, without
 from pykernels.cpp._recurrent import Backward, Forward, Kept
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -30,12 +30,13 @@ def gru_fwd_pass(
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     keep: bool,
+    skip: tuple[int, ...] = (),
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
     _, B, _, H, _ = sizes
     gates = _recurrent.gates_of(x, H) if keep else None
-    results = [Result((*x.shape[:-1], H)), Result((B, H)), gates]
+    results = [*without(skip, Result((*x.shape[:-1], H)), Result((B, H))), gates]
     # the tensors, packed weights; y, h_n; gates
     memory = at(0, 1, 2, 3, 4, 5, None, 6), at(7, 8), *at(9)
     arguments = _recurrent.arguments((sizes, batch_sizes, reverse), memory)

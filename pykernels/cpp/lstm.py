@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, make_pass, planned, these
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, make_pass, planned, these, without
 from pykernels.cpp._recurrent import Backward, Forward, Kept
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -36,6 +36,7 @@ def lstm_fwd_pass(
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
     keep: bool,
+    skip: tuple[int, ...] = (),
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
@@ -44,7 +45,7 @@ def lstm_fwd_pass(
     if not keep:
         gates, unprojected = None, None
         cells = cells if return_cell_states else None
-    results = [Result((*x.shape[:-1], R)), Result((B, R)), Result((B, H))]
+    results = without(skip, Result((*x.shape[:-1], R)), Result((B, R)), Result((B, H)))
     results += [gates, cells, unprojected]
     # the tensors, packed weights; y, h_n; c0, c_n; gates, cells, unprojected
     memory = at(0, 1, 2, 3, 4, 5, 7, 8), at(9, 10), at(6, 11), at(12, 13, 14)

@@ -38,9 +38,14 @@ class Call:
         function: type[torch.autograd.Function],
         backend: ModuleType,
         options: dict[str, Any],
+        skip: tuple[int, ...] = (),
     ) -> None:
-        """`op` on `backend` with `options`; `function` is its Function."""
+        """`op` on `backend` with `options`; `function` is its Function.
+
+        Outputs at the places `skip` may be None: the caller takes them not.
+        """
         self.op, self.function, self.backend, self.options = op, function, backend, options
+        self.skip = skip
 
     def __call__(
         self,
@@ -91,11 +96,11 @@ class Call:
 
     def with_options(self, **options: Any) -> Call:
         """The same with further options."""
-        return Call(self.op, self.function, self.backend, self.options | options)
+        return Call(self.op, self.function, self.backend, self.options | options, self.skip)
 
     def on(self, backend: Any) -> Call:
         """The same on another backend."""
-        return Call(self.op, self.function, backend, self.options)
+        return Call(self.op, self.function, backend, self.options, self.skip)
 
     def unseen(self, is_recorded: bool) -> Call:
         """The same where nothing looks on, with autograd or without."""
@@ -109,7 +114,7 @@ class _Unseen(Call):
     """
 
     def __init__(self, call: Call, is_recorded: bool) -> None:
-        super().__init__(call.op, call.function, call.backend, call.options)
+        super().__init__(call.op, call.function, call.backend, call.options, call.skip)
         # Past what Function.apply does for the transforms of torch.func: there are none, nor is a
         # tensor what one has left.
         beyond: Any = super(torch.autograd.Function, call.function)
@@ -138,7 +143,7 @@ class _Unseen(Call):
         if plan is None:
             run: Any = functools.partial(self._run, keep=keep)
         else:
-            run = plan(*tensors, keep=keep, **self.options).run
+            run = plan(*tensors, keep=keep, skip=self.skip, **self.options).run
         self.forward = run  # type: ignore[method-assign]
         found: tuple[Any, tuple[Maybe, ...]] = run(tensors)
         return found

@@ -240,7 +240,8 @@ def cell_call(
     # As the rows of a packed sequence, which spares autograd a view.
     in_rows = not _library.looked_at(chosen) and "ragged" in chosen.FEATURES
     options = options | {"reverse": False, "batch_sizes": (B,) if in_rows else None}
-    return Call(op, function, chosen, options)
+    # All states are the last one.
+    return Call(op, function, chosen, options, skip=(1,) if in_rows else ())
 
 
 def step(
@@ -275,8 +276,9 @@ def step(
     if call.options["batch_sizes"] is None:
         input = input[None]
     projection = (None,) if len(states) == 2 else ()
-    _, *after = call((input, *weights, *states, *projection), packed=packed)
-    return after if batched else [state[0] for state in after]
+    y, h, *c = call((input, *weights, *states, *projection), packed=packed)
+    after = (y if h is None else h, *c)
+    return after if batched else tuple(state[0] for state in after)
 
 
 class GroupFunction(torch.autograd.Function):

@@ -144,6 +144,7 @@ def _checked(
     softcap: float,
     dropout_p: float,
     enable_gqa: bool,
+    return_lse: bool,
 ) -> Call:
     q, k, v, attn_mask, sinks, alibi_slopes = tensors
     check_inputs("attention", q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
@@ -151,7 +152,7 @@ def _checked(
     S_q, S_k = q.shape[2], k.shape[2]
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
     diagonal = diagonal_of(S_q, S_k, causal_alignment)
-    return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p)
+    return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p, return_lse)
 
 
 @overload
@@ -259,7 +260,16 @@ def attention(
     """
     tensors = (q, k, v, attn_mask, sinks, alibi_slopes)
     call = _checked(
-        tensors, backend, is_causal, window, causal_alignment, scale, softcap, dropout_p, enable_gqa
+        tensors,
+        backend,
+        is_causal,
+        window,
+        causal_alignment,
+        scale,
+        softcap,
+        dropout_p,
+        enable_gqa,
+        return_lse,
     )
     seed = draw_seed(q.device) if dropout_p > 0 else None
     out, lse = call((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
@@ -303,7 +313,7 @@ def _checked_stock(
         sizes = (*lead, heads, S_q, S_k)[2:]
         _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
     band = (None, 0) if is_causal else (None, None)
-    call = _call((*tensors, None, None), None, band, scale, 0.0, 0, dropout_p)
+    call = _call((*tensors, None, None), None, band, scale, 0.0, 0, dropout_p, False)
     folded = (query, heads), (key, kv_heads), (value, kv_heads)
     if attn_mask is None and all(t.shape[:-2] == (math.prod(lead), n) for t, n in folded):
         return call
@@ -560,6 +570,7 @@ def _call(
     softcap: float,
     diagonal: int,
     dropout_p: float,
+    return_lse: bool,
 ) -> Call:
     """A call of checked arguments: q, k, v, attn_mask, sinks, alibi_slopes, and the rest."""
     q, _, v, mask, sinks, alibi_slopes = tensors
@@ -579,4 +590,5 @@ def _call(
     options = options_of(q, band, scale, softcap, alibi_slopes, diagonal)
     if dropout_p > 0:
         options["dropout_p"] = float(dropout_p)
-    return Call("attention", AttentionFunction, chosen, options)
+    skip = () if return_lse else (1,)
+    return Call("attention", AttentionFunction, chosen, options, skip)
