@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,42 +188,51 @@ def once(check: Check) -> Check:
     is None is not remembered.
     """
 
-    @functools.lru_cache(CAPACITY)
-    def place(signature: bytes) -> list[Any]:
-        """Where the call of a signature is, once it is found right."""
-        return []
-
-    _forget.append(place.cache_clear)
+    memory = functools.cache(lambda: _signer().memory(CAPACITY))
+    _forget.append(memory.cache_clear)
 
     @functools.wraps(check)
     def checked(tensors: tuple[Maybe, ...], backend: str | None, *others: Any) -> Any:
         if torch.compiler.is_compiling():
             return check(tensors, backend, *others)
-        signature = _signer()(tensors, (_backends.asked_for(backend), *others))
-        if signature is None or len(signature) > LONGEST:
-            return check(tensors, backend, *others)
-        known = place(signature)
-        if known:
-            return known[0]
+        options = (_backends.asked_for(backend), *others)
+        find, keep = memory()
+        known = find(tensors, options)
+        if known is not None:
+            return known
+        signature = _signer().sign(tensors, options)
         found = check(tensors, backend, *others)
-        call = found.unseen(signature[0] == 1)
+        call = found.unseen(signature[0] == 1) if 0 < len(signature) <= LONGEST else None
         if call is None:
             return found
-        known.append(call)
+        keep(signature, call)
         return call
 
     return checked
 
 
+class Signer(NamedTuple):
+    """What csrc/signature.cpp makes."""
+
+    #: Of tensors and options, their signature; empty where nothing can be known of such a call.
+    sign: Callable[[tuple[Maybe, ...], tuple[Any, ...]], bytes]
+    #: Of a capacity, what finds a call by tensors and options, or None, and what keeps one by its
+    #: signature.
+    memory: Callable[[int], tuple[Callable[..., Any], Callable[[bytes, Any], None]]]
+
+
+#: Without the C++ kernels or before torch 2.10.
+NO_SIGNATURES = Signer(lambda *_: b"", lambda _: (lambda *_: None, lambda *_: None))
+
+
 @functools.cache
-def _signer() -> Callable[..., bytes | None]:
-    """What makes signatures in C; it makes none without the C++ kernels or before torch 2.10."""
+def _signer() -> Signer:
     try:
         missing = _backends.available("cpp")
     except ValueError as error:  # of what asks for the kernels, which not every call does
         missing = str(error)
     if missing is not None:
-        return lambda *_: None
+        return NO_SIGNATURES
     looking_on = (
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
@@ -232,5 +241,5 @@ def _signer() -> Callable[..., bytes | None]:
         _library.in_forward_mode,
     )
     make = _backends.load_extension().signer
-    types = (Tensor, torch.nn.Parameter)
-    return make(types, looking_on, torch.is_grad_enabled) or (lambda *_: None)
+    found = make((Tensor, torch.nn.Parameter), looking_on, torch.is_grad_enabled)
+    return NO_SIGNATURES if found is None else Signer(*found)
