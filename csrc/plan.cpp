@@ -81,7 +81,7 @@ struct Call {
   py::tuple tensors, results;
   py::tuple laid;                      // the tensors as the kernel wants them
   std::vector<dlpack::Tensor> places;  // of these, then of the results
-  py::object arguments;                // of the kernel
+  py::tuple arguments;                 // of the kernel
 };
 
 class Plan {
@@ -112,7 +112,12 @@ class Plan {
   // What the pass returns.
   py::object run(const py::tuple& tensors) const {
     const Call call = look_at(tensors);
-    extension_.attr(kernel_)(code_, threads_(), *call.arguments);
+    const py::object kernel = extension_.attr(kernel_), threads = threads_();
+    std::vector<PyObject*> arguments = {code_.ptr(), threads.ptr()};
+    for (const py::handle argument : call.arguments) arguments.push_back(argument.ptr());
+    const auto done = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(kernel.ptr(), arguments.data(), arguments.size(), nullptr));
+    if (!done) throw py::error_already_set();
     return fill(returns_, call);
   }
 
@@ -149,7 +154,7 @@ class Plan {
 
   Call look_at(const py::tuple& tensors) const {
     if (tensors.size() > count_) throw std::invalid_argument("more tensors than planned");
-    Call call{tensors, py::tuple(results_.size()), tensors, {}, {}};
+    Call call{tensors, py::tuple(results_.size()), tensors, {}, py::tuple()};
     bool seen = read(tensors, &call.places);
     if (!seen) {
       call.laid = plan_.attr("lay")(tensors);
@@ -160,8 +165,7 @@ class Plan {
       if (seen && !made.is_none()) seen = exchange_.read(made, &call.places[count_ + i]);
       call.results[i] = std::move(made);
     }
-    call.arguments =
-        seen ? fill(arguments_, call) : py::object(plan_.attr("fill")(call.laid, call.results));
+    call.arguments = seen ? fill(arguments_, call) : plan_.attr("fill")(call.laid, call.results);
     return call;
   }
 

@@ -19,6 +19,12 @@ void put(const T& value, std::string* to) {
   to->append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
 
+// Of a tensor; all bytes are of its values.
+struct Looks {
+  int32_t device_type, device_id, ndim;
+  dlpack::Type dtype;
+};
+
 // Whether attribute `name` of `object` is true.
 bool has(py::handle object, PyObject* name) {
   const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), name));
@@ -77,11 +83,8 @@ class Signer {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     const bool is_differentiable = has(tensor, requires_grad);
     *differentiable |= is_differentiable;
-    put(is_differentiable, to);
-    put(t.device_type, to);
-    put(t.device_id, to);
-    put(t.dtype, to);
-    put(t.ndim, to);
+    to->push_back(is_differentiable ? '1' : '0');
+    put(Looks{t.device_type, t.device_id, t.ndim, t.dtype}, to);
     to->append(reinterpret_cast<const char*>(t.shape), t.ndim * sizeof(*t.shape));
     return true;
   }

@@ -47,10 +47,9 @@ class Call:
         self.op, self.function, self.backend, self.options = op, function, backend, options
         self.skip = skip
 
-    def __call__(
+    def outputs(
         self,
         tensors: tuple[Any, ...],
-        *,
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:
@@ -121,10 +120,9 @@ class _Unseen(Call):
         self._record = beyond.apply if is_recorded else None
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
-    def __call__(
+    def outputs(
         self,
         tensors: tuple[Any, ...],
-        *,
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:

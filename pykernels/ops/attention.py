@@ -272,7 +272,7 @@ def attention(
         return_lse,
     )
     seed = draw_seed(q.device) if dropout_p > 0 else None
-    out, lse = call((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
+    out, lse = call.outputs((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
     return (out, lse) if return_lse else out
 
 
@@ -357,7 +357,7 @@ def scaled_dot_product_attention(
     call = _checked_stock(tensors, None, dropout_p, is_causal, scale, enable_gqa)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     out: Tensor
-    out, _ = call((*tensors, None, None, seed))
+    out, _ = call.outputs((*tensors, None, None, seed))
     return out
 
 
@@ -368,14 +368,14 @@ class _Folded:
         """`lead` are the sizes of all axes before the heads once they are broadcast."""
         self.call, self.lead, self.heads, self.kv_heads = call, lead, heads, kv_heads
 
-    def __call__(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def outputs(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """The outputs, the first of them with the axes of the tensors."""
         query, key, value, attn_mask, *rest = tensors
         if attn_mask is not None:
             attn_mask = _fold_mask(_of_dtype(attn_mask, query), self.lead)
         q = _fold(query, self.lead, self.heads)
         k, v = (_fold(t, self.lead, self.kv_heads) for t in (key, value))
-        out, lse = self.call((q, k, v, attn_mask, *rest))
+        out, lse = self.call.outputs((q, k, v, attn_mask, *rest))
         return out.reshape(*(*self.lead, self.heads)[2:], *out.shape[2:]), lse
 
     def unseen(self, is_recorded: bool) -> _Folded:

@@ -159,7 +159,9 @@ def attention_backward(
         tensors, backend, is_causal, window, causal_alignment, scale, softcap, enable_gqa, mask_grad
     )
     mask = _attention.four_axes(attn_mask)
-    dq, dk, dv, dmask, dsinks = call((dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse))
+    dq, dk, dv, dmask, dsinks = call.outputs(
+        (dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse)
+    )
     return AttentionGradients(
         dq,
         dk,

@@ -220,7 +220,7 @@ def attention_varlen(
     )
     seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
     check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
-    out, lse = call((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
+    out, lse = call.outputs((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
     return (out, lse) if return_lse else out
 
 

@@ -92,7 +92,7 @@ def gru(
     """
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse)
-    y, h_n = call(tensors, packed=packed)
+    y, h_n = call.outputs(tensors, packed=packed)
     return y, h_n
 
 

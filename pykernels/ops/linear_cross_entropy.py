@@ -332,7 +332,7 @@ def linear_cross_entropy(
     def check(*_: Any, **__: Any) -> None:  # the targets as they came: errors name their places
         _check_values(x, weight, target, ignore_index=ignore_index)
 
-    loss, lse, argmax = call((rows, weight, classes, bias, class_weight), check=check)
+    loss, lse, argmax = call.outputs((rows, weight, classes, bias, class_weight), check=check)
     loss_dtype = _loss_dtype(x)
     loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (

@@ -143,9 +143,9 @@ def lstm(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse, return_cell_states)
     if return_cell_states:
-        y, h_n, c_n, c = call(tensors, packed=packed)
+        y, h_n, c_n, c = call.outputs(tensors, packed=packed)
         return y, (h_n, c_n), c
-    y, h_n, c_n = call(tensors, packed=packed)
+    y, h_n, c_n = call.outputs(tensors, packed=packed)
     return y, (h_n, c_n)
 
 

@@ -93,7 +93,7 @@ def rnn(
     """
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
     call = _checked(tensors, backend, nonlinearity, lengths, batch_sizes, reverse)
-    y, h_n = call(tensors, packed=packed)
+    y, h_n = call.outputs(tensors, packed=packed)
     return y, h_n
 
 
