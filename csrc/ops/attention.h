@@ -79,7 +79,7 @@ struct AttentionForward {
   Heads<const S> q, k, v;
   AttentionPages pages;
   Heads<S> out;       // [B, N, S_q, D_v]
-  compute_t<S>* lse;  // [B, N, S_q], natural log
+  compute_t<S>* lse;  // [B, N, S_q] or nullptr, natural log
   AttentionRows<compute_t<S>> rows;
 };
 

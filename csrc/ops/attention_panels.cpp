@@ -154,7 +154,7 @@ class Panels {
         for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
           store_n(to + d, load(turned + r * line + d) * inverse, n_.D_v - d);
         const int64_t at = row_of(n_, p_.packing, b, h, i);
-        p_.lse[at] = top * unit + std::log(total);
+        if (p_.lse) p_.lse[at] = top * unit + std::log(total);
         if (!p_.rows.top) return;
         p_.rows.top[at] = top == -kInfinity<T> ? kInfinity<T> : top;
         p_.rows.inverse[at] = inverse;

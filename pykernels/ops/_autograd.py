@@ -1,4 +1,4 @@
-"""What the autograd Functions of all ops have in common."""
+"""Autograd over the calls of all ops."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import torch
 from torch import Tensor
 
 
-def forward(ctx: Any, call: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Runs the forward pass of `call` and keeps on `ctx` what `backward` needs."""
-    outputs: tuple[Any, ...]
-    outputs, saved = call.forward(tensors)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*saved)
-    ctx.call = call
-    return outputs
+class Function(torch.autograd.Function):
+    """Autograd over a `Call` and its tensors; differentiable twice."""
 
+    @staticmethod
+    def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Runs the forward pass and keeps what `backward` needs."""
+        outputs: tuple[Any, ...]
+        outputs, saved = call.forward(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        return outputs
 
-def backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of what forward of the Function took: the call, the tensors."""
-    # The saved tensors once: activation checkpointing allows no second look.
-    return None, *ctx.call.backward(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of what `forward` took."""
+        # The saved tensors once: activation checkpointing allows no second look.
+        return None, *ctx.call.backward(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:
