@@ -48,6 +48,8 @@ bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/product.py
 	@$(PY) benchmarks/run.py $(ARGS)
 	@$(PY) benchmarks/recurrent.py
+	@$(PY) benchmarks/decoding.py
+	@$(PY) benchmarks/overhead.py
 	@$(PY) benchmarks/errors.py
 	@$(PY) benchmarks/scaling.py
 	@$(PY) benchmarks/plot.py

@@ -6,10 +6,9 @@ Needs nothing but torch: it runs on a machine without a network.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -69,12 +68,6 @@ def sets(inputs: Iterable[Tensor]) -> int:
     cache = torch.cuda.get_device_properties().L2_cache_size
     held = sum(tensor.untyped_storage().nbytes() for tensor in inputs)
     return 1 + math.ceil(CACHES * cache / max(held, 1))
-
-
-def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """A call that makes the next of `calls`, round and round."""
-    following = itertools.cycle(calls)
-    return lambda: next(following)()
 
 
 def flattened(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

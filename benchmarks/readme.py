@@ -113,7 +113,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def render(text: str) -> str:
     """`text` with every block filled."""
-    blocks = {"support": support, "speed": speed, "gpu": gpu, "accuracy": accuracy}
+    blocks = {
+        "support": support,
+        "speed": speed,
+        "decoding": decoding,
+        "gpu": gpu,
+        "accuracy": accuracy,
+    }
     for name, fill in blocks.items():
         begin, end = f"<!-- begin:{name} -->", f"<!-- end:{name} -->"
         block = re.compile(f"{begin}.*?{end}", re.DOTALL)
@@ -195,6 +201,30 @@ def speed() -> str:
     return "\n".join([picture("speed"), *lines, "", made_by(path, records.read(path))])
 
 
+def decoding() -> str:
+    """The table of the newest kept times of decoding."""
+    path = records.newest("decoding")
+    if path is None:
+        return NO_RESULTS
+    rows = records.read(path)
+    times: dict[str, dict[str, records.Row]] = {}
+    for each in rows:
+        times.setdefault(each["dtype"], {})[each["implementation"]] = each
+    lines = row(
+        "dtype", "ours, us", "torch, us", "reading alone, us", "torch / ours",
+        "ours, of the read rate", first=True,
+    )  # fmt: skip
+    for dtype, by in times.items():
+        median = {name: float(each["median_us"]) for name, each in by.items()}
+        lines += row(
+            dtype,
+            *(f"{median[name]:.3g}" for name in ("ours", "torch", "read")),
+            f"{median['torch'] / median['ours']:.2f}",
+            f"{float(by['ours']['read_share']):.0%}",
+        )
+    return "\n".join([*lines, "", made_by(path, rows)])
+
+
 def gpu() -> str:
     """The picture and the table of the newest speeds kept of a GPU."""
     path = records.newest("gpu")
@@ -257,7 +287,7 @@ def picture(name: str) -> str:
 
 def made_by(path: Path, rows: list[records.Row]) -> str:
     row = rows[0]
-    machine = row["gpu"] if row["device"] == "cuda" else f"{row['cpu']}, {row['isa']} kernels"
+    machine = row["gpu"] if row.get("device") == "cuda" else f"{row['cpu']}, {row['isa']} kernels"
     threads = f", {row['threads']} threads" if "threads" in row else ""
     uses = f" with {row['torch_isa']}" if row.get("torch_isa") else ""
     dates = ", ".join(sorted({each["date"][:10] for each in rows}))

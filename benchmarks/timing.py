@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 #: A sample repeats a short call until it takes this long, so that the clock's grain is nothing.
@@ -96,6 +97,12 @@ def interleave(
         if collecting:
             gc.enable()
     return samples
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A call that makes the next of `calls`, round and round."""
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
 
 
 def _calls_a_sample(take: Callable[[int], float]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import gpu
 import peers
+import timing
 import torch
 from torch import Tensor
 
@@ -179,7 +180,7 @@ class Setting:
         flat = self.spec.op in RECURRENT
         laid = [gpu.flattened(self.spec.op, each) for each in given] if flat else given
         return {
-            name: gpu.in_turn([make(f, each) for each in (laid if name == "torch" else given)])
+            name: timing.in_turn([make(f, each) for each in (laid if name == "torch" else given)])
             for name, f in functions.items()
         }
 

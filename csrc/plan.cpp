@@ -1,4 +1,7 @@
-// The arguments of a kernel for tensors of known shapes: all but memory is planned once.
+// A pass of an op on tensors of known shapes: all but memory is planned once.
+//
+// Python takes longer than a small kernel to ask tensors where they are, to make those for the
+// results and to put the arguments together; here that takes a fraction.
 #include <memory>
 #include <vector>
 
@@ -36,6 +39,15 @@ struct Result {
   std::vector<py::object> sizes;
   py::object dtype;  // Python's None for that of the first tensor
 
+  explicit Result(py::handle result) {  // of pykernels/cpp/__init__.py, or None
+    if (result.is_none()) return;
+    const auto given = py::reinterpret_borrow<py::tuple>(result);
+    for (const py::handle size : py::tuple(given[0]))
+      sizes.push_back(py::reinterpret_borrow<py::object>(size));
+    dtype = given[1];
+    if (sizes.size() > kMostAxes) throw std::invalid_argument("too many axes");
+  }
+
   // like.new_empty(*sizes, dtype=dtype), or None
   py::object empty(py::handle like) const {
     if (!dtype) return py::none();
@@ -52,10 +64,10 @@ struct Result {
   }
 };
 
-// What a hole in the arguments is filled with: What of pykernels/cpp/__init__.py.
-enum What : int { kAddress, kStart, kStrides, kRows };
+// What a hole is filled with: What of pykernels/cpp/__init__.py.
+enum What : int { kAddress, kStart, kStrides, kRows, kItself };
 
-// A part of the arguments.
+// A part of the arguments, or of what a pass returns.
 struct Part {
   bool is_hole = false;
   What what = kAddress;
@@ -65,49 +77,48 @@ struct Part {
   bool is_list = false;
 };
 
+struct Call {
+  py::tuple tensors, results;
+  py::tuple laid;                      // the tensors as the kernel wants them
+  std::vector<dlpack::Tensor> places;  // of these, then of the results
+  py::tuple arguments;                 // of the kernel
+};
+
 class Plan {
  public:
   // Args:
-  //   hole: the type of holes, tuples (index, what)
-  //   results: (sizes, dtype) of each result, or None for one that is not wanted
-  //   arguments: nested lists and tuples with holes, whose index counts the tensors, then results
-  //   count: of tensors
-  Plan(const Exchange& exchange, const py::type& hole, const py::list& results,
-       const py::object& arguments, size_t count)
-      : exchange_(exchange), count_(count), needs_(count + results.size()) {
-    for (const py::handle result : results) {
-      Result made;
-      if (!result.is_none()) {
-        const auto given = py::reinterpret_borrow<py::tuple>(result);
-        for (const py::handle size : py::tuple(given[0]))
-          made.sizes.push_back(py::reinterpret_borrow<py::object>(size));
-        made.dtype = given[1];
-        if (made.sizes.size() > Result::kMostAxes) throw std::invalid_argument("too many axes");
-      }
-      results_.push_back(std::move(made));
-    }
-    arguments_ = parse(arguments, hole);
+  //   exchange: of torch.Tensor
+  //   extension: the module of the kernel
+  //   plan: Plan of pykernels/cpp/__init__.py
+  //   hole: the type of holes
+  //   threads: a function that says how many there are
+  Plan(const Exchange& exchange, const py::module_& extension, const py::object& plan,
+       const py::type& hole, const py::object& threads)
+      : exchange_(exchange), extension_(extension), plan_(plan), threads_(threads),
+        kernel_(plan.attr("kernel")), code_(plan.attr("code")),
+        count_(py::cast<size_t>(plan.attr("count"))) {
+    for (const py::handle result : plan.attr("results")) results_.emplace_back(result);
+    needs_.resize(count_ + results_.size());
+    arguments_ = parse(plan.attr("arguments"), hole);
+    returns_ = parse(plan.attr("returns"), hole);
   }
 
-  // (results, arguments, None), or None where a tensor does not lie as the kernel wants it.
-  py::object make(const py::tuple& tensors) const {
-    if (tensors.size() != count_) throw std::invalid_argument("another number of tensors");
-    std::vector<dlpack::Tensor> memory(needs_.size());
-    for (size_t i = 0; i < count_; ++i) {
-      const py::handle tensor = tensors[i];
-      if (tensor.is_none()) continue;
-      const Needs& needs = needs_[i];
-      if (!exchange_.read(tensor, &memory[i]) || (needs.row_major && !row_major(memory[i])) ||
-          (needs.rows_dense && !rows_dense(memory[i])) || !exchange_.signed_as_stored(tensor))
-        return py::none();
-    }
-    py::tuple results(results_.size());
-    for (size_t i = 0; i < results_.size(); ++i) {
-      py::object made = results_[i].empty(tensors[0]);
-      if (!made.is_none() && !exchange_.read(made, &memory[count_ + i])) return py::none();
-      results[i] = std::move(made);
-    }
-    return py::make_tuple(results, fill(arguments_, memory), py::none());
+  // (arguments of the kernel, what the pass returns, what must outlive the call of the kernel)
+  py::tuple lay_out(const py::tuple& tensors) const {
+    const Call call = look_at(tensors);
+    return py::make_tuple(call.arguments, fill(returns_, call), call.laid);
+  }
+
+  // What the pass returns.
+  py::object run(const py::tuple& tensors) const {
+    const Call call = look_at(tensors);
+    const py::object kernel = extension_.attr(kernel_), threads = threads_();
+    std::vector<PyObject*> arguments = {code_.ptr(), threads.ptr()};
+    for (const py::handle argument : call.arguments) arguments.push_back(argument.ptr());
+    const auto done = py::reinterpret_steal<py::object>(
+        PyObject_Vectorcall(kernel.ptr(), arguments.data(), arguments.size(), nullptr));
+    if (!done) throw py::error_already_set();
+    return fill(returns_, call);
   }
 
  private:
@@ -141,47 +152,85 @@ class Plan {
     return part;
   }
 
-  static py::object fill(const Part& part, const std::vector<dlpack::Tensor>& memory) {
+  Call look_at(const py::tuple& tensors) const {
+    if (tensors.size() > count_) throw std::invalid_argument("more tensors than planned");
+    Call call{tensors, py::tuple(results_.size()), tensors, {}, py::tuple()};
+    bool seen = read(tensors, &call.places);
+    if (!seen) {
+      call.laid = plan_.attr("lay")(tensors);
+      seen = read(call.laid, &call.places);
+    }
+    for (size_t i = 0; i < results_.size(); ++i) {
+      py::object made = results_[i].empty(tensors[0]);
+      if (seen && !made.is_none()) seen = exchange_.read(made, &call.places[count_ + i]);
+      call.results[i] = std::move(made);
+    }
+    call.arguments = seen ? fill(arguments_, call) : plan_.attr("fill")(call.laid, call.results);
+    return call;
+  }
+
+  // Whether all tensors lie as the kernel wants them, and where.
+  bool read(const py::tuple& tensors, std::vector<dlpack::Tensor>* places) const {
+    places->assign(needs_.size(), {});
+    if (!exchange_.usable()) return false;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const py::handle tensor = tensors[i];
+      if (tensor.is_none()) continue;
+      dlpack::Tensor& place = (*places)[i];
+      if (!exchange_.read(tensor, &place) || (needs_[i].row_major && !row_major(place)) ||
+          (needs_[i].rows_dense && !rows_dense(place)) || !exchange_.signed_as_stored(tensor))
+        return false;
+    }
+    return true;
+  }
+
+  py::object itself(size_t index, const Call& call) const {
+    if (index >= count_) return call.results[index - count_];
+    return index < call.tensors.size() ? py::object(call.tensors[index]) : py::none();
+  }
+
+  py::object fill(const Part& part, const Call& call) const {
     if (part.constant) return part.constant;
     if (part.is_hole) {
-      const dlpack::Tensor& t = memory[part.index];
+      const dlpack::Tensor& t = call.places[part.index];
       switch (part.what) {
         case kAddress:
         case kStart: return py::int_(address_of(t));
         case kStrides: return strides(t, t.ndim, true);
         case kRows: return py::make_tuple(address_of(t), strides(t, 3, false));
+        case kItself: return itself(part.index, call);
       }
     }
     if (part.is_list) {
       py::list found(part.items.size());
-      for (size_t i = 0; i < part.items.size(); ++i) found[i] = fill(part.items[i], memory);
+      for (size_t i = 0; i < part.items.size(); ++i) found[i] = fill(part.items[i], call);
       return std::move(found);
     }
     py::tuple found(part.items.size());
-    for (size_t i = 0; i < part.items.size(); ++i) found[i] = fill(part.items[i], memory);
+    for (size_t i = 0; i < part.items.size(); ++i) found[i] = fill(part.items[i], call);
     return std::move(found);
   }
 
   const Exchange exchange_;
+  const py::module_ extension_;
+  const py::object plan_, threads_, kernel_, code_;
   const size_t count_;
   std::vector<Needs> needs_;  // of tensors, then results
   std::vector<Result> results_;
-  Part arguments_;
+  Part arguments_, returns_;
 };
 
 }  // namespace
 
-// plan: makes a function of what Plan::make takes, of a type of tensors and what Plan takes; None
-// where that type does not say in C where its tensors are.
+// plan: of what Plan takes but the module, the functions lay_out and run of such a plan.
 void bind_plan(py::module_& m) {
-  m.def("plan",
-        [](const py::type& tensor_type, const py::type& hole, const py::list& results,
-           const py::object& arguments, size_t count) -> py::object {
-          const Exchange exchange(tensor_type);
-          if (!exchange.usable()) return py::none();
-          const auto plan = std::make_shared<Plan>(exchange, hole, results, arguments, count);
-          return py::cpp_function([plan](const py::tuple& tensors) { return plan->make(tensors); });
-        });
+  m.def("plan", [m](const py::type& tensor_type, const py::object& plan, const py::type& hole,
+                    const py::object& threads) {
+    const auto made = std::make_shared<Plan>(Exchange(tensor_type), m, plan, hole, threads);
+    return py::make_tuple(
+        py::cpp_function([made](const py::tuple& tensors) { return made->lay_out(tensors); }),
+        py::cpp_function([made](const py::tuple& tensors) { return made->run(tensors); }));
+  });
 }
 
 }  // namespace pykernels

@@ -70,6 +70,22 @@ double copy_rate(int threads, int64_t bytes, double seconds) {
   return static_cast<double>(total) / seconds_since(start);
 }
 
+// Reads numbers once, each thread its share of them in order: what of a kernel that has to read
+// them is left when it does nothing with them.
+void read(int threads, const float* from, int64_t count) {
+  constexpr int kSums = 8;
+  parallel(threads, [&](const Team& team) {
+    const Range mine = team.share(count, kSums * lanes<float>);
+    vec<float> sums[kSums] = {};
+    for (int64_t i = mine.begin; i + kSums * lanes<float> <= mine.end; i += kSums * lanes<float>)
+#pragma GCC unroll 8
+      for (int x = 0; x < kSums; ++x) sums[x] += load(from + i + x * lanes<float>);
+    for (int x = 1; x < kSums; ++x) sums[0] += sums[x];
+    volatile float sink = reduce_add(sums[0]);
+    (void)sink;
+  });
+}
+
 template <class T, class Function>
 void map(const T* in, T* out, int64_t n, const Function& function) {
   for (int64_t i = 0; i < n; i += lanes<T>)
@@ -125,6 +141,10 @@ void bind_probe(py::module_& m) {
         return copy_rate(threads, bytes, seconds);
       },
       py::arg("threads"), py::arg("bytes"), py::arg("seconds"));
+  m.def("read", [](int threads, Address from, int64_t count) {
+    const py::gil_scoped_release release;
+    read(threads, pointer<const float>(from), count);
+  });
   m.def("scratch_peak", [] { return FreeBlocks::of_this_thread().peak(); });
   m.def("vec_math",
         [](const std::string& name, const std::string& dtype, Address in, Address out, int64_t n) {

@@ -2,9 +2,12 @@
 //
 // Python takes some microseconds to ask, as long as a small kernel runs. What it has found of one
 // call holds for every other that looks the same, and a look takes a tenth of that.
+#include <list>
 #include <memory>
 #include <string>
-#include <vector>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
 
 #include "exchange.h"
 
@@ -15,6 +18,12 @@ template <class T>
 void put(const T& value, std::string* to) {
   to->append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
+
+// Of a tensor; all bytes are of its values.
+struct Looks {
+  int32_t device_type, device_id, ndim;
+  dlpack::Type dtype;
+};
 
 // Whether attribute `name` of `object` is true.
 bool has(py::handle object, PyObject* name) {
@@ -35,20 +44,20 @@ class Signer {
       : types_(types), exchange_(exchange), watched_(watched), recording_(recording) {}
 
   // Of a call with these tensors, or None in their places, and these numbers, strings, None, or
-  // tuples of them. It begins with 1 if autograd records the call, or else with 0. None if there is
-  // something out of the ordinary: nothing is known of such a call.
-  py::object sign(const py::tuple& tensors, const py::tuple& options) const {
+  // tuples of them. It begins with 1 if autograd records the call, or else with 0. Empty if there
+  // is something out of the ordinary: nothing is known of such a call.
+  std::string sign(const py::tuple& tensors, const py::tuple& options) const {
     for (const py::handle is_watched : watched_)
-      if (ask(is_watched)) return py::none();
+      if (ask(is_watched)) return {};
     std::string found;
     found.reserve(512);  // of a dozen tensors
     found.push_back('\0');
     bool differentiable = false;
     for (const py::handle tensor : tensors)
-      if (!add_tensor(tensor, &differentiable, &found)) return py::none();
-    if (!add_option(options, &found)) return py::none();
+      if (!add_tensor(tensor, &differentiable, &found)) return {};
+    if (!add_option(options, &found)) return {};
     found[0] = differentiable && ask(recording_);
-    return py::bytes(found);
+    return found;
   }
 
  private:
@@ -74,11 +83,8 @@ class Signer {
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     const bool is_differentiable = has(tensor, requires_grad);
     *differentiable |= is_differentiable;
-    put(is_differentiable, to);
-    put(t.device_type, to);
-    put(t.device_id, to);
-    put(t.dtype, to);
-    put(t.ndim, to);
+    to->push_back(is_differentiable ? '1' : '0');
+    put(Looks{t.device_type, t.device_id, t.ndim, t.dtype}, to);
     to->append(reinterpret_cast<const char*>(t.shape), t.ndim * sizeof(*t.shape));
     return true;
   }
@@ -124,20 +130,63 @@ class Signer {
   const py::object recording_;
 };
 
+// What was found of calls, by their signatures: the last ones.
+class Memory {
+ public:
+  explicit Memory(size_t capacity) : capacity_(capacity) {}
+
+  // None where nothing is kept.
+  py::object find(std::string_view signature) {
+    const auto place = places_.find(signature);
+    if (place == places_.end()) return py::none();
+    calls_.splice(calls_.begin(), calls_, place->second);
+    return place->second->second;
+  }
+
+  void keep(const std::string& signature, const py::object& found) {
+    calls_.emplace_front(signature, found);
+    places_[calls_.front().first] = calls_.begin();
+    if (places_.size() <= capacity_) return;
+    places_.erase(calls_.back().first);
+    calls_.pop_back();
+  }
+
+ private:
+  using Calls = std::list<std::pair<const std::string, py::object>>;
+  const size_t capacity_;
+  Calls calls_;  // the last one first
+  std::unordered_map<std::string_view, Calls::iterator> places_;
+};
+
 }  // namespace
 
-// signer: makes a function of what Signer::sign takes; None where torch lacks what that needs.
+// signer: of what Signer takes, the functions
+//   sign: (tensors, options) -> Signer::sign in bytes
+//   memory: (capacity) -> find and keep of a Memory, the first of tensors and options
+// or None where torch lacks what that needs.
 void bind_signature(py::module_& m) {
-  m.def("signer",
-        [](const py::tuple& types, const py::tuple& watched, const py::object& recording) {
-          const Exchange exchange{py::type(types[0])};
-          if (!exchange.usable()) return py::object(py::none());
-          const auto signer = std::make_shared<Signer>(types, exchange, watched, recording);
-          return py::object(
-              py::cpp_function([signer](const py::tuple& tensors, const py::tuple& options) {
-                return signer->sign(tensors, options);
+  m.def(
+      "signer",
+      [](const py::tuple& types, const py::tuple& watched,
+         const py::object& recording) -> py::object {
+        const Exchange exchange{py::type(types[0])};
+        if (!exchange.usable()) return py::none();
+        const auto signer = std::make_shared<Signer>(types, exchange, watched, recording);
+        const py::cpp_function sign([signer](const py::tuple& tensors, const py::tuple& options) {
+          return py::bytes(signer->sign(tensors, options));
+        });
+        const py::cpp_function memory([signer](size_t capacity) {
+          const auto made = std::make_shared<Memory>(capacity);
+          return py::make_tuple(
+              py::cpp_function([signer, made](const py::tuple& tensors, const py::tuple& options) {
+                return made->find(signer->sign(tensors, options));
+              }),
+              py::cpp_function([made](const std::string& signature, const py::object& found) {
+                made->keep(signature, found);
               }));
         });
+        return py::make_tuple(sign, memory);
+      });
 }
 
 }  // namespace pykernels

@@ -8,12 +8,13 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
 * ``<op>_bwd(saved, grads, *, needs, **options) -> input grads``: one entry per tensor argument of
   the forward. An entry of `grads` may be None, which stands for zeros; where `needs` is False, the
   entry returned may be None;
-* optionally ``<op>_fwd_pass(*tensors, keep, **options)`` and ``<op>_bwd_pass(*saved, needs,
+* optionally ``<op>_fwd_pass(*tensors, keep, skip, **options)`` and ``<op>_bwd_pass(*saved, needs,
   **options)``, which see no more of a tensor than its shape and dtype and whether it is there:
-  functions of ``tensors`` and of ``(*saved, *grads)``, for all that look alike, that return what
-  the two above return, any gradient there or None; the first also takes ``packed=``, as below;
+  their ``.run(tensors)`` and ``.run((*saved, *grads))`` return what the two above return, for all
+  tensors that look alike, any gradient there or None; outputs at the places `skip` may be None;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
-  with ``keep=False``, to spare it the packing of these weights; beside it
+  with ``keep=False``, and its passes behind the tensors, to spare it the packing of these weights;
+  beside it
   ``<op>_step(packed, weights)``: a function ``(weights, threads, input, states, relu) -> states``
   of one step of a cell, which returns None where these are no longer the weights or any tensor is
   out of the ordinary; or None where there is no such function;

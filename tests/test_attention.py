@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import (
     ALL,
+    EXACT,
     bits,
     call,
     cases,
@@ -145,6 +146,49 @@ PANELS = [
 @pytest.mark.parametrize("spec", PANELS, ids=lambda spec: spec.name)
 def test_panels_of_queries(spec, dtype):
     check(spec, "cpp", dtype)
+
+
+#: Where dP and delta nearly cancel: no sum but theirs hides what they were rounded by.
+FEW_KEYS = [
+    AttentionSpec(f"attention-few-keys-{name}", "", *(2, 6, 33, 126), **rule)
+    for name, rule in {
+        "one": {"s_k": 1, "n_kv": 3},
+        "own-and-sink": {"window": (0, 0), "sinks": True},
+        "one-and-sink": {"s_k": 1, "sinks": True, "softcap": 2.0},
+        "two-and-sink": {"window": (1, 0), "is_causal": True, "sinks": True, "alibi": ("N",)},
+        "three-learned": {
+            "s_k": 3,
+            "mask": "float",
+            "mask_shape": ("N", "S_q", "1"),
+            "learned": True,
+        },
+        "learned": {"mask": "float", "mask_shape": ("B", "N", "1", "1"), "learned": True},
+    }.items()
+]
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("spec", FEW_KEYS, ids=lambda spec: spec.name)
+def test_few_keys(spec, dtype):
+    """Of several draws, as roundings are a matter of luck."""
+    for seed in range(5):
+        check(spec, "cpp", dtype, seed=seed)
+
+
+@pytest.mark.parametrize("S", [7, 200])
+@pytest.mark.parametrize("dtype", ALL)
+def test_one_key(dtype, S):
+    """Its value comes out as it is, and nothing about the query or the key changes that."""
+    q, k, v = (torch.randn(2, 3, S, 90).to(dtype).requires_grad_() for _ in range(3))
+    out, lse = functional.attention(q, k, v, window=(0, 0), return_lse=True, backend="cpp")
+    assert torch.equal(out, v)
+    dout = torch.randn_like(out)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    assert torch.equal(dv, dout)
+    given = [t.detach() for t in (dout, q, k, v, out, lse)]
+    alone = functional.attention_backward(*given, window=(0, 0), backend="cpp")
+    for grad in (dq, dk, alone.dq, alone.dk):
+        assert not grad.any()
 
 
 def test_level_of_weights_follows_the_scores():
@@ -296,22 +340,24 @@ def test_never_holds_a_score_matrix(options):
 def test_scratch_is_tiles_alone(dtype, threads):
     """Four times as many queries and keys: forward takes no byte more for itself.
 
-    Backward takes one number more a query; and dQ in float32 where that is not what is returned.
+    Backward takes one number more a query of the head that a thread is at; and dQ in float32 where
+    that is not what is returned. Of sequences and heads it takes nothing for those that wait.
     """
     need(find("attention-plain"), "cpp", dtype)
     threads(1)
     held = []
     extension = _backends.load_extension()
-    for S in (4096, 16384):
-        q, k, v = (torch.randn(1, 1, S, 64).to(dtype).requires_grad_() for _ in range(3))
+    for B, N, S in ((1, 1, 4096), (1, 1, 16384), (2, 3, 4096)):
+        q, k, v = (torch.randn(B, N, S, 64).to(dtype).requires_grad_() for _ in range(3))
         extension.scratch_peak()
         out = functional.attention(q, k, v, is_causal=True, window=(8, 0), backend="cpp")
         held.append(extension.scratch_peak())
         out.backward(torch.ones_like(out))
         held.append(extension.scratch_peak())
     rows = 16384 - 4096
-    assert held[0] == held[2] > 0
+    assert held[0] == held[2] == held[4] > 0
     assert held[3] - held[1] == 4 * rows * (1 if dtype == torch.float32 else 1 + 64)
+    assert held[5] == held[1]
 
 
 @pytest.mark.parametrize("window", [None, (150, 0)])

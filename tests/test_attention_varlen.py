@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import (
     ALL,
+    EXACT,
     bits,
     call,
     cases,
@@ -23,13 +24,26 @@ from cases import (
 )
 
 from pykernels import functional
-from pykernels.testing import ATTENTION_VARLEN_SPECS, evaluate
+from pykernels.testing import ATTENTION_VARLEN_SPECS, AttentionVarlenSpec, evaluate
 from pykernels.testing.specs import find
 
 
 @pytest.mark.parametrize(("spec", "backend", "dtype"), cases(*ATTENTION_VARLEN_SPECS))
 def test_values_and_gradients(spec, backend, dtype):
     check(spec, backend, dtype)
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+@pytest.mark.parametrize("dtype", EXACT)
+def test_few_keys(dtype, keys):
+    """`test_few_keys` of `attention`, where sequences are packed."""
+    spec = AttentionVarlenSpec(
+        *("attention_varlen-few-keys", "", (33, 5, 20), 6, 126, (keys, keys, 0)),
+        n_kv=3,
+        sinks=keys > 1,
+    )
+    for seed in range(5):
+        check(spec, "cpp", dtype, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", ALL)

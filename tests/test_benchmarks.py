@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import decoding
 import errors
 import gpu
 import instruction_set
@@ -447,6 +448,26 @@ def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
     assert "overhead_us" in capsys.readouterr().out
 
 
+def test_decoding_is_held_against_reading(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decoding, "KEYS", 64)
+    monkeypatch.setattr(decoding, "TOTAL", 2**20)
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(records, "KEPT", tmp_path)
+    decoding.main(["--seconds", "0.01", "--threads", "2"])
+    (path,) = tmp_path.glob("*-decoding.csv")
+    rows = {(row["dtype"], row["implementation"]): row for row in records.read(path)}
+    assert len(rows) == 6
+    for (dtype, _), row in rows.items():
+        moved = float(row["gb_per_s"]) * float(row["median_us"]) * 1e3
+        assert moved == pytest.approx(2 * 8 * 64 * 64 * workload.DTYPES[dtype].itemsize, rel=1e-2)
+        read = float(rows[dtype, "read"]["median_us"])
+        assert float(row["read_share"]) == pytest.approx(read / float(row["median_us"]), rel=1e-2)
+    assert "of the read rate" in capsys.readouterr().out
+    monkeypatch.setattr(records, "newest", lambda kind: path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert "| bfloat16 |" in readme.decoding()
+
+
 def test_exponents_of_growth():
     """Linear in T for an RNN, quadratic for attention: what the model's lines say."""
     for name, power in (("rnn-T", 1.0), ("attention-T", 2.0), ("attention-h", 1.0)):
@@ -507,7 +528,7 @@ def test_flattened_weights_are_the_same_weights(op):
 
 def test_calls_in_turn():
     log = []
-    call = gpu.in_turn([lambda i=i: log.append(i) for i in range(3)])
+    call = timing.in_turn([lambda i=i: log.append(i) for i in range(3)])
     for _ in range(7):
         call()
     assert log == [0, 1, 2, 0, 1, 2, 0]

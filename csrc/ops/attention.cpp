@@ -97,24 +97,24 @@ void bind_attention(py::module_& m) {
           });
           return unit;
         });
-  m.def("attention_backward",
-        [](int dtype, int threads, const Sizes& n, const Reals& reals, const Packing& packed,
-           const Rule& given, const std::array<Strided, 5>& in, Address rows, Address dlse,
-           const std::array<Strided, 3>& grads, const Strided& dmask, Address dsinks) {
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            using T = compute_t<S>;
-            const AttentionPacking at = packing(packed);
-            attention_backward<S>(
-                threads,
-                {sizes(n, reals), at, rule<S>(given, reals), heads<const S>(in[0], at.queries),
-                 heads<const S>(in[1], at.keys), heads<const S>(in[2], at.keys),
-                 heads<const S>(in[3], at.queries), rows_of(pointer<const T>(rows), n, at),
-                 heads<const S>(in[4], at.queries), pointer<T>(dlse),
-                 heads<S>(grads[0], at.queries), heads<S>(grads[1], at.keys),
-                 heads<S>(grads[2], at.keys), heads<T>(dmask, nullptr), pointer<S>(dsinks)});
-          });
-        });
+  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Reals& reals,
+                                 const Packing& packed, const Rule& given,
+                                 const std::array<Strided, 5>& in, Address rows, bool whole,
+                                 Address dlse, const std::array<Strided, 3>& grads,
+                                 const Strided& dmask, Address dsinks) {
+    dispatch(dtype, [&](auto tag) {
+      using S = typename decltype(tag)::type;
+      using T = compute_t<S>;
+      const AttentionPacking at = packing(packed);
+      attention_backward<S>(
+          threads, {sizes(n, reals), at, rule<S>(given, reals), heads<const S>(in[0], at.queries),
+                    heads<const S>(in[1], at.keys), heads<const S>(in[2], at.keys),
+                    heads<const S>(in[3], at.queries), rows_of(pointer<const T>(rows), n, at),
+                    whole, heads<const S>(in[4], at.queries), pointer<T>(dlse),
+                    heads<S>(grads[0], at.queries), heads<S>(grads[1], at.keys),
+                    heads<S>(grads[2], at.keys), heads<T>(dmask, nullptr), pointer<S>(dsinks)});
+    });
+  });
 }
 
 }  // namespace pykernels

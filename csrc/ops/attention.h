@@ -79,7 +79,7 @@ struct AttentionForward {
   Heads<const S> q, k, v;
   AttentionPages pages;
   Heads<S> out;       // [B, N, S_q, D_v]
-  compute_t<S>* lse;  // [B, N, S_q], natural log
+  compute_t<S>* lse;  // [B, N, S_q] or nullptr, natural log
   AttentionRows<compute_t<S>> rows;
 };
 
@@ -92,6 +92,7 @@ struct AttentionBackward {
   Heads<const S> q, k, v;
   Heads<const S> out;  // [B, N, S_q, D_v], of the forward pass
   AttentionRows<const compute_t<S>> rows;
+  bool whole;                // these are of all keys that `out` is of, not of some
   Heads<const S> dout;       // [B, N, S_q, D_v]
   const compute_t<S>* dlse;  // [B, N, S_q] or nullptr for zeros
   Heads<S> dq;               // [B, N, S_q, D]

@@ -11,16 +11,23 @@ namespace {
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
 
-// With P the weights and delta_i = out_i . dout_i - dlse_i, one number a query:
+// With P the weights and delta_i = out_i . dout_i, one number a query:
 //
-//   dV = P^T dout      dP = dout V^T      dS = P * (dP - delta)      dQ = dS K      dK = dS^T Q
+//   dV = P^T dout    dP = dout V^T    dS = P * (dP - delta + dlse)    dQ = dS K    dK = dS^T Q
 //
-// where dQ and dK take the scale. An item is a block of keys of one head of K and V. A thread takes
-// the blocks of a head one after the other, and when no head is left helps those that others are
-// at: blocks of one head add to the same dQ, each a little behind the block before it, so that the
-// order of additions is always the same. All that adds to one element of the mask's gradient is one
-// item: where sequences or heads share a mask, they count as one head, and the item goes through
-// them all.
+// where dQ and dK take the scale. Of few keys dP and delta are nearly equal, and what they were
+// rounded by would show. So a query whose keys are all in one block gets its delta there, of these
+// very dP: delta = sum P dP. Others are summed in the order of dP, which is the same sum where a
+// query sees one key.
+//
+// An item is a block of keys of one head of K and V. A thread takes the blocks of a head one after
+// the other, and when no head is left helps those that others are at: blocks of one head add to the
+// same dQ, each a little behind the block before it, so that the order of additions is always the
+// same. All that adds to one element of the mask's gradient is one item: where sequences or heads
+// share a mask, they count as one head, and the item goes through them all.
+//
+// What is kept by query lies in memory of the thread that opens a set of heads. Since helpers come
+// when no set is left, a thread that opens its next set is alone with the one before.
 template <class S>
 class Backward {
   using T = compute_t<S>;
@@ -32,8 +39,11 @@ class Backward {
         heads_(p.dmask.data && p.dmask.head == 0 ? n_.N_kv : 1), width_(round_up(n_.D, kPanel<T>)),
         v_width_(round_up(n_.D_v, kPanel<T>)),
         blocks_(ceil_div(p.packing.queries ? p.packing.longest_k : n_.S_k, kBackwardKeys)),
-        row_count_(row_count(n_, p.packing)),
+        single_(p.whole && blocks_ <= 1),
         in_place_(std::is_same_v<S, T> && width_ == n_.D && !p.packing.queries),
+        head_rows_(longest_queries(n_, p.packing)),
+        batch_rows_((in_place_ ? n_.N : heads_ * group_) * head_rows_),
+        set_rows_((batches_ - 1) * batch_rows_ + heads_ * group_ * head_rows_),
         per_thread_(
             Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
             Arena<T>::padded(kBackwardKeys * width_) * 2 +
@@ -41,27 +51,12 @@ class Backward {
             Arena<T>::padded(kBackwardRows * n_.D_v) + Arena<T>::padded(kBackwardRows * width_) +
             Arena<T>::padded(kBackwardRows * v_width_) +
             Arena<T>::padded(kBackwardRows * kTileLine) * 2),
-        scratch_(threads * per_thread_), delta_(row_count_),
-        dq_scratch_(p.dq.data && !in_place_ ? row_count_ * width_ : 0),
-        dq_(in_place_ ? reinterpret_cast<T*>(p.dq.data) : dq_scratch_.get()),
-        sets_(n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_)), next_set_(sets_),
-        next_block_(new std::atomic<int64_t>[sets_]()), done_(new Progress[sets_ * blocks_]) {}
-
-  // Before any item: this thread's share of delta, and of a cleared dQ.
-  void prepare(const Team& team) const {
-    const Range rows = team.share(row_count_);
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const S* const dout = row_at(p_.dout, r);
-      const S* const out = row_at(p_.out, r);
-      vec<T> sum{};
-      for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
-        sum += load_n(dout + d, n_.D_v - d) * load_n(out + d, n_.D_v - d);
-      delta_.get()[r] = reduce_add(sum) - (p_.dlse ? p_.dlse[r] : 0);
-    }
-    if (!p_.dq.data) return;
-    const Range all = team.share(row_count_ * width_, lanes<T>);
-    std::fill(dq_ + all.begin, dq_ + all.end, T(0));
-  }
+        per_slot_(Arena<T>::padded(set_rows_) +
+                  (p.dq.data && !in_place_ ? Arena<T>::padded(set_rows_ * width_) : 0)),
+        sets_(n_.B * n_.N_kv / std::max<int64_t>(1, batches_ * heads_)),
+        slots_(std::min<int64_t>(threads, sets_)), scratch_(threads * per_thread_),
+        kept_(slots_ * per_slot_), sinks_(p.dsinks ? n_.B * n_.N : 0), next_set_(sets_),
+        states_(new State[sets_]), done_(new Progress[sets_ * blocks_]) {}
 
   // Items until none is left.
   void run(const Team& team) const {
@@ -80,25 +75,29 @@ class Backward {
     rows.weights = arena.take(kBackwardRows * kTileLine);
     rows.dscores = arena.take(kBackwardRows * kTileLine);
 
-    const auto run_set = [&](int64_t set) {
-      for (int64_t block; (block = next_block_[set].fetch_add(1)) < blocks_;)
-        run(set, block, tile, rows);
-    };
-    for (int64_t set; next_set_.take(&set);) run_set(set);
-    for (int64_t set = 0; set < sets_; ++set) run_set(set);  // what others have begun
+    for (int64_t index; next_set_.take(&index);) {
+      State& state = states_[index];
+      state.slot = sets_ == slots_ ? index : team.rank;
+      const Set set = set_at(index);
+      open(set, rows);
+      state.opened.reach(1);
+      run_blocks(index, set, tile, rows);
+      end_part(index, set);
+    }
+    for (int64_t index = 0; index < sets_; ++index) {  // what others have begun
+      if (states_[index].next_block.load() >= blocks_) continue;
+      states_[index].opened.await(1);
+      run_blocks(index, set_at(index), tile, rows);
+    }
   }
 
-  // After all items: this thread's share of the sinks, and of dQ where it is wanted.
+  // After all items: this thread's share of the sinks.
   void finish(const Team& team) const {
-    if (p_.dsinks) {
-      const Range all = team.share(n_.N);
-      for (int64_t h = all.begin; h < all.end; ++h) narrow(sink_gradient(h), p_.dsinks + h);
-    }
-    if (!p_.dq.data || in_place_) return;
-    const Range rows = team.share(row_count_);
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      for (int64_t d = 0; d < n_.D; d += lanes<T>)
-        store_n(row_at(p_.dq, r) + d, load(dq_ + r * width_ + d), n_.D - d);
+    const Range all = team.share(n_.N);
+    for (int64_t h = all.begin; h < all.end; ++h) {
+      double sum = 0;
+      for (int64_t b = 0; b < n_.B; ++b) sum += sinks_.get()[b * n_.N + h];
+      narrow(static_cast<T>(sum), p_.dsinks + h);
     }
   }
 
@@ -119,42 +118,120 @@ class Backward {
     T *weights, *dscores;           // [rows, kTileLine]: P and dS
   };
 
-  // Row r of what is kept by query, in a tensor: the first sequence's rows lead to all packed ones.
-  template <class U>
-  U* row_at(const Heads<U>& tensor, int64_t r) const {
-    return tensor.at(r / n_.S_q / n_.N, r / n_.S_q % n_.N, r % n_.S_q);
+  // How far a set is.
+  struct State {
+    Progress opened;
+    int64_t slot = 0;  // of what is kept by query; from when it is opened
+    std::atomic<int64_t> next_block{0}, ended{0};
+  };
+
+  // Sequences [b0, b0 + batches_) and heads of K and V [g0, g0 + heads_), and what their queries
+  // keep.
+  struct Set {
+    int64_t b0, g0;
+    T* delta;  // [set_rows_]
+    T* dq;     // [set_rows_, width_]
+  };
+
+  Set set_at(int64_t index) const {
+    const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // sets over the heads
+    const int64_t b0 = index / wide * batches_, g0 = index % wide * heads_;
+    Arena<T> arena(kept_.get() + states_[index].slot * per_slot_);
+    T* const delta = arena.take(set_rows_);
+    if (!p_.dq.data) return {b0, g0, delta, nullptr};
+    T* const there = reinterpret_cast<T*>(p_.dq.at(b0, g0 * group_, 0));
+    return {b0, g0, delta, in_place_ ? there : arena.take(set_rows_ * width_)};
   }
 
-  // A sink's value is 0, so that its score gets P * (0 - delta) from each query. Of signs of either
-  // kind: what a sum in float32 rounds would show beside what is left.
-  T sink_gradient(int64_t h) const {
-    const T sink = T(widen(p_.rule.sinks[h]));
-    double sum = 0;
-    for (int64_t b = 0; b < n_.B; ++b) {
-      for (int64_t i = 0; i < sequence(n_, p_.packing, b).S_q; ++i) {
-        const int64_t at = row_of(n_, p_.packing, b, h, i);
-        const double weight = std::exp(double(sink) - p_.rows.top[at]) * p_.rows.inverse[at];
-        sum -= weight * delta_.get()[at];
+  int64_t row_in(const Set& set, int64_t b, int64_t h, int64_t i) const {
+    return (b - set.b0) * batch_rows_ + (h - set.g0 * group_) * head_rows_ + i;
+  }
+
+  // Runs body(b, h, queries, row) for each head of Q, `row` that of its first query in the set.
+  template <class Body>
+  void for_heads(const Set& set, const Body& body) const {
+    for (int64_t b = set.b0; b < set.b0 + batches_; ++b)
+      for (int64_t h = set.g0 * group_; h < (set.g0 + heads_) * group_; ++h)
+        body(b, h, sequence(n_, p_.packing, b).S_q, row_in(set, b, h, 0));
+  }
+
+  // Before any block of a set: delta, and a cleared dQ.
+  void open(const Set& set, const Rows& rows) const {
+    for_heads(set, [&](int64_t b, int64_t h, int64_t queries, int64_t row) {
+      if (set.dq) std::fill_n(set.dq + row * width_, queries * width_, T(0));
+      if (single_) std::fill_n(set.delta + row, queries, T(0));  // for those that see no key
+      for (int64_t i = 0; i < queries && !single_; i += kPanel<T>) {
+        const int64_t count = std::min<int64_t>(kPanel<T>, queries - i);
+        pack_panel(View<S>{p_.dout.at(b, h, i), 1, p_.dout.row}, n_.D_v, count, rows.douts);
+        pack_panel(View<S>{p_.out.at(b, h, i), 1, p_.out.row}, n_.D_v, count, rows.dout_panels);
+        multiply_lanes(rows.douts, rows.dout_panels, count, set.delta + row + i);
       }
+    });
+  }
+
+  // The blocks of a set that are left.
+  void run_blocks(int64_t index, const Set& set, const Tile& tile, const Rows& rows) const {
+    for (int64_t block; (block = states_[index].next_block.fetch_add(1)) < blocks_;) {
+      run(index, block, set, tile, rows);
+      end_part(index, set);
     }
-    return static_cast<T>(sum);
+  }
+
+  // One block of a set has ended, or what its first thread had to do: the last to end brings what
+  // is kept by query to where it is wanted.
+  void end_part(int64_t index, const Set& set) const {
+    if (states_[index].ended.fetch_add(1) < blocks_) return;
+    if (!p_.dsinks && (in_place_ || !p_.dq.data)) return;
+    for_heads(set, [&](int64_t b, int64_t h, int64_t queries, int64_t row) {
+      if (p_.dsinks) sinks_.get()[b * n_.N + h] = sink_gradient(b, h, queries, set.delta + row);
+      if (in_place_ || !p_.dq.data) return;
+      write(set.dq + row * width_, queries, n_.D, width_, T(1), p_.dq.at(b, h, 0), p_.dq.row);
+    });
+  }
+
+  // to[r] = the sum of a[d, r] b[d, r] over D_v, two panels, in the order of multiply_in_chains.
+  void multiply_lanes(const T* a, const T* b, int64_t count, T* to) const {
+    constexpr int64_t width = kPanel<T>;
+    vec<T> total[kPanelVecs]{};
+    for (int64_t first = 0; first < n_.D_v; first += kChain) {
+      vec<T> sum[kPanelVecs]{};
+      for (int64_t d = first; d < std::min(first + kChain, n_.D_v); ++d)
+#pragma GCC unroll 4
+        for (int x = 0; x < kPanelVecs; ++x)
+          sum[x] += load(a + d * width + x * lanes<T>) * load(b + d * width + x * lanes<T>);
+#pragma GCC unroll 4
+      for (int x = 0; x < kPanelVecs; ++x) total[x] = first ? total[x] + sum[x] : sum[x];
+    }
+#pragma GCC unroll 4
+    for (int x = 0; x < kPanelVecs; ++x) store_n(to + x * lanes<T>, total[x], count - x * lanes<T>);
+  }
+
+  // A sink's value is 0, so that its score gets P * (0 - delta + dlse) from each query. Of signs of
+  // either kind: what a sum in float32 rounds would show beside what is left.
+  double sink_gradient(int64_t b, int64_t h, int64_t queries, const T* delta) const {
+    const double sink = widen(p_.rule.sinks[h]);
+    double sum = 0;
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t at = row_of(n_, p_.packing, b, h, i);
+      const double weight = std::exp(sink - p_.rows.top[at]) * p_.rows.inverse[at];
+      sum -= weight * (double(delta[i]) - (p_.dlse ? p_.dlse[at] : 0));
+    }
+    return sum;
   }
 
   // One block of the keys of all heads of a set.
-  void run(int64_t set, int64_t block, const Tile& tile, const Rows& rows) const {
-    const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // sets over the heads
-    const int64_t b0 = set / wide * batches_, g0 = set % wide * heads_;
-    Progress* const done = done_.get() + set * blocks_ + block;
-    for (int64_t b = b0; b < b0 + batches_; ++b)
-      for (int64_t g = g0; g < g0 + heads_; ++g)
-        run_head(b, g, block * kBackwardKeys, tile, rows, block ? done - 1 : nullptr, done);
+  void run(int64_t index, int64_t block, const Set& set, const Tile& tile, const Rows& rows) const {
+    Progress* const done = done_.get() + index * blocks_ + block;
+    for (int64_t b = set.b0; b < set.b0 + batches_; ++b)
+      for (int64_t g = set.g0; g < set.g0 + heads_; ++g)
+        run_head(b, g, block * kBackwardKeys, set, tile, rows, block ? done - 1 : nullptr, done);
     done->reach(std::numeric_limits<int64_t>::max());
   }
 
   // The share of a block of keys, from j0 on, in the gradients of one head of K and V. A row of dQ
   // is `before`'s, the item of the block before, until it has been there.
-  void run_head(int64_t b, int64_t g, int64_t j0, const Tile& tile, const Rows& rows,
-                const Progress* before, Progress* done) const {
+  void run_head(int64_t b, int64_t g, int64_t j0, const Set& set, const Tile& tile,
+                const Rows& rows, const Progress* before, Progress* done) const {
     const AttentionSizes n = sequence(n_, p_.packing, b);
     const int64_t keys = std::min(kBackwardKeys, n.S_k - j0);
     if (keys <= 0) return;
@@ -172,7 +249,8 @@ class Backward {
         const int64_t count = std::min(kBackwardRows, end - i0);
         Range seen = visible_keys(n, {i0, i0 + count}, {j0, j0 + keys});
         seen.begin -= seen.begin % kPanel<T>;
-        weights(n, b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, rows);
+        const int64_t row = row_in(set, b, h, i0);
+        weights(n, b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, set.delta + row, rows);
         if (p_.dv.data)
           multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels, count,
                    true, tile.dv + seen.begin * v_width_, v_width_);
@@ -180,10 +258,10 @@ class Backward {
           multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
                    true, tile.dk + seen.begin * width_, width_);
         if (!p_.dq.data) continue;
-        const int64_t row = row_of(n_, p_.packing, b, h, i0);
         if (before) before->await(row + count);
         multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
-                 tile.keys_scaled + seen.begin * kPanel<T>, keys, true, dq_ + row * width_, width_);
+                 tile.keys_scaled + seen.begin * kPanel<T>, keys, true, set.dq + row * width_,
+                 width_);
         done->reach(row + count);
       }
     }
@@ -193,7 +271,7 @@ class Backward {
 
   // P and dS of queries [i0, i0 + count) by the keys j0 + `seen`.
   void weights(const AttentionSizes& n, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0,
-               Range seen, const T* keys_t, const T* values_t, const Rows& rows) const {
+               Range seen, const T* keys_t, const T* values_t, T* deltas, const Rows& rows) const {
     const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
     const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
     copy_rows(q.data, q.row, count, n_.D, rows.queries);
@@ -215,15 +293,37 @@ class Backward {
       std::fill(weight, weight + mine.begin, -kInfinity<T>);
       const int64_t at = row_of(n_, p_.packing, b, h, i);
       const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
-      const vec<T> delta = broadcast(delta_.get()[at]);
       if (p_.rule.dropout > 0) {
         draw_kept(p_.rule, b * n_.N + h, i, first, mine, keep);
         for (int64_t j = mine.begin; j < mine.end; ++j) dscore[j] *= keep[j];
       }
-      for (int64_t j = 0; j < mine.end; j += lanes<T>) {
+      const auto weigh = [&](int64_t j) {
         const vec<T> p = exp2_softmax<T>((load(weight + j) - top) * rate) * inverse;
         store(weight + j, p);
-        store(dscore + j, p * (load(dscore + j) - delta));
+        return p;
+      };
+      const T dlse = p_.dlse ? p_.dlse[at] : T(0);
+      if (p_.whole && mine.size() == visible_keys(n, {i, i + 1}, {0, n.S_k}).size()) {
+        // What an unseen key has may be NaN.
+        std::fill(dscore, dscore + mine.begin, T(0));
+        fill(dscore, mine.end, mine.end, T(0));
+        fill(weight, mine.end, mine.end, -kInfinity<T>);
+        vec<T> total{}, products{};
+        for (int64_t j = 0; j < mine.end; j += lanes<T>) {
+          const vec<T> p = weigh(j);
+          total += p;
+          products += p * load(dscore + j);
+        }
+        // All weights add up to 1, but for roundings; a sink's is not among these.
+        const T sum = p_.rule.sinks ? T(1) : reduce_add(total);
+        const T delta = sum > 0 ? reduce_add(products) / sum : T(0);
+        if (p_.dsinks) deltas[r] = delta;
+        for (int64_t j = 0; j < mine.end; j += lanes<T>)
+          store(dscore + j, load(weight + j) * (load(dscore + j) - delta + dlse));
+      } else {
+        const T shift = deltas[r] - dlse;
+        for (int64_t j = 0; j < mine.end; j += lanes<T>)
+          store(dscore + j, weigh(j) * (load(dscore + j) - shift));
       }
       if (p_.rule.dropout > 0)
         for (int64_t j = mine.begin; j < mine.end; ++j) weight[j] *= keep[j];
@@ -234,7 +334,6 @@ class Backward {
       if (n_.softcap > 0)
         for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
           store(dscore + j, load(dscore + j) * load(growth + j));
-      // What an unseen key has may be NaN.
       std::fill(dscore, dscore + mine.begin, T(0));
       fill(weight, mine.end, seen.size(), T(0));
       fill(dscore, mine.end, seen.size(), T(0));
@@ -252,15 +351,16 @@ class Backward {
   const AttentionSizes& n_;
   const int64_t group_;
   const int64_t batches_, heads_;  // sequences and heads of K and V that one item goes through
-  const int64_t width_, v_width_, blocks_, row_count_;
-  const bool in_place_;  // dQ is summed where it is wanted
-  const int64_t per_thread_;
-  const Scratch<T> scratch_, delta_, dq_scratch_;
-  T* const dq_;  // [rows, width]
-  const int64_t sets_;
+  const int64_t width_, v_width_, blocks_;
+  const bool single_;                                // all keys of a query are in one block
+  const bool in_place_;                              // dQ is summed where it is wanted
+  const int64_t head_rows_, batch_rows_, set_rows_;  // of what is kept by query
+  const int64_t per_thread_, per_slot_, sets_, slots_;
+  const Scratch<T> scratch_, kept_;
+  const Scratch<double> sinks_;  // [B, N]: the gradient by sequence
   mutable Items next_set_;
-  const std::unique_ptr<std::atomic<int64_t>[]> next_block_;  // [sets]
-  const std::unique_ptr<Progress[]> done_;                    // [sets, blocks]: rows of dQ
+  const std::unique_ptr<State[]> states_;   // [sets]
+  const std::unique_ptr<Progress[]> done_;  // [sets, blocks]: rows of dQ
 };
 
 }  // namespace
@@ -269,9 +369,8 @@ template <class S>
 void attention_backward(int threads, const AttentionBackward<S>& p) {
   const Backward<S> backward(threads, p);
   parallel(threads, [&](const Team& team) {
-    backward.prepare(team);
-    team.wait();
     backward.run(team);
+    if (!p.dsinks) return;
     team.wait();
     backward.finish(team);
   });

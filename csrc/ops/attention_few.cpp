@@ -133,7 +133,7 @@ class Few {
       for (int64_t d = 0; d < n.D_v; d += lanes<T>)
         store_n(out + d, load(total + d) * inverse, n.D_v - d);
       const int64_t row = row_of(n_, p_.packing, b, h, i);
-      p_.lse[row] = top * unit + std::log(sum);
+      if (p_.lse) p_.lse[row] = top * unit + std::log(sum);
     }
   }
 

@@ -131,7 +131,7 @@ class Forward {
       const T inverse = sum[r] > 0 || sum[r] != sum[r] ? 1 / sum[r] : T(0);
       for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
         store_n(p_.out.at(b, head(r), query(r)) + d, load(from + d) * inverse, n_.D_v - d);
-      p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
+      if (p_.lse) p_.lse[at] = maximum[r] * unit + std::log(sum[r]);
       if (!p_.rows.top) continue;
       p_.rows.top[at] = maximum[r] == -kInfinity<T> ? kInfinity<T> : maximum[r];
       p_.rows.inverse[at] = inverse;

@@ -76,7 +76,10 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
-    const bool bounded = !ruled && are_bounded(b, g, {i0, i0 + length}, all, log_rate, gathered);
+    // Measured from 0, an only key's weight times the inverse of their sum need not be 1.
+    const bool alone = std::min(n.S_k, n.last - n.first + 1) == 1;
+    const bool bounded =
+        !ruled && !alone && are_bounded(b, g, {i0, i0 + length}, all, log_rate, gathered);
     const T rate = bounded ? T(1) : log_rate;  // packed queries hold it already
 
     std::fill(out, out + round_up(rows, kWidth) * n_.D_v, T(0));
@@ -151,7 +154,7 @@ class Panels {
         for (int64_t d = 0; d < n_.D_v; d += lanes<T>)
           store_n(to + d, load(turned + r * line + d) * inverse, n_.D_v - d);
         const int64_t at = row_of(n_, p_.packing, b, h, i);
-        p_.lse[at] = top * unit + std::log(total);
+        if (p_.lse) p_.lse[at] = top * unit + std::log(total);
         if (!p_.rows.top) return;
         p_.rows.top[at] = top == -kInfinity<T> ? kInfinity<T> : top;
         p_.rows.inverse[at] = inverse;

@@ -56,6 +56,7 @@ class What(enum.IntEnum):
     START = 1  # the address of one of any strides
     STRIDES = 2  # all, 0 along an axis of size one, which broadcasts
     ROWS = 3  # address and first three strides of one [., ., ., D] whose last axis is contiguous
+    ITSELF = 4  # no more of it
 
 
 class Hole(NamedTuple):
@@ -82,6 +83,11 @@ def rows(*indices: int) -> list[Hole]:
     return [Hole(i, What.ROWS) for i in indices]
 
 
+def these(*indices: int | None) -> tuple[Any, ...]:
+    """The tensors themselves."""
+    return tuple(None if i is None else Hole(i, What.ITSELF) for i in indices)
+
+
 class Result(NamedTuple):
     """A tensor that a kernel fills, of the dtype of the first one that it reads if that is None."""
 
@@ -93,73 +99,65 @@ class Result(NamedTuple):
         return x.new_empty(self.sizes, dtype=self.dtype)
 
 
-class Plan:
-    """What a kernel is called with on tensors of certain shapes: all is known but their memory."""
+def without(skip: tuple[int, ...], *results: Result) -> list[Result | None]:
+    """The results but for those at the places `skip`."""
+    return [None if i in skip else result for i, result in enumerate(results)]
 
-    def __init__(self, count: int, results: Sequence[Result | None], arguments: object) -> None:
-        """Args:
-        count: how many tensors there will be.
-        results: what is made besides; None for what is not wanted.
-        arguments: nested tuples and lists, with holes.
-        """
-        self.count, self.results, self.arguments = count, list(results), arguments
-        make = _backends.load_extension().plan
-        self._quick = make(Tensor, Hole, self.results, arguments, count) or (lambda _: None)
 
-    @functools.cached_property
-    def _lay(self) -> list[Callable[[Tensor], Maybe] | None]:
-        """What lays each tensor as the kernel wants it; None where it wants none of it."""
+class Plan(NamedTuple):
+    """What a kernel is called with on tensors of certain shapes: all is known but their memory.
+
+    csrc/plan.cpp works by it.
+    """
+
+    kernel: str  # its name in the extension
+    code: int  # of the dtype of the tensors
+    count: int  # of tensors; of those at the end that are not given, each is None
+    results: Sequence[Result | None]  # what is made besides; None for what is not wanted
+    arguments: Sequence[object]  # nested tuples and lists, with holes
+    returns: object  # what the pass returns, likewise
+
+    def lay(self, tensors: tuple[Maybe, ...]) -> tuple[Maybe, ...]:
+        """The tensors as the kernel wants them, copied where they lie otherwise."""
         wanted: dict[int, What] = {}
         _holes(self.arguments, wanted)
         lay = {What.ADDRESS: contiguous, What.ROWS: dense_rows}
-        return [lay.get(wanted[i], plain) if i in wanted else None for i in range(self.count)]
-
-    def __call__(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
-        """The results, uninitialised; the arguments; and what must outlive the call beside them."""
-        return self._quick(tensors) or self._at_length(tensors)
-
-    def _at_length(self, tensors: tuple[Maybe, ...]) -> tuple[Any, Any, object]:
-        """The same with copies; or where C cannot tell where tensors are, before torch 2.10."""
-        kept = tuple(
-            t if t is None or lay is None else lay(t)
-            for t, lay in zip(tensors, self._lay, strict=True)
+        return tuple(
+            lay.get(wanted[i], plain)(t) if i in wanted and t is not None else t
+            for i, t in enumerate(tensors)
         )
-        quick = self._quick(kept)
-        if quick is not None:
-            return quick[0], quick[1], kept
-        made = [None if r is None else r.like(tensors[0]) for r in self.results]
-        return tuple(made), _filled(self.arguments, [*kept, *made]), kept
+
+    def fill(self, tensors: tuple[Maybe, ...], results: tuple[Maybe, ...]) -> tuple[Any, ...]:
+        """The arguments, where C cannot tell where tensors are: before torch 2.10, for one."""
+        missing = [None] * (self.count - len(tensors))
+        filled: tuple[Any, ...] = _filled(self.arguments, [*tensors, *missing, *results])
+        return filled
 
 
-class Pass:
+class Pass(NamedTuple):
     """A pass of an op, forward or backward, for all calls that look alike."""
 
-    def __init__(
-        self,
-        kernel: str,
-        x: Tensor,
-        plan: Plan,
-        finish: Callable[[tuple[Any, ...], tuple[Any, ...]], Any],
-        prepare: Callable[..., tuple[Any, ...]] | None = None,
-    ) -> None:
-        """Args:
-        kernel: its name in the extension.
-        x: one of the tensors, for their dtype.
-        plan: what the kernel takes behind the dtype and the number of threads.
-        finish: ``(tensors, results)`` -> what the pass returns.
-        prepare: ``(tensors, packed)`` -> the tensors of the plan, where they are others.
-        """
-        self.kernel, self.code, self.plan, self.finish = kernel, DTYPES[x.dtype], plan, finish
-        self.prepare = prepare
+    #: A function of a tuple of tensors: what the pass returns of them.
+    run: Callable[[tuple[Any, ...]], Any]
+    #: The same, but for the kernel, which is left to the caller: its arguments behind the dtype and
+    #: the number of threads; what the pass returns; what must outlive the kernel.
+    lay_out: Callable[[tuple[Any, ...]], tuple[Any, Any, object]]
+    plan: Plan
 
-    def __call__(self, tensors: tuple[Any, ...], packed: Any = None) -> Any:
-        """What the pass returns of such tensors; `packed` are packed weights of a recurrent op."""
-        if self.prepare is not None:
-            tensors = self.prepare(tensors, packed)
-        results, arguments, _held = self.plan(tensors)
-        kernel = getattr(_backends.load_extension(), self.kernel)
-        kernel(self.code, torch.get_num_threads(), *arguments)
-        return self.finish(tensors, results)
+
+def make_pass(
+    kernel: str,
+    x: Tensor,
+    count: int,
+    results: Sequence[Result | None],
+    arguments: Sequence[object],
+    returns: object,
+) -> Pass:
+    """The pass of a `Plan`; `x` is one of the tensors, for their dtype."""
+    results = [r if r is None or r.dtype != x.dtype else Result(r.sizes) for r in results]
+    plan = Plan(kernel, DTYPES[x.dtype], count, results, arguments, returns)
+    lay_out, run = _backends.load_extension().plan(Tensor, plan, Hole, torch.get_num_threads)
+    return Pass(run, lay_out, plan)
 
 
 def planned(make: Callable[..., Any]) -> Callable[..., Any]:

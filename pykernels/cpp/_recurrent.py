@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import Maybe, Pass, Plan, Result, address, contiguous
+from pykernels.cpp import Maybe, Pass, Result, address, contiguous
 
 Sizes = tuple[int, int, int, int, int]
 
@@ -24,13 +24,6 @@ Backward = tuple[tuple[Maybe, ...], tuple[Maybe, ...], tuple[bool, ...], dict[st
 Kept = tuple[tuple[Tensor, ...], tuple[Maybe, ...]]
 
 
-class Packed(NamedTuple):
-    """What `pack` leaves."""
-
-    values: Tensor
-    H: int
-
-
 def sizes(x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | None) -> Sizes:
     """T, B, I, H, R."""
     if batch_sizes is None:
@@ -41,53 +34,42 @@ def sizes(x: Tensor, w_hh: Tensor, gates: int, batch_sizes: tuple[int, ...] | No
     return T, B, I, rows // gates, R
 
 
-def plan(
-    count: int,
-    results: Sequence[Result | None],
-    shape: tuple[Sizes, tuple[int, ...] | None, bool],
-    memory: tuple[Any, ...],
-    *options: object,
-) -> Plan:
-    """A pass of a single call.
+def arguments(
+    shape: tuple[Sizes, tuple[int, ...] | None, bool], memory: tuple[Any, ...], *options: object
+) -> tuple[object, ...]:
+    """Those of a kernel for a single call.
 
     Args:
-        count, results: as `Plan` takes them.
         shape: `sizes`, the batch sizes, whether time runs backwards.
         memory: holes for addresses.
         options: what the kernel takes once for calls that run side by side.
     """
     sizes, batch_sizes, reverse = shape
-    call = (sizes, batch_sizes or (), reverse, *memory)
-    return Plan(count, results, (*options, False, [call]))
-
-
-def with_packed(tensors: tuple[Any, ...], packed: Packed | None) -> tuple[Any, ...]:
-    """The tensors of a forward pass, and behind them the packed weights."""
-    return *tensors, None if packed is None else packed.values
+    return *options, False, [(sizes, batch_sizes or (), reverse, *memory)]
 
 
 def side_by_side(
     calls: Sequence[Any],
-    make: Callable[[Any, Maybe], tuple[Pass, tuple[Maybe, ...]]],
+    make: Callable[[Any, Any], tuple[Pass, tuple[Maybe, ...]]],
     chained: bool,
 ) -> list[Any]:
     """What the passes of several calls return, each on a thread.
 
     Args:
         calls: these.
-        make: ``(call, before)`` -> its pass and its tensors; `before` is the first result of the
-            call before if they are `chained`, or else None.
-        chained: whether each call takes that.
+        make: ``(call, before)`` -> its pass and its tensors; `before` is what the call before
+            returns if they are `chained`, or else None.
+        chained: whether each call takes some of that.
     """
-    made: list[Any] = []
+    made: list[tuple[Any, Any, object]] = []
     for call in calls:
-        one, tensors = make(call, made[-1][2][0] if chained and made else None)
-        made.append((one, tensors, *one.plan(tensors)))
-    first, _, _, (*options, _, _), _ = made[0]
-    kernel = getattr(_backends.load_extension(), first.kernel)
-    singles = [single for *_, (*_, (single,)), _ in made]
-    kernel(first.code, torch.get_num_threads(), *options, chained, singles)
-    return [one.finish(tensors, results) for one, tensors, results, *_ in made]
+        one, tensors = make(call, made[-1][1] if chained and made else None)
+        made.append(one.lay_out(tensors))
+    *options, _, _ = made[0][0]
+    kernel = getattr(_backends.load_extension(), one.plan.kernel)
+    singles = [single for (*_, (single,)), _, _ in made]
+    kernel(one.plan.code, torch.get_num_threads(), *options, chained, singles)
+    return [returned for _, returned, _ in made]
 
 
 def forward(
@@ -102,12 +84,12 @@ def forward(
         keep: as the contract has it.
     """
 
-    def one(call: Forward, y: Maybe) -> tuple[Pass, tuple[Maybe, ...]]:
+    def one(call: Forward, before: Kept | None) -> tuple[Pass, tuple[Maybe, ...]]:
         (x, *rest), options = call
-        packed = options.get("packed")
-        tensors = (x if y is None else y, *rest)
-        options = {name: value for name, value in options.items() if name != "packed"}
-        return make(*tensors, keep=keep, **options), with_packed(tensors, packed)
+        tensors = (x if before is None else before[0][0], *rest)
+        options = dict(options)
+        packed = options.pop("packed", None)
+        return make(*tensors, keep=keep, **options), (*tensors, packed)
 
     return side_by_side(calls, one, chained)
 
@@ -121,9 +103,9 @@ def backward(
     gradient of each y is that of the input of the call before.
     """
 
-    def one(call: Backward, dx: Maybe) -> tuple[Pass, tuple[Maybe, ...]]:
+    def one(call: Backward, before: tuple[Maybe, ...] | None) -> tuple[Pass, tuple[Maybe, ...]]:
         saved, (dy, *grads), needs, options = call
-        given = (dy if dx is None else dx, *grads)
+        given = (dy if before is None else before[0], *grads)
         return make(*saved, needs=needs, **options), (*saved, *given)
 
     return side_by_side(calls, one, chained)
@@ -147,7 +129,7 @@ def gates_of(x: Tensor, H: int) -> Result:
 
 def pack(
     op: str, gates: int, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe
-) -> Packed:
+) -> Tensor:
     """The weights of `op` as its forward passes read them."""
     extension = _backends.load_extension()
     H = len(w_hh) // gates
@@ -158,11 +140,11 @@ def pack(
     weights = [contiguous(t) for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
     inputs = [address(t) for t in weights]
     getattr(extension, f"{op}_pack")(dtype, torch.get_num_threads(), sizes, inputs, address(packed))
-    return Packed(packed, H)
+    return packed
 
 
 def step(
-    op: str, packed: Packed, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe
+    op: str, packed: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe
 ) -> Callable[..., Any] | None:
     """The step of a cell of `op`, from tensors to tensors without Python between (csrc/ops/step.h).
 
@@ -170,7 +152,7 @@ def step(
     """
     make = getattr(_backends.load_extension(), f"{op}_step")
     weights = (w_ih, w_hh, b_ih, b_hh)
-    return make(Tensor, weights, packed.values, cpp.DTYPES[w_hh.dtype], w_ih.shape[1], packed.H)
+    return make(Tensor, weights, packed, cpp.DTYPES[w_hh.dtype], w_ih.shape[1], w_hh.shape[1])
 
 
 def gradients(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,16 +10,18 @@ from torch import Tensor
 from pykernels import _backends, cpp
 from pykernels.cpp import (
     Pass,
-    Plan,
     Result,
     address,
     at,
     contiguous,
+    make_pass,
     plain,
     planned,
     rows,
     start,
     strides,
+    these,
+    without,
 )
 
 DTYPES = frozenset(cpp.DTYPES)
@@ -38,7 +39,7 @@ NO_PAGES = (0, 0, 0)
 
 def attention_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
     """See `pykernels._backends` for the contract."""
-    found: tuple[Any, Any] = attention_fwd_pass(*tensors, keep=keep, **options)(tensors)
+    found: tuple[Any, Any] = attention_fwd_pass(*tensors, keep=keep, **options).run(tensors)
     return found
 
 
@@ -58,12 +59,13 @@ def attention_fwd_pass(
     diagonal: int = 0,
     dropout_p: float = 0.0,
     keep: bool,
+    skip: tuple[int, ...] = (),
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     B, N, S_q, _ = q.shape
     dtype = compute_dtype(q)
     row_stats = _row_stats(q) if keep else None
-    results = [Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype), row_stats]
+    outputs = without(skip, Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype))
     # the tensors; out, lse, row_stats
     arguments = (
         _sizes(q, k, v, band, diagonal),
@@ -75,14 +77,11 @@ def attention_fwd_pass(
         *rows(7),
         *at(8, 9),
     )
-    return Pass(
-        "attention_forward", q, Plan(7, results, arguments), _kept, _widened(q, alibi_slopes)
-    )
-
-
-def _kept(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, Any]:
-    out, lse, row_stats = results
-    return (out, lse), (*tensors, out, row_stats)
+    returns = these(7, 8), these(*range(8), 9)
+    made = make_pass("attention_forward", q, 7, [*outputs, row_stats], arguments, returns)
+    if not _is_widened(q, alibi_slopes):
+        return made
+    return made._replace(run=lambda tensors: made.run(_widened(tensors)))
 
 
 def _row_stats(q: Tensor) -> Result:
@@ -99,7 +98,8 @@ def attention_bwd(
     saved: tuple[Any, ...], grads: tuple[Tensor | None, ...], **options: Any
 ) -> tuple[Tensor | None, ...]:
     """See `pykernels._backends` for the contract."""
-    found: tuple[Tensor | None, ...] = attention_bwd_pass(*saved, **options)((*saved, *grads))
+    found: tuple[Tensor | None, ...]
+    found = attention_bwd_pass(*saved, **options).run((*saved, *grads))
     return found
 
 
@@ -112,8 +112,9 @@ def attention_bwd_pass(
     diagonal: int = 0,
     dropout_p: float = 0.0,
     needs: tuple[bool, ...],
+    whole: bool = True,
 ) -> Pass:
-    """See `pykernels._backends` for the contract."""
+    """See `pykernels._backends` for the contract; `whole` unless k is a part of what out is of."""
     q, k, v, attn_mask, sinks, alibi_slopes, *_ = saved
     wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
     results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
@@ -124,34 +125,31 @@ def attention_bwd_pass(
         _NO_PACKING,
         _rule(attn_mask, alibi_slopes),
         rows(0, 1, 2, 7, 9),
-        *at(8, 10),
+        *at(8),
+        whole,
+        *at(10),
         rows(12, 13, 14),
         *rows(11),
         *at(15),
     )
-    widened, of_mask = _widened(q, alibi_slopes), needs[3]
+    returns = these(12, 13, 14, 11, 15, None, None)
+    made = make_pass("attention_backward", q, 12, results, arguments, returns)
+    widened, scores = _is_widened(q, alibi_slopes), (*q.shape[:3], k.shape[2])
+    mask = (attn_mask.shape, attn_mask.dtype) if attn_mask is not None and needs[3] else None
 
-    def prepare(tensors: tuple[Any, ...], _: None) -> tuple[Any, ...]:
-        tensors = tensors if widened is None else widened(tensors, None)
-        *kept, out, row_stats, dout, dlse = tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        sums = None
-        if of_mask:
-            q, k, _, mask, *_ = kept
-            sums = row_stats.new_zeros(*mask.shape[:3], k.shape[2])
-            sums = sums.expand(*q.shape[:3], k.shape[2])
-        return *kept, out, row_stats, dout, dlse, sums
+    def run(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        tensors = _widened(tensors) if widened else tensors
+        if tensors[9] is None:
+            tensors = (*tensors[:9], torch.zeros_like(tensors[7]), tensors[10])
+        if mask is None:
+            found: tuple[Any, ...] = made.run(tensors)
+            return found
+        shape, dtype = mask
+        sums = tensors[8].new_zeros(*shape[:3], scores[3])
+        dq, dk, dv, _, *rest = made.run((*tensors, sums.expand(scores)))
+        return dq, dk, dv, sums.sum_to_size(shape).to(dtype), *rest
 
-    def finish(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> tuple[Any, ...]:
-        dq, dk, dv, dsinks = results
-        dmask = None
-        if of_mask:
-            mask, sums = tensors[3], tensors[11]
-            first = sums[tuple(slice(n) for n in (*mask.shape[:3], None))]
-            dmask = first.sum_to_size(mask.shape).to(mask.dtype)
-        return dq, dk, dv, dmask, dsinks, None, None
-
-    return Pass("attention_backward", q, Plan(12, results, arguments), finish, prepare)
+    return made._replace(run=run)
 
 
 def unit(
@@ -189,12 +187,14 @@ def _rule(attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> tuple[Any, .
     return mask, *at(4), (*at(5), step), *at(6)
 
 
-def _widened(q: Tensor, alibi_slopes: Tensor | None) -> Callable[..., tuple[Any, ...]] | None:
-    """What puts slopes into the dtype of the arithmetic, where they are of another."""
-    dtype = compute_dtype(q)
-    if alibi_slopes is None or alibi_slopes.dtype == dtype:
-        return None
-    return lambda tensors, _: (*tensors[:5], tensors[5].to(dtype), *tensors[6:])
+def _is_widened(q: Tensor, alibi_slopes: Tensor | None) -> bool:
+    """Whether slopes are of another dtype than the arithmetic."""
+    return alibi_slopes is not None and alibi_slopes.dtype != compute_dtype(q)
+
+
+def _widened(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The tensors with slopes in the dtype of the arithmetic."""
+    return *tensors[:5], tensors[5].to(compute_dtype(tensors[0])), *tensors[6:]
 
 
 class Rule:

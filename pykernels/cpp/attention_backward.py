@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykernels.cpp import attention, planned
+from pykernels.cpp import Pass, attention, planned
 
 DTYPES = attention.DTYPES
 FEATURES = attention.FEATURES - {"dropout"}
@@ -19,7 +18,9 @@ def attention_backward_fwd(
     *tensors: Any, keep: bool = True, **options: Any
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """See `pykernels._backends` for the contract."""
-    return attention_backward_fwd_pass(*tensors, keep=keep, **options)(tensors)
+    found: tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]
+    found = attention_backward_fwd_pass(*tensors, keep=keep, **options).run(tensors)
+    return found
 
 
 @planned
@@ -37,20 +38,21 @@ def attention_backward_fwd_pass(
     *,
     mask_grad: bool = False,
     keep: bool = True,
+    skip: tuple[int, ...] = (),
     **options: Any,
-) -> Callable[..., Any]:
+) -> Pass:
     """See `pykernels._backends` for the contract."""
     # A weight is exp((score - top) unit) inverse, as AttentionRows of csrc/ops/attention.h has it.
     given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
     unit = attention.unit(*given, **options)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, **options)
+    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, whole=False, **options)
 
     def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
         dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
         top = (lse / unit).masked_fill(lse == -math.inf, math.inf)
         rows = torch.stack([top, torch.ones_like(top)])
         given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
-        return backward((*given, out, rows, dout, dlse))[:5], tensors
+        return backward.run((*given, out, rows, dout, dlse))[:5], tensors
 
-    return run
+    return backward._replace(run=run)

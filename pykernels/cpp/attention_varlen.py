@@ -111,6 +111,7 @@ def attention_varlen_bwd(
         rule.packed,
         [_strided(t) for t in rows],
         address(row_stats),
+        True,
         address(dlse),
         [_strided(t) for t in (dq, dk, dv)],
         (0, (0, 0, 0)),

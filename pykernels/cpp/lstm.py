@@ -8,18 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from pykernels import cpp
-from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, planned
-from pykernels.cpp._recurrent import Backward, Forward, Kept, Packed
+from pykernels.cpp import Maybe, Pass, Result, _recurrent, at, make_pass, planned, these, without
+from pykernels.cpp._recurrent import Backward, Forward, Kept
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = frozenset({"ragged", "projection"})
 
 
-def lstm_fwd(
-    *tensors: Any, keep: bool = True, packed: Packed | None = None, **options: Any
-) -> Kept:
+def lstm_fwd(*tensors: Any, keep: bool = True, packed: Maybe = None, **options: Any) -> Kept:
     """See `pykernels._backends` for the contract."""
-    return lstm_fwd_pass(*tensors, keep=keep, **options)(tensors, packed)
+    found: Kept = lstm_fwd_pass(*tensors, keep=keep, **options).run((*tensors, packed))
+    return found
 
 
 @planned
@@ -27,34 +26,43 @@ def lstm_fwd_pass(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    *others: Maybe,
+    b_ih: Maybe,
+    b_hh: Maybe,
+    h0: Maybe,
+    c0: Maybe,
+    w_hr: Maybe,
+    *_: Maybe,
     reverse: bool,
     batch_sizes: tuple[int, ...] | None,
     return_cell_states: bool,
     keep: bool,
+    skip: tuple[int, ...] = (),
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
     _, B, _, H, R = sizes
-    gates, cells, unprojected = _extras(x, w_hh, others[-1])
+    gates, cells, unprojected = _extras(x, w_hh, w_hr)
     if not keep:
         gates, unprojected = None, None
         cells = cells if return_cell_states else None
-    results = [Result((*x.shape[:-1], R)), Result((B, R)), Result((B, H))]
+    results = without(skip, Result((*x.shape[:-1], R)), Result((B, R)), Result((B, H)))
     results += [gates, cells, unprojected]
     # the tensors, packed weights; y, h_n; c0, c_n; gates, cells, unprojected
     memory = at(0, 1, 2, 3, 4, 5, 7, 8), at(9, 10), at(6, 11), at(12, 13, 14)
-    plan = _recurrent.plan(9, results, (sizes, batch_sizes, reverse), memory)
+    arguments = _recurrent.arguments((sizes, batch_sizes, reverse), memory)
+    outputs = (9, 10, 11, 13) if return_cell_states else (9, 10, 11)
+    saved = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14)
+    returns = these(*outputs), these(*saved)
+    made = make_pass("lstm_forward", x, 9, results, arguments, returns)
+    if not return_cell_states:
+        return made
 
-    def finish(tensors: tuple[Any, ...], results: tuple[Any, ...]) -> Kept:
-        y, h_n, c_n, gates, cells, unprojected = results
-        outputs = y, h_n, c_n
-        if return_cell_states:
-            # what is saved for backward must not be what the caller may write to
-            outputs = (*outputs, cells.to(y.dtype, copy=keep))
-        return outputs, (*tensors[:8], y, gates, cells, unprojected)
+    def run(tensors: tuple[Any, ...]) -> Kept:
+        (y, *last, cells), saved = made.run(tensors)
+        # what is saved for backward must not be what the caller may write to
+        return (y, *last, cells.to(y.dtype, copy=keep)), saved
 
-    return Pass("lstm_forward", x, plan, finish, _recurrent.with_packed)
+    return made._replace(run=run)
 
 
 def _extras(x: Tensor, w_hh: Tensor, w_hr: Maybe) -> tuple[Result, Result, Result | None]:
@@ -80,7 +88,8 @@ def lstm_bwd(
     saved: tuple[Any, ...], grads: tuple[Maybe, ...], *, needs: tuple[bool, ...], **options: Any
 ) -> tuple[Maybe, ...]:
     """See `pykernels._backends` for the contract."""
-    return lstm_bwd_pass(*saved, needs=needs, **options)((*saved, *grads))
+    found: tuple[Maybe, ...] = lstm_bwd_pass(*saved, needs=needs, **options).run((*saved, *grads))
+    return found
 
 
 @planned
@@ -109,8 +118,9 @@ def lstm_bwd_pass(
         at(6, dcells, 14, dc0),
         at(9, 10, 11),
     )
-    plan = _recurrent.plan(first, results, (sizes, batch_sizes, reverse), memory)
-    return Pass("lstm_backward", x, plan, lambda _, results: results)
+    arguments = _recurrent.arguments((sizes, batch_sizes, reverse), memory)
+    returns = these(*range(first, first + 8))
+    return make_pass("lstm_backward", x, first, results, arguments, returns)
 
 
 def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Maybe, ...]]:
@@ -118,12 +128,12 @@ def lstm_group_bwd(calls: Sequence[Backward], *, chained: bool) -> list[tuple[Ma
     return _recurrent.backward(lstm_bwd_pass, calls, chained=chained)
 
 
-def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Packed:
+def lstm_pack(w_ih: Tensor, w_hh: Tensor, b_ih: Maybe, b_hh: Maybe, w_hr: Maybe) -> Tensor:
     """See `pykernels._backends` for the contract."""
     return _recurrent.pack("lstm", 4, w_ih, w_hh, b_ih, b_hh, w_hr)
 
 
-def lstm_step(packed: Packed, weights: tuple[Any, ...]) -> Callable[..., Any] | None:
+def lstm_step(packed: Tensor, weights: tuple[Any, ...]) -> Callable[..., Any] | None:
     """See `pykernels._backends` for the contract."""
     *others, w_hr = weights
     return _recurrent.step("lstm", packed, *others) if w_hr is None else None

@@ -1,4 +1,4 @@
-"""What the autograd Functions of all ops have in common."""
+"""Autograd over the calls of all ops."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from torch import Tensor
 from pykernels import _backends
 
 
-def forward(ctx: Any, call: Any, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Runs the forward pass of `call` and keeps on `ctx` what `backward` needs."""
-    outputs: tuple[Any, ...]
-    outputs, saved = call.forward(tensors)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*saved)
-    ctx.call = call
-    return outputs
+class Function(torch.autograd.Function):
+    """Autograd over a `Call` and its tensors; differentiable twice."""
 
+    @staticmethod
+    def forward(ctx: Any, call: Any, *tensors: Tensor | None) -> tuple[Any, ...]:
+        """Runs the forward pass and keeps what `backward` needs."""
+        outputs: tuple[Any, ...]
+        outputs, saved = call.forward(tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        return outputs
 
-def backward(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of what forward of the Function took: the call, the tensors."""
-    # The saved tensors once: activation checkpointing allows no second look.
-    call, saved, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
-    try:
-        return None, *call.backward(saved, grads, needs)
-    except RuntimeError:
-        if not mapped(grads):
-            raise
-    return None, *call.on(_backends.module("reference", call.op)).backward(saved, grads, needs)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of what `forward` took."""
+        # The saved tensors once: activation checkpointing allows no second look.
+        call, saved, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        try:
+            return None, *call.backward(saved, grads, needs)
+        except RuntimeError:
+            if not mapped(grads):
+                raise
+        return None, *call.on(_backends.module("reference", call.op)).backward(saved, grads, needs)
 
 
 def mapped(grads: tuple[Tensor | None, ...]) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,18 @@ class Call:
         function: type[torch.autograd.Function],
         backend: ModuleType,
         options: dict[str, Any],
+        skip: tuple[int, ...] = (),
     ) -> None:
-        """`op` on `backend` with `options`; `function` is its Function."""
-        self.op, self.function, self.backend, self.options = op, function, backend, options
+        """`op` on `backend` with `options`; `function` is its Function.
 
-    def __call__(
+        Outputs at the places `skip` may be None: the caller takes them not.
+        """
+        self.op, self.function, self.backend, self.options = op, function, backend, options
+        self.skip = skip
+
+    def outputs(
         self,
         tensors: tuple[Any, ...],
-        *,
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:
@@ -91,11 +95,11 @@ class Call:
 
     def with_options(self, **options: Any) -> Call:
         """The same with further options."""
-        return Call(self.op, self.function, self.backend, self.options | options)
+        return Call(self.op, self.function, self.backend, self.options | options, self.skip)
 
     def on(self, backend: Any) -> Call:
         """The same on another backend."""
-        return Call(self.op, self.function, backend, self.options)
+        return Call(self.op, self.function, backend, self.options, self.skip)
 
     def unseen(self, is_recorded: bool) -> Call:
         """The same where nothing looks on, with autograd or without."""
@@ -109,18 +113,16 @@ class _Unseen(Call):
     """
 
     def __init__(self, call: Call, is_recorded: bool) -> None:
-        super().__init__(call.op, call.function, call.backend, call.options)
+        super().__init__(call.op, call.function, call.backend, call.options, call.skip)
         # Past what Function.apply does for the transforms of torch.func: there are none, nor is a
         # tensor what one has left.
         beyond: Any = super(torch.autograd.Function, call.function)
         self._record = beyond.apply if is_recorded else None
-        self._forward: Callable[..., Any] | None = None
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
-    def __call__(
+    def outputs(
         self,
         tensors: tuple[Any, ...],
-        *,
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:
@@ -128,39 +130,41 @@ class _Unseen(Call):
             check(*tensors, **self.options)
         if self._record is not None:
             return self._record(self, *tensors)
-        forward = self._forward or self._plan_forward(tensors, keep=False)
-        if packed is None:
-            return forward(tensors)[0]
-        return forward(tensors, **packed.option(self.op, self.backend, tensors))[0]
+        if packed is not None:
+            tensors = (*tensors, *packed.option(self.op, self.backend, tensors).values())
+        return self.forward(tensors)[0]
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
-        found: tuple[Any, tuple[Maybe, ...]]
-        found = (self._forward or self._plan_forward(tensors, keep=True))(tensors)
-        return found
-
-    def _plan_forward(self, tensors: tuple[Any, ...], keep: bool) -> Callable[..., Any]:
+        """As of any call; from the second time on it is the function that is planned here."""
+        keep = self._record is not None
         plan = getattr(self.backend, f"{self.op}_fwd_pass", None)
-        if plan is not None:
-            made: Callable[..., Any] = plan(*tensors, keep=keep, **self.options)
+        if plan is None:
+            run: Any = functools.partial(self._run, keep=keep)
         else:
-
-            def made(tensors: tuple[Any, ...], **packed: Any) -> Any:
-                return self._run(tensors, keep=keep, **packed)
-
-        self._forward = made
-        return made
+            run = plan(*tensors, keep=keep, skip=self.skip, **self.options).run
+        self.forward = run  # type: ignore[method-assign]
+        found: tuple[Any, tuple[Maybe, ...]] = run(tensors)
+        return found
 
     def backward(
         self, saved: tuple[Any, ...], grads: tuple[Maybe, ...], needs: tuple[bool, ...]
     ) -> tuple[Maybe, ...]:
-        plan = getattr(self.backend, f"{self.op}_bwd_pass", None)
-        if plan is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return super().backward(saved, grads, needs)
-        run = self._backward.get(needs)
-        if run is None:
-            run = self._backward[needs] = plan(*saved, needs=needs, **self.options)
+        run = self._backward.get(needs) or self._plan_backward(saved, needs)
         found: tuple[Maybe, ...] = run((*saved, *grads))
         return found
+
+    def _plan_backward(self, saved: tuple[Any, ...], needs: tuple[bool, ...]) -> Any:
+        """A function of what was saved and the gradients."""
+        plan, count = getattr(self.backend, f"{self.op}_bwd_pass", None), len(saved)
+        if plan is None:
+            whole = super().backward
+            run = lambda given: whole(given[:count], given[count:], needs)  # noqa: E731
+        else:
+            run = plan(*saved, needs=needs, **self.options).run
+        self._backward[needs] = run
+        return run
 
 
 Check = Callable[..., Any]
@@ -182,42 +186,51 @@ def once(check: Check) -> Check:
     is None is not remembered.
     """
 
-    @functools.lru_cache(CAPACITY)
-    def place(signature: bytes) -> list[Any]:
-        """Where the call of a signature is, once it is found right."""
-        return []
-
-    _forget.append(place.cache_clear)
+    memory = functools.cache(lambda: _signer().memory(CAPACITY))
+    _forget.append(memory.cache_clear)
 
     @functools.wraps(check)
     def checked(tensors: tuple[Maybe, ...], backend: str | None, *others: Any) -> Any:
         if torch.compiler.is_compiling():
             return check(tensors, backend, *others)
-        signature = _signer()(tensors, (_backends.asked_for(backend), *others))
-        if signature is None or len(signature) > LONGEST:
-            return check(tensors, backend, *others)
-        known = place(signature)
-        if known:
-            return known[0]
+        options = (_backends.asked_for(backend), *others)
+        find, keep = memory()
+        known = find(tensors, options)
+        if known is not None:
+            return known
+        signature = _signer().sign(tensors, options)
         found = check(tensors, backend, *others)
-        call = found.unseen(signature[0] == 1)
+        call = found.unseen(signature[0] == 1) if 0 < len(signature) <= LONGEST else None
         if call is None:
             return found
-        known.append(call)
+        keep(signature, call)
         return call
 
     return checked
 
 
+class Signer(NamedTuple):
+    """What csrc/signature.cpp makes."""
+
+    #: Of tensors and options, their signature; empty where nothing can be known of such a call.
+    sign: Callable[[tuple[Maybe, ...], tuple[Any, ...]], bytes]
+    #: Of a capacity, what finds a call by tensors and options, or None, and what keeps one by its
+    #: signature.
+    memory: Callable[[int], tuple[Callable[..., Any], Callable[[bytes, Any], None]]]
+
+
+#: Without the C++ kernels or before torch 2.10.
+NO_SIGNATURES = Signer(lambda *_: b"", lambda _: (lambda *_: None, lambda *_: None))
+
+
 @functools.cache
-def _signer() -> Callable[..., bytes | None]:
-    """What makes signatures in C; it makes none without the C++ kernels or before torch 2.10."""
+def _signer() -> Signer:
     try:
         missing = _backends.available("cpp")
     except ValueError as error:  # of what asks for the kernels, which not every call does
         missing = str(error)
     if missing is not None:
-        return lambda *_: None
+        return NO_SIGNATURES
     looking_on = (
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
@@ -226,5 +239,5 @@ def _signer() -> Callable[..., bytes | None]:
         _library.in_forward_mode,
     )
     make = _backends.load_extension().signer
-    types = (Tensor, torch.nn.Parameter)
-    return make(types, looking_on, torch.is_grad_enabled) or (lambda *_: None)
+    found = make((Tensor, torch.nn.Parameter), looking_on, torch.is_grad_enabled)
+    return NO_SIGNATURES if found is None else Signer(*found)

@@ -197,7 +197,7 @@ class _Padded:
     def __init__(self, call: Call, rows: _Rows) -> None:
         self.call, self.rows = call, rows
 
-    def __call__(
+    def outputs(
         self, tensors: tuple[Any, ...], *, packed: PackedWeights | None
     ) -> tuple[Tensor, ...]:
         """The outputs for x [T, B, I] and the rest, padded like it."""
@@ -205,7 +205,7 @@ class _Padded:
         rows = self.rows
         states = (None if t is None else t.index_select(0, rows.order) for t in tensors[5:7])
         gathered = (rows.gather(x), *weights, *states, *tensors[7:])
-        y, h_n, *more = self.call(gathered, packed=packed)
+        y, h_n, *more = self.call.outputs(gathered, packed=packed)
         last = (t.index_select(0, rows.place) for t in (h_n, *more[:1]))
         return rows.scatter(y), *last, *map(rows.scatter, more[1:])
 
@@ -225,7 +225,7 @@ class _Masked:
         self.call, self.lengths = call.with_options(reverse=False), lengths
         self.has_cells = call.op == "lstm"
 
-    def __call__(
+    def outputs(
         self, tensors: tuple[Any, ...], *, packed: PackedWeights | None
     ) -> tuple[Tensor, ...]:
         """As `_Padded`."""
@@ -241,7 +241,7 @@ class _Masked:
             return (_steps(t, turned) if self.reverse else t).masked_fill(unused, 0)
 
         call = self.call.with_options(return_cell_states=True) if self.has_cells else self.call
-        y, _, *cells = call((laid(x), *rest), packed=packed)
+        y, _, *cells = call.outputs((laid(x), *rest), packed=packed)
         found = [y, *cells[1:]]
         ends = [_steps(t, last)[0] for t in found]
         wanted = 2 if self.call.options.get("return_cell_states") else 1
@@ -303,7 +303,8 @@ def cell_call(
     # As the rows of a packed sequence, which spares autograd a view.
     in_rows = not _library.looked_at(chosen) and "ragged" in chosen.FEATURES
     options = options | {"reverse": False, "batch_sizes": (B,) if in_rows else None}
-    return Call(op, function, chosen, options)
+    # All states are the last one.
+    return Call(op, function, chosen, options, skip=(1,) if in_rows else ())
 
 
 def step(
@@ -341,8 +342,9 @@ def step(
     if call.options["batch_sizes"] is None:
         input = input[None]
     projection = (None,) if len(states) == 2 else ()
-    _, *after = call((input, *weights, *states, *projection), packed=packed)
-    return after if batched else [state[0] for state in after]
+    y, h, *c = call.outputs((input, *weights, *states, *projection), packed=packed)
+    after = (y if h is None else h, *c)
+    return after if batched else tuple(state[0] for state in after)
 
 
 class GroupFunction(torch.autograd.Function):

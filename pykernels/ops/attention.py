@@ -13,16 +13,8 @@ from pykernels.ops import _autograd, _calls, _library
 from pykernels.ops._calls import Call
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(_autograd.Function):
     """Autograd over one backend's ``attention_fwd`` and ``attention_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -161,7 +153,7 @@ def _checked(
     S_q, S_k = q.shape[2], k.shape[2]
     band = band_of(S_q, S_k, is_causal, window, causal_alignment)
     diagonal = diagonal_of(S_q, S_k, causal_alignment)
-    return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p)
+    return _call(tensors, backend, band, scale, softcap, diagonal, dropout_p, return_lse)
 
 
 @overload
@@ -300,7 +292,7 @@ def attention(
         return_lse,
     )
     seed = draw_seed(q.device) if dropout_p > 0 else None
-    out, lse = call((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
+    out, lse = call.outputs((q, k, v, four_axes(attn_mask), sinks, alibi_slopes, seed))
     return (out, lse) if return_lse else out
 
 
@@ -342,7 +334,7 @@ def _checked_stock(
         sizes = (*lead, heads, S_q, S_k)[2:]
         _checks.broadcastable(op, "attn_mask", attn_mask, "..., N, S_q, S_k", sizes)
     band = (None, 0) if is_causal else (None, None)
-    call = _call((*tensors, None, None), None, band, scale, 0.0, 0, dropout_p)
+    call = _call((*tensors, None, None), None, band, scale, 0.0, 0, dropout_p, False)
     folded = (query, heads), (key, kv_heads), (value, kv_heads)
     if attn_mask is None and all(t.shape[:-2] == (math.prod(lead), n) for t, n in folded):
         return call
@@ -386,7 +378,7 @@ def scaled_dot_product_attention(
     call = _checked_stock(tensors, None, dropout_p, is_causal, scale, enable_gqa)
     seed = draw_seed(query.device) if dropout_p > 0 else None
     out: Tensor
-    out, _ = call((*tensors, None, None, seed))
+    out, _ = call.outputs((*tensors, None, None, seed))
     return out
 
 
@@ -397,14 +389,14 @@ class _Folded:
         """`lead` are the sizes of all axes before the heads once they are broadcast."""
         self.call, self.lead, self.heads, self.kv_heads = call, lead, heads, kv_heads
 
-    def __call__(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def outputs(self, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """The outputs, the first of them with the axes of the tensors."""
         query, key, value, attn_mask, *rest = tensors
         if attn_mask is not None:
             attn_mask = _fold_mask(_of_dtype(attn_mask, query), self.lead)
         q = _fold(query, self.lead, self.heads)
         k, v = (_fold(t, self.lead, self.kv_heads) for t in (key, value))
-        out, lse = self.call((q, k, v, attn_mask, *rest))
+        out, lse = self.call.outputs((q, k, v, attn_mask, *rest))
         return out.reshape(*(*self.lead, self.heads)[2:], *out.shape[2:]), lse
 
     def unseen(self, is_recorded: bool) -> _Folded:
@@ -599,6 +591,7 @@ def _call(
     softcap: float,
     diagonal: int,
     dropout_p: float,
+    return_lse: bool,
 ) -> Call:
     """A call of checked arguments: q, k, v, attn_mask, sinks, alibi_slopes, and the rest."""
     q, _, v, mask, sinks, alibi_slopes = tensors
@@ -618,4 +611,5 @@ def _call(
     options = options_of(q, band, scale, softcap, alibi_slopes, diagonal)
     if dropout_p > 0:
         options["dropout_p"] = float(dropout_p)
-    return Call("attention", AttentionFunction, chosen, options)
+    skip = () if return_lse else (1,)
+    return Call("attention", AttentionFunction, chosen, options, skip)

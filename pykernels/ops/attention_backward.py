@@ -35,18 +35,14 @@ def _differentiable(backend: ModuleType) -> SimpleNamespace:
     )
 
 
-class AttentionBackwardFunction(torch.autograd.Function):
+class AttentionBackwardFunction(_autograd.Function):
     """Autograd over one backend's ``attention_backward_fwd``: the gradient of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = _autograd.forward(ctx, call, tensors)
+        found = _autograd.Function.forward(ctx, call, *tensors)
         ctx.call = call.on(_differentiable(call.backend))
         return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 @_calls.once
@@ -164,7 +160,9 @@ def attention_backward(
         tensors, backend, is_causal, window, causal_alignment, scale, softcap, enable_gqa, mask_grad
     )
     mask = _attention.four_axes(attn_mask)
-    dq, dk, dv, dmask, dsinks = call((dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse))
+    dq, dk, dv, dmask, dsinks = call.outputs(
+        (dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse)
+    )
     return AttentionGradients(
         dq,
         dk,

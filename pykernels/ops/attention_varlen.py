@@ -18,16 +18,8 @@ from pykernels.ops._calls import Call
 OP = "attention_varlen"
 
 
-class AttentionVarlenFunction(torch.autograd.Function):
+class AttentionVarlenFunction(_autograd.Function):
     """Autograd over one backend's ``attention_varlen_fwd`` and ``_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 @_calls.once
@@ -256,7 +248,7 @@ def attention_varlen(
     )
     seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
     check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
-    out, lse = call((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
+    out, lse = call.outputs((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
     return (out, lse) if return_lse else out
 
 

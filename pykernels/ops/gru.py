@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
-from pykernels.ops._calls import Call
 from pykernels.ops._packed import PackedWeights, check_packed
 
 
-class GRUFunction(torch.autograd.Function):
+class GRUFunction(_autograd.Function):
     """Autograd over one backend's ``gru_fwd`` and ``gru_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 _recurrent.define("gru", extras="gates")
@@ -105,7 +95,7 @@ def gru(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
     check_packed("gru", packed)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse)
-    y, h_n = call(tensors, packed=packed)
+    y, h_n = call.outputs(tensors, packed=packed)
     return y, h_n
 
 

@@ -36,7 +36,7 @@ def _made_ahead(options: dict[str, Any]) -> bool:
     return options["reduction"] != "none" and not options["return_lse"]
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(_autograd.Function):
     """Autograd over one backend's ``linear_cross_entropy_fwd`` and ``_bwd``; differentiable twice.
 
     A loss that is one number, and the only output with a gradient, has its gradients made in the
@@ -47,14 +47,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         if _made_ahead(call.options):
             call = call.with_options(ahead=Ahead(ctx.needs_input_grad[1:]))
-        outputs = _autograd.forward(ctx, call, tensors)
+        outputs = _autograd.Function.forward(ctx, call, *tensors)
         if outputs[2] is not None:  # argmax
             ctx.mark_non_differentiable(outputs[2])
         return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 class _OfTensors:
@@ -338,7 +334,7 @@ def linear_cross_entropy(
     def check(*_: Any, **__: Any) -> None:  # the targets as they came: errors name their places
         _check_values(x, weight, target, ignore_index=ignore_index)
 
-    loss, lse, argmax = call((rows, weight, classes, bias, class_weight), check=check)
+    loss, lse, argmax = call.outputs((rows, weight, classes, bias, class_weight), check=check)
     loss_dtype = _loss_dtype(x)
     loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (

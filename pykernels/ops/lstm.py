@@ -5,25 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
-from pykernels.ops._calls import Call
 from pykernels.ops._packed import PackedWeights, check_packed
 
 
-class LSTMFunction(torch.autograd.Function):
+class LSTMFunction(_autograd.Function):
     """Autograd over one backend's ``lstm_fwd`` and ``lstm_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 _recurrent.define("lstm", options="bool return_cell_states", extras="gates cells unprojected")
@@ -173,8 +163,11 @@ def lstm(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
     check_packed("lstm", packed)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse, return_cell_states)
-    y, h_n, c_n, *c = call(tensors, packed=packed)
-    return y, (h_n, c_n), *c
+    if return_cell_states:
+        y, h_n, c_n, c = call.outputs(tensors, packed=packed)
+        return y, (h_n, c_n), c
+    y, h_n, c_n = call.outputs(tensors, packed=packed)
+    return y, (h_n, c_n)
 
 
 @_calls.once

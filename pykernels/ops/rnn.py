@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
-from pykernels.ops._calls import Call
 from pykernels.ops._packed import PackedWeights, check_packed
 
 NONLINEARITIES = ("tanh", "relu")
 
 
-class RNNFunction(torch.autograd.Function):
+class RNNFunction(_autograd.Function):
     """Autograd over one backend's ``rnn_fwd`` and ``rnn_bwd``; differentiable twice."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return _autograd.forward(ctx, call, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _autograd.backward(ctx, grads)
 
 
 _recurrent.define("rnn", options="str nonlinearity")
@@ -106,7 +96,7 @@ def rnn(
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
     check_packed("rnn", packed)
     call = _checked(tensors, backend, nonlinearity, lengths, batch_sizes, reverse)
-    y, h_n = call(tensors, packed=packed)
+    y, h_n = call.outputs(tensors, packed=packed)
     return y, h_n
 
 
