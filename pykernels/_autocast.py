@@ -36,6 +36,16 @@ def cast(*tensors: Any) -> list[Any]:
     return [one(tensor) for tensor in tensors]
 
 
+def carried(first: Any, *states: Tensor) -> tuple[Tensor, ...]:
+    """States in the dtype of the first one, or of the input in its place.
+
+    So torch's layers return them under autocast on the CPU, where they have no kernel of their own.
+    """
+    if not torch._C._is_any_autocast_enabled() or not first.is_cpu or not on(first.device):
+        return states
+    return tuple(state.to(first.dtype) for state in states)
+
+
 def disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context without autocast: an op computes in the dtype of what it was given."""
     return torch.autocast(device.type, enabled=False) if on(device) else _NOTHING

@@ -115,6 +115,13 @@ def integer(op: str, name: str, value: Any) -> None:
         raise TypeError(f"{op}: `{name}` must be an integer, got {type(value).__name__}")
 
 
+def flags(op: str, **values: Any) -> None:
+    """Each of `values`, by its name, is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: `{name}` must be True or False, got {type(value).__name__}")
+
+
 def pair(op: str, name: str, value: Any, of: str) -> None:
     """`value` is a tuple or list of the two tensors that `of` names."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -124,7 +131,11 @@ def pair(op: str, name: str, value: Any, of: str) -> None:
 
 def lengths(op: str, value: Any, T: int, B: int) -> tuple[int, ...]:
     """`value` is B lengths of sequences from 1 to T; they come back as ints."""
-    found = _integers(op, "lengths", value, "B")
+    return lengths_between(op, _integers(op, "lengths", value, "B"), T, B)
+
+
+def lengths_between(op: str, found: tuple[int, ...], T: int, B: int) -> tuple[int, ...]:
+    """`found` are B lengths of sequences from 1 to T."""
     if len(found) != B:
         fail(op, "lengths", f"[B] = [{B}]", [len(found)])
     for length in found:
@@ -149,12 +160,7 @@ def batch_sizes(op: str, value: Any, N: int) -> tuple[int, ...]:
 
 def _integers(op: str, name: str, value: Any, axes: str) -> tuple[int, ...]:
     if isinstance(value, Tensor):
-        tensor(op, name, value)
-        if value.dtype != torch.int64:
-            raise TypeError(f"{op}: `{name}` must have dtype torch.int64, got {value.dtype}")
-        if value.device.type != "cpu":
-            fail(op, name, "on the cpu", value.device)
-        rank(op, name, value, axes)
+        integers(op, name, value, axes)
         return tuple(value.tolist())
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{op}: `{name}` must be a Tensor or list, got {type(value).__name__}")
@@ -162,6 +168,16 @@ def _integers(op: str, name: str, value: Any, axes: str) -> tuple[int, ...]:
         return tuple(map(operator.index, value))
     except TypeError as error:
         raise TypeError(f"{op}: `{name}` must hold integers alone: {error}") from None
+
+
+def integers(op: str, name: str, value: Tensor, axes: str) -> None:
+    """`value` is a tensor of numbers that are read on the host."""
+    tensor(op, name, value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"{op}: `{name}` must have dtype torch.int64, got {value.dtype}")
+    if value.device.type != "cpu":
+        fail(op, name, "on the cpu", value.device)
+    rank(op, name, value, axes)
 
 
 def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:

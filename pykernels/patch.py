@@ -135,7 +135,9 @@ def activate() -> Activation:
 
     Programs need no change: torch's dispatcher is told, for the whole process, forward and
     backward. ``with pykernels.activate():`` does so for a block; a plain call holds until
-    `deactivate`. Calls and blocks may nest, repeat and come from several threads.
+    `deactivate`. Calls and blocks may nest, repeat and come from several threads. But torch's
+    dispatcher is not made to change while others call it: have it on for good, by a plain call,
+    before threads call attention some of which are in no block.
 
     Served are dense CPU tensors of one floating dtype whose leading axes agree, with any mask,
     `enable_gqa`, dropout (which draws other numbers than stock torch) and values of another width.

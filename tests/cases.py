@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from pykernels import _backends, functional
+from pykernels import _backends, functional, nn
 from pykernels.testing import evaluate, specs
 from pykernels.testing.specs import HUGE_STRIDE
 
@@ -527,7 +527,8 @@ def flat_tensors(value):
 
 
 Z = torch.zeros
-#: A wrong call of every function of `functional`, of a random x [5, 3, 4]; and some more.
+LAYERS = {name: getattr(nn, name)(5, 5) for name in nn.__all__}
+#: A wrong call of every function of `functional`, of a random x [5, 3, 4], and of every layer.
 BAD_CALLS = {
     "rnn": lambda x: functional.rnn(x, x[0], x[0]),
     "rnn_cell": lambda x: functional.rnn_cell(x[0], None, Z(6, 4), Z(6, 5)),
@@ -542,8 +543,16 @@ BAD_CALLS = {
         x, x, x[:, :2]
     ),
     "linear_cross_entropy": lambda x: functional.linear_cross_entropy(x, Z(7, 5), x[..., 0].long()),
+    "RNN": lambda x: LAYERS["RNN"](x),
+    "GRU": lambda x: LAYERS["GRU"](x[0, 0]),
+    "LSTM": lambda x: LAYERS["LSTM"](x.repeat(1, 1, 2)[..., :5], x),
+    "RNNCell": lambda x: LAYERS["RNNCell"](x),
+    "GRUCell": lambda x: LAYERS["GRUCell"](x[0]),
+    "LSTMCell": lambda x: LAYERS["LSTMCell"](x[0], x[0]),
+    "MultiheadAttention": lambda x: LAYERS["MultiheadAttention"](x, x, x),
+    "LinearCrossEntropyLoss": lambda x: LAYERS["LinearCrossEntropyLoss"](x, x[..., 0]),
     "mask": lambda x: functional.attention(x[None], x[None], x[None], Z(9, 9)),
     "backend": lambda x: functional.rnn(x, x[0], Z(3, 3), backend="metal"),
     "device": lambda x: functional.attention(x[None], x[None], x[None].to("meta")),
 }
-assert set(BAD_CALLS) >= {name for name in functional.__all__ if name.islower()}
+assert set(BAD_CALLS) >= {name for name in functional.__all__ if name.islower()} | {*nn.__all__}

@@ -303,6 +303,10 @@ def test_operator(name):
             ValueError,
             "`attn_mask` must be broadcastable to [B, N, S_q, S_k] = [1, 2, 3, 7], got [3, 6]",
         ),
+        *(
+            ({name: 1}, TypeError, f"`{name}` must be True or False, got int")
+            for name in ("is_causal", "enable_gqa", "mask_grad")
+        ),
         (
             {"mask_grad": True},
             ValueError,

@@ -214,6 +214,15 @@ PAGED = {
             ValueError,
             "`max_seqlen_q` must be at least the longest sequence, 4",
         ),
+        (
+            {"q": torch.zeros(7, 4, 4), "v": torch.zeros(7, 1, 4), "enable_gqa": True},
+            ValueError,
+            "`v` must be [T_k, N_kv, D_v] = [7, 2, 4], got [7, 1, 4]",
+        ),
+        *(
+            ({name: 1}, TypeError, f"`{name}` must be True or False, got int")
+            for name in ("is_causal", "enable_gqa", "return_lse")
+        ),
         ({"window": (-1, 0)}, ValueError, "`window` must be of sides of at least 0"),
         (PAGED | {"seqused_k": None}, ValueError, "`seqused_k` must be given with block_table"),
         (PAGED | {"cu_seqlens_k": STARTS}, ValueError, "`cu_seqlens_k` must be None with block"),

@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib
+import importlib.util
 import io
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +16,8 @@ from cases import BAD_CALLS
 from cases import flat_tensors as flat
 from torch.library import opcheck
 
-from pykernels import functional, nn, use_backend
+import pykernels
+from pykernels import _backends, functional, nn, use_backend
 from pykernels.testing import specs
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -131,6 +137,66 @@ def test_lengths_as_numbers(op, lengths, dynamic):
         dynamic=dynamic,
     )
     assert graphs.ours() == [op]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("op", GATES)
+def test_lengths_as_a_tensor(op, reverse, dynamic):
+    """One graph for all lengths: no size in it hangs on them. What is padding may hold anything."""
+    graphs, options = Graphs(), {"return_cell_states": True} if op == "lstm" else {}
+
+    def run(lengths, *args):
+        return getattr(functional, op)(*args, lengths=lengths, reverse=reverse, **options)
+
+    def padded(lengths, **sizes):
+        x, *rest = arguments(op, dtype=torch.float64, **sizes)
+        with torch.no_grad():
+            x[torch.arange(len(x))[:, None] >= lengths] = torch.nan
+        return x, *rest
+
+    compiled = torch.compile(run, fullgraph=True, backend=graphs, dynamic=dynamic)
+    for numbers in ((2, 5, 1), (5, 5, 5), (1, 1, 4), (4, 3, 7, 6)) if dynamic else ((2, 5, 1),):
+        lengths = torch.tensor(numbers)
+        args = padded(lengths, T=max(5, *numbers), B=len(numbers))
+        found, expected = (step(functools.partial(f, lengths), *args) for f in (compiled, run))
+        assert len(found) == len(expected)
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-12)
+    assert graphs.ours() == ["checked_lengths", op]
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_lengths_out_of_range(op):
+    """Found where the graph runs, and worded as in an eager call; wrong kinds as it is made."""
+    run = lambda lengths, *args: getattr(functional, op)(*args, lengths=lengths)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for f in (run, compiled):
+        with pytest.raises(
+            ValueError, match=rf"{op}: `lengths` must be between 1 and T = 5, got 6"
+        ):
+            f(torch.tensor([2, 6, 1]), *arguments(op))
+    for lengths in (torch.tensor([2, 5]), torch.tensor([2.0, 5, 1]), torch.tensor([[2, 5, 1]])):
+        with pytest.raises((ValueError, TypeError)) as expected:
+            run(lengths, *arguments(op))
+        with pytest.raises(expected.type) as found:
+            torch.compile(run, backend="aot_eager")(lengths, *arguments(op))
+        assert str(found.value) == str(expected.value)
+
+
+def test_export_with_lengths():
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.GRU(4, 6)
+
+        def forward(self, x, lengths):
+            return functional.gru(x, *self.layer.all_weights[0], lengths=lengths)
+
+    model, x, lengths = Last(), torch.randn(5, 3, 4), torch.tensor([2, 5, 1])
+    program = torch.export.export(model, (x, lengths)).module()
+    for given in (lengths, torch.tensor([4, 1, 3])):
+        torch.testing.assert_close(program(x, given), model(x, given))
 
 
 def test_options_of_the_lstm():
@@ -414,11 +480,26 @@ def test_the_graph_and_its_making_are_flat_in_time(op, compiler):
     assert times[2] < 3 * max(times[:2]) + 1
 
 
-@pytest.mark.parametrize("op", [*GATES, "attention", "attention_varlen", "linear_cross_entropy"])
+INDUCED = [*GATES, "gru_cell", "lstm_cell", "attention", "scaled_dot_product_attention"]
+INDUCED += ["attention_backward", "attention_varlen", "linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("op", INDUCED)
 def test_inductor(op):
     """The compiler that torch.compile takes by default, forward and backward."""
     run, args = getattr(functional, op), arguments(op) if op in GATES else heads()
-    if op == "attention_varlen":
+    if op.endswith("_cell"):
+        args = arguments(op.removesuffix("_cell"))
+        run = lambda x, *rest: getattr(functional, op)(x[0], hx(rest[4:]), *rest[:4])  # noqa: E731
+        hx = lambda states: states[0] if len(states) == 1 else tuple(states)  # noqa: E731
+    elif op == "attention_backward":
+        args = heads(torch.float64)
+
+        def run(q, k, v):
+            made = functional.attention(q, k, v, return_lse=True)
+            return functional.attention_backward(k.cos(), q, k, v, *made)[:3]
+
+    elif op == "attention_varlen":
         args = packed_heads()
         run = lambda *args: functional.attention_varlen(*args, torch.tensor([0, 3, 8]))  # noqa: E731
     elif op == "linear_cross_entropy":
@@ -453,6 +534,8 @@ def test_backend_is_in_the_graph(op):
     nodes = [node for graph in graphs.graphs for node in graph.graph.nodes]
     chosen = [node.kwargs["backend"] for node in nodes if "backend" in node.kwargs]
     assert chosen == ["reference", "cpp"]
+    made_by = {node.kwargs["version"] for node in nodes if "backend" in node.kwargs}
+    assert made_by == {pykernels.__version__}  # by which graphs on disk are told apart
 
 
 OPCHECKS = ["test_schema", "test_autograd_registration", "test_faketensor"]
@@ -512,10 +595,8 @@ def test_opcheck(name, backend):
     assert [func._opname for func, *_ in seen] == [name, f"{name}_backward"]
     for func, args, kwargs in seen:
         args = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in args]
-        # A graph holds the same whichever backend runs in it, so one backend's is traced. The
-        # gradient of attention_varlen's gradient reads where the sequences lie.
-        traced = backend == "cpp" and func._opname != "attention_varlen_backward"
-        tests = [*OPCHECKS, "test_aot_dispatch_dynamic"] if traced else OPCHECKS
+        # A graph holds the same whichever backend runs in it, so one backend's is traced.
+        tests = [*OPCHECKS, "test_aot_dispatch_dynamic"] if backend == "cpp" else OPCHECKS
         opcheck(func, tuple(args), {**kwargs, "backend": backend}, test_utils=tests)
 
 
@@ -596,6 +677,113 @@ def test_export(dynamic):
         exactly(flat(program.module()(given)), flat(model(given)))
 
 
+RUN = """
+import sys
+import torch
+import pykernels
+program = torch.export.load(sys.argv[1] + "/program.pt2")
+torch.save(program.module()(torch.load(sys.argv[1] + "/x")), sys.argv[1] + "/found")
+"""
+
+
+def test_export_runs_in_a_fresh_process(tmp_path):
+    """Which knows nothing of the model, and has pykernels for its operators alone."""
+    model, x = Model().eval(), torch.randn(5, 3, 4)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "program.pt2")
+    torch.save(x, tmp_path / "x")
+    subprocess.run([sys.executable, "-c", RUN, os.fspath(tmp_path)], check=True)
+    exactly(torch.load(tmp_path / "found"), flat(model(x)))
+
+
+KEPT = """
+import sys
+import torch
+from pykernels import _backends, functional
+torch._dynamo.config.allow_rnn = True
+assert _backends.isa() == sys.argv[1]
+for op, gates in (("gru", 3), ("lstm", 4)):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 3, 4), (gates * 5, 4), (gates * 5, 5)
+    args = [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
+    run = getattr(functional, op)
+    grads = [
+        torch.autograd.grad(f(*args)[0].sin().sum(), args)
+        for f in (run, torch.compile(run, fullgraph=True))
+    ]
+    torch.testing.assert_close(*grads)
+print(dict(torch._dynamo.utils.counters["aot_autograd"]))
+"""
+
+
+def test_graphs_on_disk_run_on_another_build(tmp_path):
+    """Kept by a process that runs one instruction set, a graph serves one that runs another."""
+    sets = [isa for isa in _backends.ISAS if runs(isa)]
+    if len(sets) < 2:
+        pytest.skip("one instruction set runs here")
+    said = []
+    for isa in sets:
+        around = os.environ | {"PYKERNELS_ISA": isa, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        around |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "1", "TORCHINDUCTOR_AUTOGRAD_CACHE": "1"}
+        command = [sys.executable, "-c", KEPT, isa]
+        done = subprocess.run(command, env=around, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "autograd_cache_hit" not in said[0]
+    assert all("'autograd_cache_hit': 2" in each for each in said[1:]), said
+
+
+def runs(isa):
+    """Whether there is a build for an instruction set, and the processor runs it."""
+    if importlib.util.find_spec(f"pykernels._C_{isa}") is None:
+        return False
+    return importlib.import_module("pykernels._C_baseline").cpu_runs(isa)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_sizes_of_weights_may_be_dynamic(op):
+    """One graph for any number of units: what is kept for backward has a size by formula."""
+    graphs, run = Graphs(), getattr(functional, op)
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=graphs)
+    for H in (6, 7, 20):
+        args = arguments(op, H=H)
+        exactly(step(compiled, *args), step(run, *args))
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [False, True])
+def test_trace(training):
+    """torch.jit.trace: an operator in the graph, saved and loaded, right for other sizes."""
+    model = Traced().train(training)
+    x = torch.randn(5, 3, 8)
+    with torch.set_grad_enabled(training):
+        traced = torch.jit.trace(model, x)
+    kinds = {n.kind() for n in traced.inlined_graph.nodes() if n.kind().startswith("pykernels")}
+    assert kinds == {"pykernels::rnn", "pykernels::gru", "pykernels::lstm"}
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    for given in (x, torch.randn(9, 2, 8)):
+        given.requires_grad_()
+        torch.testing.assert_close(step(traced, given), step(model, given))
+        torch.testing.assert_close(torch.jit.load(file)(given), model(given))
+        file.seek(0)
+
+
+class Traced(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.gru, self.lstm = nn.RNN(8, 8), nn.GRU(8, 8, 2), nn.LSTM(8, 8)
+        self.attention, self.cell = nn.MultiheadAttention(8, 2), nn.LSTMCell(8, 8)
+
+    def forward(self, x):
+        for layer in (self.rnn, self.gru, self.lstm):
+            x, _ = layer(x)
+        x, _ = self.attention(x, x, x, need_weights=False)
+        return self.cell(x[-1])
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell", "MultiheadAttention"])
 def test_autocast(name):
     """The same dtypes and bits as in an eager call, autocast around the graph or in it."""
@@ -611,7 +799,8 @@ def test_autocast(name):
             return run(x)
 
     expected = inside(x)
-    assert all(t.dtype == torch.bfloat16 for t in expected)
+    dtype = torch.float32 if name == "GRUCell" else torch.bfloat16
+    assert all(t.dtype == dtype for t in expected)
     exactly(torch.compile(inside, fullgraph=True, backend="aot_eager")(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         exactly(torch.compile(run, fullgraph=True, backend="aot_eager")(x), expected)

@@ -22,11 +22,11 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 Z = torch.zeros
 
 
-def arguments(op, packed=False, **changes):
+def arguments(op, rows=False, **changes):
     """Right ones, but for the changes."""
     T, B, I, H, G = 4, 3, 5, 7, GATES[op]
     made = {
-        "x": Z(6, I) if packed else Z(T, B, I),
+        "x": Z(6, I) if rows else Z(T, B, I),
         "w_ih": Z(G * H, I),
         "w_hh": Z(G * H, H),
         "b_ih": Z(G * H),
@@ -35,7 +35,7 @@ def arguments(op, packed=False, **changes):
     }
     if op == "lstm":
         made["c0"] = Z(B, H)
-    if packed:
+    if rows:
         made["batch_sizes"] = [3, 2, 1]
     return made | changes
 
@@ -102,6 +102,8 @@ RECURRENT = [
         "`h0` must have the dtype of the input, torch.float32, got torch.float64",
     ),
     ({"h0": 0.0}, TypeError, "`h0` must be a Tensor, got float"),
+    ({"reverse": 1}, TypeError, "`reverse` must be True or False, got int"),
+    ({"packed": {}}, TypeError, "`packed` must be a PackedWeights, got dict"),
     # --- lengths
     ({"lengths": 4}, TypeError, "`lengths` must be a Tensor or list, got int"),
     ({"lengths": [4.0, 2, 1]}, TypeError, "`lengths` must hold integers alone: 'float' object"),
@@ -183,7 +185,7 @@ def test_recurrent(op, changes, error, words):
 @pytest.mark.parametrize(("changes", "error", "words"), PACKED, ids=[words for *_, words in PACKED])
 def test_packed(op, changes, error, words):
     with pytest.raises(error, match=words_of(op, words)):
-        getattr(functional, op)(**arguments(op, packed=True, **changes))
+        getattr(functional, op)(**arguments(op, rows=True, **changes))
 
 
 OWN = [
@@ -236,6 +238,12 @@ OWN = [
         "lstm: `c0` must be [B, H] = [3, 7], got [3, 2]",
     ),
     ("lstm", {"w_hr": "x"}, TypeError, "lstm: `w_hr` must be a Tensor, got str"),
+    (
+        "lstm",
+        {"return_cell_states": "yes"},
+        TypeError,
+        "lstm: `return_cell_states` must be True or False, got str",
+    ),
 ]
 
 
@@ -266,6 +274,7 @@ CELL = [
     ),
     ({"w_ih": Z(7, 4)}, ValueError, "`w_ih` must be [{G}H, I] = [{n}, 5], got [7, 4]"),
     ({"w_hh": Z(7)}, ValueError, "`w_hh` must be [{G}H, H], got 1 dimensions"),
+    ({"packed": True}, TypeError, "`packed` must be a PackedWeights, got bool"),
 ]
 
 
@@ -434,6 +443,10 @@ ATTENTION = [
     ({"dropout_p": 1.1}, ValueError, r"attention: `dropout_p` must be between 0 and 1, got 1.1"),
     ({"dropout_p": "a"}, TypeError, "attention: `dropout_p` must be"),
     ({"sinks": 1.0}, TypeError, "attention: `sinks` must be a Tensor, got float"),
+    *(
+        ({name: 1}, TypeError, f"attention: `{name}` must be True or False, got int")
+        for name in ("is_causal", "enable_gqa", "return_lse")
+    ),
     (
         {"sinks": torch.zeros(5)},
         ValueError,
@@ -493,6 +506,8 @@ SDPA = [
     ),
     ({"dropout_p": 1.5}, ValueError, "`dropout_p` must be between 0 and 1, got 1.5"),
     ({"dropout_p": "no"}, TypeError, "`dropout_p` must be a number, got str"),
+    ({"is_causal": 1}, TypeError, "`is_causal` must be True or False, got int"),
+    ({"enable_gqa": 1}, TypeError, "`enable_gqa` must be True or False, got int"),
     (
         {"key": Z(2, 3, 6, 8), "value": Z(2, 3, 6, 8), "enable_gqa": True},
         ValueError,
@@ -545,6 +560,8 @@ LOSS = [
     ({"label_smoothing": "no"}, TypeError, "`label_smoothing` must be a number, got str"),
     ({"z_loss": -1.0}, ValueError, "`z_loss` must be at least 0 and finite, got -1.0"),
     ({"ignore_index": 0.5}, TypeError, "`ignore_index` must be an integer, got float"),
+    ({"return_lse": 1}, TypeError, "`return_lse` must be True or False, got int"),
+    ({"return_argmax": None}, TypeError, "`return_argmax` must be True or False, got NoneType"),
 ]
 
 

@@ -21,7 +21,7 @@ PARTS = {
     "_checks": (set(), {"torch"}),
     "_backends": ({"_checks", "reference", "cpp", "kernels"}, {"torch"}),
     "_autocast": (set(), {"torch"}),
-    "ops": ({"_autocast", "_backends", "_checks"}, {"torch"}),
+    "ops": ({"_autocast", "_backends", "_checks", "_version"}, {"torch"}),
     "functional": ({"ops"}, set()),
     "nn": ({"functional", "_autocast", "_checks"}, {"torch"}),
     "cost": (set(), set()),

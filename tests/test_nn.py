@@ -263,28 +263,27 @@ class TestLayers:
         assert LAYERS[kind][0](5, 7, device="meta").weight_hh_l0.device.type == "meta"
 
     @every
-    @pytest.mark.parametrize("packed", [False, True])
-    def test_autocast(self, kind, packed):
-        """Always autocast's dtype; torch's layers return float32 on some of their paths."""
-        ours, theirs = layers(kind, 5, 7, 2)
-        x = torch.randn(4, 3, 5)
-        if packed:
-            x = pack((3, 4, 1), enforce_sorted=False, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            for one, two in zip(flat(ours(x)), flat(theirs(x)), strict=True):
-                if one.is_floating_point():
-                    assert one.dtype == torch.bfloat16
-                    torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
+    @pytest.mark.parametrize("form", ["batch", "single", "packed"])
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+    def test_autocast(self, kind, form, bidirectional, half):
+        """Values and dtypes are torch's, whatever those of the input and of the first state.
 
-    @every
-    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, None), (None, torch.bfloat16)])
-    def test_autocast_of_state_and_input(self, kind, dtypes):
-        ours, theirs = layers(kind, 5, 7)
-        x, hx = torch.randn(4, 3, 5).to(dtypes[0]), first_states(ours, 3, dtypes[1])
-        with torch.autocast("cpu", torch.bfloat16):
-            for one, two in zip(flat(ours(x, hx)), flat(theirs(x, hx)), strict=True):
-                assert one.dtype == torch.bfloat16
-                torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
+        torch's kernel of an LSTM on padded batches gives autocast's dtype, where the processor has
+        it; values are compared without.
+        """
+        ours, theirs = layers(kind, 5, 7, 2, bidirectional=bidirectional)
+        kernel = kind == "LSTM" and form != "packed"
+        for of_x, of_hx in itertools.product((torch.float32, half), (None, torch.float32, half)):
+            x = torch.randn(4, 3, 5, dtype=of_x)
+            x = pack((3, 4, 1), False, 5, of_x) if form == "packed" else x
+            x = x[:, 0] if form == "single" else x
+            B = None if form == "single" else 3
+            given = (x,) if of_hx is None else (x, first_states(ours, B, of_hx))
+            with torch.autocast("cpu", half), torch.backends.mkldnn.flags(enabled=not kernel):
+                for one, two in zip(flat(ours(*given)), flat(theirs(*given)), strict=True):
+                    assert one.dtype == (half if kernel else two.dtype)
+                    torch.testing.assert_close(one.float(), two.float(), rtol=3e-2, atol=3e-2)
 
     @kinds
     def test_parametrised_weight(self, kind, own):
@@ -515,13 +514,17 @@ class TestCells:
 
     @every
     def test_autocast(self, kind):
+        """Values and dtypes are torch's, whatever those of the input and of the state."""
+        half = torch.bfloat16
         ours, theirs = twins(*(cell(5, 7) for cell in CELLS[kind]))
-        x, h = torch.randn(3, 5), torch.randn(3, 7)
-        hx = (h, h + 1) if kind == "LSTM" else h
-        with torch.autocast("cpu", torch.bfloat16):
-            for one, two in zip(flat(ours(x, hx)), flat(theirs(x, hx)), strict=True):
-                assert one.dtype == torch.bfloat16
-                torch.testing.assert_close(one, two.to(one.dtype), rtol=3e-2, atol=3e-2)
+        for of_x, of_hx in itertools.product((torch.float32, half), (None, torch.float32, half)):
+            x, h = torch.randn(3, 5, dtype=of_x), torch.randn(3, 7, dtype=of_hx)
+            hx = (h, h + 1) if kind == "LSTM" else h
+            given = (x,) if of_hx is None else (x, hx)
+            with torch.autocast("cpu", half):
+                for one, two in zip(flat(ours(*given)), flat(theirs(*given)), strict=True):
+                    assert one.dtype == two.dtype
+                    torch.testing.assert_close(one.float(), two.float(), rtol=3e-2, atol=3e-2)
 
     @every
     def test_copies_and_pickles(self, kind):
@@ -714,13 +717,22 @@ class TestMultiheadAttention:
             **options,
         )
 
-    def test_is_causal_with_keys_behind(self):
-        """The appended zero key is seen by every query: the mask decides, not the hint."""
+    @pytest.mark.parametrize("behind", ["add_bias_kv", "add_zero_attn"])
+    def test_is_causal_with_keys_behind(self, behind):
+        """An appended key is seen by every query; in torch too, but where the hint hides it."""
         mask = nn.Transformer.generate_square_subsequent_mask(S) == -torch.inf
-        ours, _ = attention_pair(batch_first=True, add_zero_attn=True)
+        ours, theirs = attention_pair(batch_first=True, **{behind: True})
         inputs = operands("batch", length=S)
-        hinted = ours(*inputs, attn_mask=mask, is_causal=True, need_weights=False)[0]
-        torch.testing.assert_close(hinted, ours(*inputs, attn_mask=mask)[0], **TIGHT)
+        shown = torch.zeros(B, S, dtype=torch.bool)
+        for weights, padding in itertools.product((True, False), (None, shown)):
+            given = {"attn_mask": mask, "need_weights": weights, "key_padding_mask": padding}
+            expected = theirs(*inputs, **given)[0]
+            hinted = theirs(*inputs, **given, is_causal=True)[0]
+            for hint in (True, False):
+                found = ours(*inputs, **given, is_causal=hint)[0]
+                torch.testing.assert_close(found, expected, **TIGHT)
+            hides = not weights and padding is None
+            assert torch.allclose(hinted, expected, **TIGHT) != hides
 
     @pytest.mark.parametrize("mask", ["none", "both", "float 2-D"])
     def test_dropout_with_weights_draws_what_torch_draws(self, mask):

@@ -295,6 +295,11 @@ def test_types_are_what_a_program_needs(tmp_path):
             assert_type(F.gru(x, w, w), tuple[Tensor, Tensor])
             assert_type(F.lstm(x, w, w), tuple[Tensor, tuple[Tensor, Tensor]])
             assert_type(F.lstm(x, w, w, return_cell_states=True)[2], Tensor)
+            maybe: bool = x.requires_grad
+            assert_type(F.lstm(x, w, w, return_cell_states=maybe)[0], Tensor)
+            assert_type(F.attention(x, x, x, return_lse=maybe), Tensor | tuple[Tensor, Tensor])
+            either = F.attention_varlen(x, x, x, x, return_lse=maybe)
+            assert_type(either, Tensor | tuple[Tensor, Tensor])
             assert_type(F.rnn_cell(x, None, w, w), Tensor)
             assert_type(F.gru_cell(x, None, w, w), Tensor)
             assert_type(F.lstm_cell(x, None, w, w), tuple[Tensor, Tensor])

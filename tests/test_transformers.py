@@ -214,6 +214,19 @@ class TestDecoders:
         assert not torch.allclose(found[0], found[2])
 
 
+def test_compiled_without_a_break(calls):
+    """In one graph for any length, forward and backward; gradients come through checkpoints too."""
+    name, options, measure = DECODERS["mistral"]
+    ours, theirs = pair(name, "ForCausalLM", options | {"num_hidden_layers": 1}, measure)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (12, 9):
+        compare(compiled, theirs, input_ids=tokens(2, T), use_cache=False)
+    assert len(calls) <= 2  # traced, not called
+    for model in (ours, theirs):
+        model.train().gradient_checkpointing_enable()
+    compare(ours, theirs, input_ids=tokens(2, 9))
+
+
 BERT = {name: COMMON[name] for name in COMMON if not name.endswith("token_id")}
 
 

@@ -382,6 +382,38 @@ def test_dropout_is_drawn_as_vmap_is_told():
         run("error")
 
 
+@pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
+@pytest.mark.parametrize("op", [*OPS, "layers", "directions"])
+def test_mapped_upstream_gradients(op, way):
+    """Of a call that vmap came too late to see: as jacobian(vectorize=True) asks for."""
+    if op in ("layers", "directions"):
+        layer = nn.LSTM(2, 5, num_layers=2, bidirectional=op == "directions").double()
+        args = [inputs("lstm")[0].requires_grad_(), *layer.parameters()]
+        found = flat(layer(args[0]))
+    else:
+        args = [t.requires_grad_() for t in inputs(op)]
+        found = call(op)(*args)
+    ups = [torch.randn(MAPPED, *t.shape, dtype=t.dtype) for t in found]
+
+    def pull(*ups, **options):
+        given = {"retain_graph": True, "allow_unused": True} | options
+        return torch.autograd.grad(found, args, ups, **given)
+
+    one_by_one = [pull(*each) for each in zip(*ups, strict=True)]
+    expected = [torch.stack(each) for each in zip(*one_by_one, strict=True)]
+    got = pull(*ups, is_grads_batched=True) if way != "vmap" else vmap(pull)(*ups)
+    assert not any(t.requires_grad for t in got)
+    close(got, expected)
+
+
+def test_vectorized_jacobian_and_batched_gradcheck():
+    layer, x = nn.GRU(2, 5, num_layers=2).double(), inputs("gru")[0]
+    run = lambda x: layer(x)[0].sum(1)  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian
+    close(jacobian(run, x, vectorize=True), jacobian(run, x))
+    assert torch.autograd.gradcheck(run, x.requires_grad_(), check_batched_grad=True)
+
+
 MODULES = ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell", "MultiheadAttention"]
 
 

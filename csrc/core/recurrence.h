@@ -84,8 +84,7 @@ class StepShare {
   bool alone_;
 };
 
-// Floats that pack_gates writes for `gates` gates of `units` units. With depth 1, the size of a row
-// of gates in blocks.
+// Floats that pack_gates writes for `gates` gates of `units` units.
 template <class T>
 PK_INLINE int64_t gates_size(int64_t gates, int64_t units, int64_t depth) {
   return ceil_div(units, kPanel<T>) * gates * depth * kPanel<T>;
@@ -98,10 +97,19 @@ PK_INLINE int64_t gate_at(int64_t gates, int64_t unit) {
   return (unit - in_block) * gates + in_block;
 }
 
-// The same in one of many rows of gates in blocks.
+// Floats from one row of kept gates to the next: as many in every build, whose blocks differ, since
+// who makes room for them may not know which one will run (pykernels/cpp/_recurrent.py).
+template <class T>
+PK_INLINE int64_t kept_row(int64_t gates, int64_t units) {
+  constexpr int64_t widest = 128 / sizeof(T);
+  static_assert(widest % kPanel<T> == 0);
+  return ceil_div(units, widest) * gates * widest;
+}
+
+// Where the first gate of a unit is in one of many rows of kept gates.
 template <class T>
 PK_INLINE int64_t gate_at(int64_t gates, int64_t units, int64_t row, int64_t unit) {
-  return row * gates_size<T>(gates, units, 1) + gate_at<T>(gates, unit);
+  return row * kept_row<T>(gates, units) + gate_at<T>(gates, unit);
 }
 
 // W^T for w [gates * units, depth] of any strides, in blocks of units; this thread's share.

@@ -108,11 +108,6 @@ void bind_pack(py::module_& m, const std::string& op) {
   });
 }
 
-// Values in a row of kept gates, which lie in blocks of units.
-inline int64_t kept_row(int dtype, int64_t gates, int64_t H) {
-  return dtype == kFloat64 ? gates_size<double>(gates, H, 1) : gates_size<float>(gates, H, 1);
-}
-
 // x, w_ih, w_hh, h0, w_hr, y, dy, dh_n and dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dw_hr
 template <class S>
 RecurrentBackward<S> recurrent_backward(const RecurrentShape& n, const Batch& batch,

@@ -86,7 +86,6 @@ void step(const StepCall& call) {
 void bind_rnn(py::module_& m) {
   bind_pack<RnnForwardCell>(m, "rnn");
   bind_step(m, "rnn", &step, 1);
-  m.def("kept_row", &kept_row);  // of gru and lstm
   m.def("rnn_forward", &forward);
   m.def("rnn_backward", &backward);
 }

@@ -13,6 +13,9 @@ from pykernels.cpp import Maybe, Pass, Result, address, contiguous
 
 Sizes = tuple[int, int, int, int, int]
 
+#: Bytes of the widest block of units (csrc/core/recurrence.h).
+_BLOCK = 128
+
 #: The tensors and the options of a call.
 Forward = tuple[tuple[Maybe, ...], dict[str, Any]]
 #: What it saved, the gradients of its outputs, which tensors need theirs, the options.
@@ -114,10 +117,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def gates_of(x: Tensor, H: int) -> Result:
-    """Room for four gates of each unit in every row of `x`, in the order of the kernels."""
+    """Room for four gates of each unit in every row of `x`, in blocks as the kernels lay them.
+
+    It is enough for every build of the kernels, which differ in their blocks: a compiled graph has
+    the size in it, and may be kept on disk for a process that loads another build.
+    """
     dtype = compute_dtype(x)
-    row = _backends.load_extension().kept_row(cpp.DTYPES[dtype], 4, H)
-    return Result((*x.shape[:-1], row), dtype)
+    block = _BLOCK // dtype.itemsize
+    return Result((*x.shape[:-1], 4 * -(-H // block) * block), dtype)
 
 
 def pack(

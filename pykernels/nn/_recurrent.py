@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +17,29 @@ States = tuple[Tensor, ...]
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 #: The weights of a layer and direction, its first states, the options of its op.
 Call = tuple[Weights, States | None, dict[str, Any]]
+Self = TypeVar("Self", bound=torch.nn.Module)
 
 
-class Layers(torch.nn.RNNBase):
+class Packing(torch.nn.Module):
+    """A module that keeps its weights packed in evaluation, as `frozen` does."""
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`; packed weights are forgotten.
+
+        So a step of training shows that writes through ``.data``, which leave no trace.
+        """
+        self.__dict__.pop("_packed_weights", None)
+        return super().train(mode)
+
+
+class Layers(Packing, torch.nn.RNNBase):
     """The forward pass of `RNN`, `GRU` and `LSTM`, which come after it in the order of bases."""
 
     _name: str  # what errors call the layer
     _op: str
     _gates: int
+    #: Whether torch's layer has no kernel of its own on a CPU: for a padded batch, for packed rows.
+    _composed = (False, False)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run all layers.
@@ -63,6 +78,8 @@ class Layers(torch.nn.RNNBase):
             x = x.transpose(0, 1)
         states = self._first_states(hx, x, x.shape[1], batched)
         x, states = self._run(x, states, None)
+        if self._composed[0]:
+            x, *states = _autocast.carried(self._first(input, hx), x, *states)
         if not batched:
             return x[:, 0], self._returned([t[:, 0] for t in states])
         return x.transpose(0, 1) if self.batch_first else x, self._returned(states)
@@ -80,6 +97,8 @@ class Layers(torch.nn.RNNBase):
         if states is not None and order is not None:
             states = [t.index_select(1, order) for t in states]
         y, states = self._run(data, states, sizes)
+        if self._composed[1]:
+            y, *states = _autocast.carried(self._first(input.data, hx), y, *states)
         if place is not None:
             states = [t.index_select(1, place) for t in states]
         return PackedSequence(y, batch_sizes, order, place), self._returned(states)
@@ -103,6 +122,10 @@ class Layers(torch.nn.RNNBase):
     def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
         """The tensors of `hx`, each with its name, its last axis and the size of that."""
         return [("hx", "H", self.hidden_size, hx)]
+
+    def _first(self, x: Tensor, hx: Any) -> Any:
+        """The last of the first states, or the input if there is none."""
+        return x if hx is None else self._named(hx)[-1][-1]
 
     def _returned(self, states: list[Tensor]) -> Any:
         """The last states as the layer returns them."""
@@ -202,7 +225,9 @@ def check_sizes(name: str, input_size: Any, hidden_size: Any) -> None:
 
 def frozen(module: torch.nn.Module, key: object = None) -> PackedWeights | None:
     """Where a module in evaluation keeps its packed weights, those of each `key` apart."""
-    if torch.compiler.is_compiling() or module.training or torch.is_grad_enabled():
+    if module.training or torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return None
     kept: dict[object, PackedWeights] = module.__dict__.setdefault("_packed_weights", {})
     return kept.get(key) or kept.setdefault(key, PackedWeights())

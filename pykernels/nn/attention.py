@@ -31,6 +31,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
       torch, computes them in plain torch: one more [L, S] product per head and its
       [B, N, L, S] memory, forward and backward. Pass ``need_weights=False`` for the fused kernel
       alone.
+    * ``is_causal=True`` is a hint and changes no value. Torch's hides the keys of `add_bias_kv` and
+      `add_zero_attn` from every query, but only with ``need_weights=False`` and no padding mask;
+      else every query sees them, as here always.
     * `attn_mask` and `key_padding_mask` together become one mask [B, 1, L, S], or [B, N, L, S].
     * ``dropout > 0`` in training draws the weights that it drops with torch's seed, but, unless the
       weights are an output, not torch's numbers.

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import functional
+from pykernels import _autocast, functional
 from pykernels.nn._recurrent import (
     Layers,
+    Packing,
     States,
     Weights,
     cell_arguments,
@@ -53,6 +54,7 @@ class GRU(Layers, torch.nn.GRU):
     """
 
     _name, _op, _gates = "GRU", "gru", 3
+    _composed = (True, True)
 
     def _layer(
         self,
@@ -67,7 +69,7 @@ class GRU(Layers, torch.nn.GRU):
         return y, (h_n,)
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(Packing, torch.nn.GRUCell):
     """`torch.nn.GRUCell` on fused kernels: one step of `GRU`, by its equations.
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.GRUCell`.
@@ -121,4 +123,5 @@ class GRUCell(torch.nn.GRUCell):
         after = packed_step(self, input, (hx,))
         if after is not None:
             return after[0]
-        return functional.gru_cell(*cell_arguments(self, "GRUCell", input, hx), packed=frozen(self))
+        h = functional.gru_cell(*cell_arguments(self, "GRUCell", input, hx), packed=frozen(self))
+        return _autocast.carried(input if hx is None else hx, h)[0]

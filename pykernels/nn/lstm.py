@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _checks, functional
+from pykernels import _autocast, _checks, functional
 from pykernels.nn._recurrent import (
     Layers,
+    Packing,
     States,
     Weights,
     cell_arguments,
@@ -54,6 +55,7 @@ class LSTM(Layers, torch.nn.LSTM):
     """
 
     _name, _op, _gates = "LSTM", "lstm", 4
+    _composed = (False, True)
 
     def _named(self, hx: Any) -> list[tuple[str, str, int, Any]]:
         _checks.pair("LSTM", "hx", hx, "(h_0, c_0)")
@@ -77,7 +79,7 @@ class LSTM(Layers, torch.nn.LSTM):
         return y, after
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(Packing, torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on fused kernels: one step of `LSTM`, by its equations.
 
     Constructor, parameters, state_dict and forms of call are those of `torch.nn.LSTMCell`.
@@ -137,7 +139,9 @@ class LSTMCell(torch.nn.LSTMCell):
                 return h, c
         if hx is not None:
             _checks.pair("LSTMCell", "hx", hx, "(h, c)")
-        input, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
-        return functional.lstm_cell(
-            input, None if hx is None else (h, c), *weights, packed=frozen(self)
+        x, h, c, *weights = cell_arguments(self, "LSTMCell", input, *(hx or (None, None)))
+        h, c = functional.lstm_cell(
+            x, None if hx is None else (h, c), *weights, packed=frozen(self)
         )
+        h, c = _autocast.carried(input if hx is None else hx[1], h, c)
+        return h, c

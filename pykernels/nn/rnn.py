@@ -10,6 +10,7 @@ from torch import Tensor
 from pykernels import _checks, functional
 from pykernels.nn._recurrent import (
     Layers,
+    Packing,
     States,
     Weights,
     cell_arguments,
@@ -68,7 +69,7 @@ class RNN(Layers, torch.nn.RNN):
         return y, (h_n,)
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(Packing, torch.nn.RNNCell):
     r"""`torch.nn.RNNCell` on fused kernels: one step of `RNN`.
 
     .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh}), \quad f = \tanh \text{ or relu}

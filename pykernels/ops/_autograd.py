@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pykernels import _backends
+
 
 class Function(torch.autograd.Function):
     """Autograd over a `Call` and its tensors; differentiable twice."""
@@ -23,9 +25,29 @@ class Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of what `forward` took."""
+        """The gradients of what `forward` took: the call, the tensors."""
         # The saved tensors once: activation checkpointing allows no second look.
-        return None, *ctx.call.backward(ctx.saved_tensors, grads, ctx.needs_input_grad[1:])
+        call, saved, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        try:
+            return None, *call.backward(saved, grads, needs)
+        except RuntimeError:
+            if not mapped(grads):
+                raise
+        return None, *call.on(_backends.module("reference", call.op)).backward(saved, grads, needs)
+
+
+def mapped(grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether vmap hides an axis of the upstream gradients of a call that it did not see.
+
+    ``torch.autograd.grad(..., is_grads_batched=True)`` does so. They have no memory for a kernel,
+    while torch sees through the reference's formula. To ask ahead would cost every call.
+    """
+    functorch = torch._C._functorch
+    return any(
+        functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
+        for grad in grads
+        if grad is not None
+    )
 
 
 def wanted(tensors: tuple[Tensor | None, ...]) -> bool:

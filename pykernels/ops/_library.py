@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pykernels import _autocast, _backends
+from pykernels._version import __version__
 
 Maybe = Tensor | None
 Tensors = tuple[Maybe, ...]
@@ -30,14 +31,24 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _operators: dict[str, Operator] = {}
 
 
+#: Of every operator: the backend that runs, and the version that a graph was made by. Compilers
+#: keep graphs on disk, with the sizes of what that version saves for backward, and tell them so.
+_MADE_BY = "str backend, str version=''"
+
+
+def _made_by(backend: str) -> dict[str, str]:
+    return {"backend": backend, "version": __version__}
+
+
 def looked_at(backend: ModuleType, tensors: Sequence[Maybe] = ()) -> bool:
-    """Whether a compiler, a transform or a dispatch mode looks on, and must see an operator.
+    """Whether a compiler, a trace, a transform or a dispatch mode looks on: it sees an operator.
 
     So must tensors that dispatch by themselves, as those of `FakeTensorMode` do outside of it: they
     need have no memory. All of these see the operations that the reference is made of.
     """
     return (
         torch.compiler.is_compiling()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or in_forward_mode()
         or (
@@ -80,13 +91,15 @@ def call(
 ) -> Any:
     """The outputs of `op`, for whoever looks on; `keep` as in the contract of backends."""
     operator = _operators[op]
-    if in_forward_mode():
+    traced = not torch.compiler.is_compiling() and torch._C._is_tracing()
+    if in_forward_mode() or (traced and not operator.is_traceable):
         operator.check(*map(_unwrapped, tensors), **options)
         with _autocast.disabled(tensors[0].device):
             return operator.formula(*tensors, **options)
     name = _backends.name(backend)
+    keep = keep or traced  # what is traced without gradients may get some
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        found = operator.forward(*tensors, **options, backend=name, keep=keep)
+        found = operator.forward(*tensors, **options, **_made_by(name), keep=keep)
     else:
         run = _Forward(operator, name, options, True)
         found = _Transformed.apply(run, *tensors)  # type: ignore[no-untyped-call]
@@ -111,6 +124,7 @@ class Operator:
         formula: Callable[..., tuple[Tensor, ...]],
         axes: Callable[..., tuple[Axes, Axes] | None],
         check: Callable[..., None] = _no_check,
+        reads_values: bool = False,
         adapt: Callable[[ModuleType], Any] = _as_it_is,
         name: str = "",
     ) -> None:
@@ -129,10 +143,13 @@ class Operator:
         axes: ``(*tensors, **options)`` -> the batch axis of each tensor, and that of each output
             and extra; None for what all rows share. None in their place: rows are not apart.
         check: ``(*tensors, **options)`` checks their values, which whoever looks on cannot see.
+        reads_values: the reference's formula reads values of tensors: a graph that is to have the
+            gradient of the gradient needs an operator for it.
         adapt: makes the module of a backend one of tensors alone, if it is not.
         name: what torch calls it, where that is not `op`.
         """
         name = name or op
+        self.is_traceable = "?[" not in options  # torch.jit.trace: numbers or None in lists
         self.op, self.saves, self.last_if = op, saves, last_if
         self.empty, self.formula, self.axes = empty, formula, axes
         self.check, self.adapt = check, adapt
@@ -143,14 +160,24 @@ class Operator:
         results = ["Tensor"] * len(self.outputs + self.extras)
         own = ["Tensor"] * len(self.tensors)
         self.forward = self._register(
-            f"{name}({tensors}, *, {options}, str backend, bool keep) -> ({', '.join(results)})",
+            f"{name}({tensors}, *, {options}, {_MADE_BY}, bool keep) -> ({', '.join(results)})",
             _Forward,
         )
         self.backward = self._register(
-            f"{name}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, str backend, "
+            f"{name}_backward({', '.join([tensors, *kept, *grads])}, *, {options}, {_MADE_BY}, "
             f"bool[] needs) -> ({', '.join(own)})",
             _Backward,
         )
+        self.twice = None
+        if reads_values:
+            upstream = [f"Tensor? dd{part}" for part in self.tensors]
+            given = [tensors, *kept, *grads]
+            results = ["Tensor"] * len(", ".join(given).split(", "))
+            self.twice = self._register(
+                f"{name}_double_backward({', '.join([*given, *upstream])}, *, {options}, "
+                f"{_MADE_BY}, bool[] needs, int[] wanted) -> ({', '.join(results)})",
+                _Twice,
+            )
         _operators[op] = self
 
     def _register(self, schema: str, kind: type[_Pass]) -> Any:
@@ -159,6 +186,7 @@ class Operator:
                 k: tuple(v) if isinstance(v, list) else v for k, v in keywords.items()
             }
             own = options.pop(kind.own)
+            options.pop("version", None)
             return kind(self, options.pop("backend"), options, own)
 
         def run(*args: Maybe, **keywords: Any) -> tuple[Tensor, ...]:
@@ -185,6 +213,8 @@ class Operator:
         _library.impl(name, run, "CompositeExplicitAutograd")
         full = f"pykernels::{name}"
         torch.library.register_fake(full, fake, lib=_library)
+        if kind is _Twice:
+            return getattr(torch.ops.pykernels, name).default
         torch.library.register_autograd(full, backward, setup_context=setup_context, lib=_library)
         torch.library.register_vmap(full, vmap, lib=_library)
         return getattr(torch.ops.pykernels, name).default
@@ -277,7 +307,7 @@ class _Forward(_Pass):
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.operator.forward(
-            *args, **self.options, backend=self.backend_name, keep=self.keep
+            *args, **self.options, **_made_by(self.backend_name), keep=self.keep
         )
         return found
 
@@ -348,7 +378,7 @@ class _Backward(_Pass):
 
     def apply(self, *args: Maybe) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = self.operator.backward(
-            *args, **self.options, backend=self.backend_name, needs=self.needs
+            *args, **self.options, **_made_by(self.backend_name), needs=self.needs
         )
         return found
 
@@ -395,6 +425,15 @@ class _Backward(_Pass):
         extras = len(self.operator.tensors) + self.operator.saves
         kept = range(extras, extras + len(self.operator.extras))  # the reference has no use for it
         wanted = [i for i in range(len(args)) if needs[i] and i not in kept]
+        twice = self.operator.twice
+        if twice is not None and any(map(_dispatches, args)):  # a trace, which sees no values
+            options = self.options | _made_by(self.backend_name)
+            found = twice(*args, *grads, **options, needs=self.needs, wanted=wanted)
+            return tuple(found[i] if i in wanted else None for i in range(len(args)))
+        return self.again(args, grads, wanted)
+
+    def again(self, args: Sequence[Any], grads: Tensors, wanted: Sequence[int]) -> Tensors:
+        """The gradients of `args` from those of the results: of the reference's formula."""
 
         def formula(*given: Tensor) -> Tensors:
             own = list(args)
@@ -440,6 +479,37 @@ class _Backward(_Pass):
                     grad = grad.sum(a + 1, keepdim=True)
             grads.append(grad)
         return tuple(grads), out
+
+
+class _Twice(_Pass):
+    """The gradient of `_Backward`, where it is an operator too; it has none of its own."""
+
+    own = "wanted"
+
+    def __init__(
+        self, operator: Operator, backend: str, options: dict[str, Any], wanted: Sequence[int]
+    ) -> None:
+        super().__init__(operator, backend, options, wanted)
+        self.wanted = wanted
+        self.once = _Backward(operator, backend, options, options.pop("needs"))
+
+    def run(self, *args: Maybe) -> tuple[Tensor, ...]:
+        given, upstream = self._split(args)
+        return _own(self._results(given, self.once.again(given, upstream, self.wanted)), args)
+
+    def empty(self, *args: Maybe) -> tuple[Tensor, ...]:
+        given, _ = self._split(args)
+        return self._results(given, [t if t is None else t.new_empty(t.shape) for t in given])
+
+    def _split(self, args: Tensors) -> tuple[Tensors, Tensors]:
+        count = len(args) - len(self.operator.tensors)
+        return args[:count], args[count:]
+
+    def _results(self, given: Sequence[Any], found: Sequence[Maybe]) -> tuple[Tensor, ...]:
+        return tuple(
+            t if i in self.wanted and t is not None else given[0].new_empty(0)
+            for i, t in enumerate(found)
+        )
 
 
 class _Transformed(torch.autograd.Function):

@@ -23,7 +23,8 @@ class PackedWeights:
 
     Weights that have changed are packed anew. A change is known by the version that torch counts
     up at every write to a tensor, and by the memory that it has; a write behind torch's back,
-    through NumPy or a pointer, is not seen: call `clear` after one. Copying or pickling it gives
+    through ``.data``, NumPy or a pointer, is not seen: call `clear` after one. The layers do so
+    whenever `train` or `eval` is called. Copying or pickling it gives
     an empty one.
     """
 
@@ -97,6 +98,13 @@ class PackedWeights:
 
     def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
         return PackedWeights, ()
+
+
+def check_packed(op: str, packed: Any) -> None:
+    """`packed` is None or a `PackedWeights`."""
+    if packed is not None and not isinstance(packed, PackedWeights):
+        got = type(packed).__name__
+        raise TypeError(f"{op}: `packed` must be a PackedWeights, got {got}")
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:

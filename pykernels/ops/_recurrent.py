@@ -12,7 +12,7 @@ from torch import Tensor
 from pykernels import _autocast, _backends, _checks
 from pykernels.ops import _autograd, _library
 from pykernels.ops._calls import Call
-from pykernels.ops._packed import PackedWeights
+from pykernels.ops._packed import PackedWeights, check_packed
 
 #: Rows of the weights by the number of gates, as errors name them.
 _ROWS = {1: "H", 3: "3H", 4: "4H"}
@@ -81,10 +81,11 @@ def features(ragged: bool, projection: bool) -> frozenset[str]:
 
 def check_input(
     op: str, x: Any, lengths: Any, batch_sizes: Any
-) -> tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]:
+) -> tuple[int, tuple[int, ...] | Tensor | None, tuple[int, ...] | None]:
     """`x` and how long its sequences are -> B, the lengths, the batch sizes.
 
-    Lengths that leave out no step come back as None.
+    Lengths that leave out no step come back as None; those of which a compiler sees no numbers as
+    they are, to be checked where its graph runs.
     """
     _checks.tensor(op, "x", x)
     _checks.floating(op, "x", x)
@@ -96,7 +97,10 @@ def check_input(
         return batch_sizes[0], None, batch_sizes
     _checks.rank(op, "x", x, "T, B, I")
     T, B, _ = x.shape
-    if lengths is not None:
+    if isinstance(lengths, Tensor) and torch.compiler.is_compiling():
+        _checks.integers(op, "lengths", lengths, "B")
+        _checks.shape(op, "lengths", lengths, "B", (B,))
+    elif lengths is not None:
         lengths = _checks.lengths(op, lengths, T, B)
         if all(length == T for length in lengths):
             lengths = None
@@ -158,9 +162,9 @@ def call(
     tensors: tuple[Any, ...],
     backend: str | None,
     options: dict[str, Any],
-    lengths: tuple[int, ...] | None,
+    lengths: tuple[int, ...] | Tensor | None,
     batch_sizes: tuple[int, ...] | None,
-) -> Call | _Padded:
+) -> Call | _Padded | _Masked:
     """A call over a whole sequence, of checked arguments.
 
     Args:
@@ -175,11 +179,14 @@ def call(
         ask for them.
     """
     x = tensors[0]
-    ragged = lengths is not None or batch_sizes is not None
+    hidden = isinstance(lengths, Tensor)
+    ragged = not hidden and (lengths is not None or batch_sizes is not None)
     projection = len(tensors) == 8 and tensors[7] is not None
     chosen = _backends.select(op, backend, x.device, x.dtype, features(ragged, projection))
     if lengths is None:
         return Call(op, function, chosen, options | {"batch_sizes": batch_sizes})
+    if isinstance(lengths, Tensor):
+        return _Masked(Call(op, function, chosen, options | {"batch_sizes": None}), lengths)
     rows = _Rows(lengths, x.shape[0], x.device)
     return _Padded(Call(op, function, chosen, options | {"batch_sizes": rows.batch_sizes}), rows)
 
@@ -204,6 +211,62 @@ class _Padded:
 
     def unseen(self, is_recorded: bool) -> None:
         """Not to be remembered: it holds a number for each row of a batch."""
+
+
+class _Masked:
+    """A call on sequences whose lengths a compiler sees no numbers of: all steps run.
+
+    Sizes in a graph cannot hang on numbers in a tensor, so steps that do not count are zeros, and
+    the states are read where each sequence ends.
+    """
+
+    def __init__(self, call: Call, lengths: Tensor) -> None:
+        self.reverse = call.options["reverse"]
+        self.call, self.lengths = call.with_options(reverse=False), lengths
+        self.has_cells = call.op == "lstm"
+
+    def outputs(
+        self, tensors: tuple[Any, ...], *, packed: PackedWeights | None
+    ) -> tuple[Tensor, ...]:
+        """As `_Padded`."""
+        x, *rest = tensors
+        T = x.shape[0]
+        lengths = torch.ops.pykernels.checked_lengths(self.lengths, T, self.call.op).to(x.device)
+        step = torch.arange(T, device=x.device)[:, None]
+        unused = (step >= lengths)[..., None]  # [T, B, 1]
+        turned = (lengths - 1 - step).clamp(min=0)  # [T, B]: the last step first
+        last = (lengths - 1)[None]
+
+        def laid(t: Tensor) -> Tensor:
+            return (_steps(t, turned) if self.reverse else t).masked_fill(unused, 0)
+
+        call = self.call.with_options(return_cell_states=True) if self.has_cells else self.call
+        y, _, *cells = call.outputs((laid(x), *rest), packed=packed)
+        found = [y, *cells[1:]]
+        ends = [_steps(t, last)[0] for t in found]
+        wanted = 2 if self.call.options.get("return_cell_states") else 1
+        y, *more = map(laid, found[:wanted])
+        return y, *ends, *more
+
+    def unseen(self, is_recorded: bool) -> None:
+        """As `_Padded`."""
+
+
+def _steps(t: Tensor, step: Tensor) -> Tensor:
+    """[T, B, H] at steps [S, B] of each sequence: [S, B, H]."""
+    return t.gather(0, step[..., None].expand(-1, -1, t.shape[2]))
+
+
+@torch.library.custom_op("pykernels::checked_lengths", mutates_args=())
+def _checked_lengths(lengths: Tensor, T: int, op: str) -> Tensor:
+    """A copy of what was checked where numbers can be seen."""
+    _checks.lengths_between(op, tuple(lengths.tolist()), T, len(lengths))
+    return lengths.clone()
+
+
+@_checked_lengths.register_fake
+def _(lengths: Tensor, T: int, op: str) -> Tensor:
+    return lengths.new_empty(lengths.shape)
 
 
 def cell_call(
@@ -245,6 +308,7 @@ def cell_call(
 
 
 def step(
+    cell: str,
     check: Callable[..., Call],
     tensors: tuple[Any, ...],
     packed: PackedWeights | None,
@@ -254,6 +318,7 @@ def step(
     """One step of an op: what its cell does.
 
     Args:
+        cell: what errors call it.
         check: what makes a `cell_call` of the tensors, the backend and so on.
         tensors: the input, [B, I] or [I]; w_ih, w_hh, b_ih, b_hh; the states before the step,
             [B, H], or [H] as the input, or None.
@@ -264,6 +329,7 @@ def step(
     """
     input, weights, states = tensors[0], tensors[1:5], tensors[5:]
     if packed is not None:
+        check_packed(cell, packed)
         relu = nonlinearity == ("relu",)
         after = packed.step(weights, input, states, relu=relu, backend=backend)
         if after is not None:
@@ -301,26 +367,19 @@ class GroupFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs, saved, count = ctx.needs_input_grad[4:], ctx.saved_tensors, len(ctx.options)
+        needs, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
         tensors, saved = saved[: len(needs)], saved[len(needs) :]
         with _autocast.disabled(tensors[0].device):
             if torch.is_grad_enabled():
-                found = _differentiable(ctx, tensors, needs, grads)
+                found = _by_formula(ctx, tensors, needs, grads, again=True)
             else:
-                ys = (*[None] * (count - 1), grads[0]) if ctx.chained else grads[:count]
-                states = _split(grads[1 if ctx.chained else count :], count)
-                calls = [
-                    (kept, (y, *last), need, own)
-                    for kept, y, last, need, own in zip(
-                        _split(saved, count),
-                        ys,
-                        states,
-                        _split(needs, count),
-                        ctx.options,
-                        strict=True,
-                    )
-                ]
-                found = _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
+                try:
+                    found = _group_backward(ctx, saved, needs, grads)
+                except RuntimeError:
+                    if not _autograd.mapped(grads):
+                        raise
+                    with torch.enable_grad():
+                        found = _by_formula(ctx, tensors, needs, grads, again=False)
         wanted = (grad if need else None for grad, need in zip(found, needs, strict=True))
         return None, None, None, None, *wanted
 
@@ -405,6 +464,25 @@ def _group_outputs(found: Sequence[tuple[Tensor, ...]], chained: bool) -> tuple[
     return *(ys[-1:] if chained else ys), *(state for _, *last in found for state in last)
 
 
+def _group_backward(
+    ctx: Any,
+    saved: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """The gradients of all tensors of all calls, from what forward saved of them."""
+    count = len(ctx.options)
+    ys = (*[None] * (count - 1), grads[0]) if ctx.chained else grads[:count]
+    states = _split(grads[1 if ctx.chained else count :], count)
+    calls = [
+        (kept, (y, *last), need, own)
+        for kept, y, last, need, own in zip(
+            _split(saved, count), ys, states, _split(needs, count), ctx.options, strict=True
+        )
+    ]
+    return _group_gradients(ctx.op, ctx.backend, calls, ctx.chained)
+
+
 def _group_gradients(
     op: str, backend: ModuleType, calls: list[tuple[Any, ...]], chained: bool
 ) -> list[Tensor | None]:
@@ -422,13 +500,15 @@ def _group_gradients(
     return [grad for each in found for grad in each]
 
 
-def _differentiable(
+def _by_formula(
     ctx: Any,
     tensors: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
     grads: tuple[Tensor | None, ...],
+    *,
+    again: bool,
 ) -> list[Tensor | None]:
-    """The gradients by the reference's formulas, for autograd to differentiate again."""
+    """The gradients by the reference's formulas; differentiable if `again`."""
     run = getattr(_backends.module("reference", ctx.op), ctx.op)
     results = 3 if ctx.op == "lstm" else 2
     # Aliases: what one tensor has to do with another is not this gradient's business.
@@ -449,7 +529,7 @@ def _differentiable(
             [output for output, _ in given],
             wanted,
             [grad for _, grad in given],
-            create_graph=True,
+            create_graph=again,
             allow_unused=True,
         )
     )

@@ -147,6 +147,7 @@ def _checked(
     return_lse: bool,
 ) -> Call:
     q, k, v, attn_mask, sinks, alibi_slopes = tensors
+    _checks.flags("attention", is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     check_inputs("attention", q, k, v, attn_mask, sinks, alibi_slopes, enable_gqa)
     check_options("attention", scale, window, softcap, causal_alignment, dropout_p)
     S_q, S_k = q.shape[2], k.shape[2]
@@ -193,6 +194,25 @@ def attention(
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top-left",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -254,7 +274,7 @@ def attention(
 
     Raises:
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
-            window is no pair of integers.
+            window is no pair of integers, a flag is no bool.
         ValueError: a rank, size, device, alignment or backend is wrong; D is zero; window is
             negative; dropout_p is no probability; alibi_slopes requires a gradient.
     """
@@ -298,6 +318,7 @@ def _checked_stock(
             _checks.fail(op, name, "[..., S, D]", list(given.shape))
     _check_dropout(op, dropout_p)
     _check_scale(op, scale)
+    _checks.flags(op, is_causal=is_causal, enable_gqa=enable_gqa)
     S_q, D = query.shape[-2:]
     S_k, D_v = key.shape[-2], value.shape[-1]
     _checks.positive(op, "head dim D", D)

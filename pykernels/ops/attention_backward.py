@@ -58,6 +58,7 @@ def _checked(
     mask_grad: bool,
 ) -> Call:
     dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse = tensors
+    _checks.flags(OP, is_causal=is_causal, enable_gqa=enable_gqa, mask_grad=mask_grad)
     _attention.check_inputs(OP, q, k, v, mask, sinks, alibi_slopes, enable_gqa)
     _attention.check_options(OP, scale, window, softcap, causal_alignment, 0.0)
     B, N, S_q, D = q.shape

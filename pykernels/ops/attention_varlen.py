@@ -33,8 +33,10 @@ def _checked(
     softcap: float,
     dropout_p: float,
     enable_gqa: bool,
+    return_lse: bool,
 ) -> Call:
     q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table = tensors
+    _checks.flags(OP, is_causal=is_causal, enable_gqa=enable_gqa, return_lse=return_lse)
     paged = block_table is not None
     pages = "P, page_size, " if paged else "T_k, "
     for name, value, axes in (
@@ -137,6 +139,30 @@ def attention_varlen(
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "bottom-right",
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -199,7 +225,8 @@ def attention_varlen(
         lse = -inf (or its sink) and no gradient.
 
     Raises:
-        TypeError: something is no tensor, dtypes differ or are not floating, or not integer.
+        TypeError: something is no tensor, dtypes differ or are not floating, or not integer, or a
+            flag is no bool.
         ValueError: a rank, size, device, alignment or backend is wrong; cu_seqlens decrease or
             overrun; seqused_k exceeds what is there; block_table points outside, or stands without
             seqused_k, or a gradient is wanted through it.
@@ -217,6 +244,7 @@ def attention_varlen(
         softcap,
         dropout_p,
         enable_gqa,
+        return_lse,
     )
     seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
     check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
@@ -323,4 +351,5 @@ _library.Operator(
     formula=_formula,
     axes=_axes,
     check=_check_values,
+    reads_values=True,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
-from pykernels.ops._packed import PackedWeights
+from pykernels.ops._packed import PackedWeights, check_packed
 
 
 class GRUFunction(_autograd.Function):
@@ -33,7 +33,8 @@ def _checked(
     H, _ = _recurrent.check_tensors("gru", 3, x, weights, (h0,), ("h0",))
     if h0 is not None:
         _checks.shape("gru", "h0", h0, "B, H", (B, H))
-    options = {"reverse": bool(reverse)}
+    _checks.flags("gru", reverse=reverse)
+    options = {"reverse": reverse}
     return _recurrent.call("gru", GRUFunction, tensors, backend, options, lengths, batch_sizes)
 
 
@@ -73,7 +74,8 @@ def gru(
         h0: the first state, [B, H]; zeros if None.
         lengths: how many steps of each sequence count, [B] integers from 1 to T in any order (a
             list, or an int64 tensor on the CPU); all if None. The steps after them may hold
-            anything: y is zero there and x gets zero gradient.
+            anything: y is zero there and x gets zero gradient. None is computed, but where
+            torch.compile is given a tensor, whose numbers it does not see.
         batch_sizes: how many of the rows x each step has, T integers that sum to N and never
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
@@ -86,11 +88,12 @@ def gru(
 
     Raises:
         TypeError: something is no tensor, or the dtypes differ or are not floating, or lengths or
-            batch sizes are not integers.
+            batch sizes are not integers, or `packed` is no PackedWeights, or a flag no bool.
         ValueError: a rank, size, length, device or backend is wrong; I or H is zero; both
             `lengths` and `batch_sizes` are given.
     """
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0)
+    check_packed("gru", packed)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse)
     y, h_n = call.outputs(tensors, packed=packed)
     return y, h_n
@@ -127,5 +130,5 @@ def gru_cell(
         TypeError, ValueError: as `gru`.
     """
     tensors = (input, w_ih, w_hh, b_ih, b_hh, hx)
-    (h,) = _recurrent.step(_checked_cell, tensors, packed, backend)
+    (h,) = _recurrent.step("gru_cell", _checked_cell, tensors, packed, backend)
     return h

@@ -211,14 +211,15 @@ def _checked(
     if not 0 <= z_loss < float("inf"):
         _checks.fail(op, "z_loss", "at least 0 and finite", z_loss)
     _checks.integer(op, "ignore_index", ignore_index)
+    _checks.flags(op, return_lse=return_lse, return_argmax=return_argmax)
     chosen = _backends.select(op, backend, x.device, x.dtype)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": float(label_smoothing),
         "z_loss": float(z_loss),
-        "return_lse": bool(return_lse),
-        "return_argmax": bool(return_argmax),
+        "return_lse": return_lse,
+        "return_argmax": return_argmax,
     }
     if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
@@ -309,7 +310,8 @@ def linear_cross_entropy(
         for, the others [...]. The mean over no row is NaN, as torch's.
 
     Raises:
-        TypeError: something is no tensor, dtypes differ, are not floating or, of target, not int64.
+        TypeError: something is no tensor, dtypes differ, are not floating or, of target, not int64;
+            a flag is no bool.
         ValueError: a rank, size, device, reduction or backend is wrong; H or V is zero; a target is
             out of range; label_smoothing is not from 0 to 1, or z_loss is negative; class_weight
             requires a gradient.

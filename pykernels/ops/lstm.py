@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pykernels import _checks
 from pykernels.ops import _autograd, _calls, _recurrent
-from pykernels.ops._packed import PackedWeights
+from pykernels.ops._packed import PackedWeights, check_packed
 
 
 class LSTMFunction(_autograd.Function):
@@ -36,7 +36,8 @@ def _checked(
         _checks.shape("lstm", "h0", h0, "B, H" if w_hr is None else "B, R", (B, R))
     if c0 is not None:
         _checks.shape("lstm", "c0", c0, "B, H", (B, H))
-    options = {"reverse": bool(reverse), "return_cell_states": bool(return_cell_states)}
+    _checks.flags("lstm", reverse=reverse, return_cell_states=return_cell_states)
+    options = {"reverse": reverse, "return_cell_states": return_cell_states}
     return _recurrent.call("lstm", LSTMFunction, tensors, backend, options, lengths, batch_sizes)
 
 
@@ -76,6 +77,24 @@ def lstm(
     packed: PackedWeights | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
+@overload
+def lstm(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    w_hr: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    batch_sizes: Tensor | Sequence[int] | None = None,
+    reverse: bool = False,
+    return_cell_states: bool,
+    packed: PackedWeights | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...
 def lstm(
     x: Tensor,
     w_ih: Tensor,
@@ -121,7 +140,8 @@ def lstm(
         w_hr: the projection, [R, H], or None.
         lengths: how many steps of each sequence count, [B] integers from 1 to T in any order (a
             list, or an int64 tensor on the CPU); all if None. The steps after them may hold
-            anything: y and c are zero there and x gets zero gradient.
+            anything: y and c are zero there and x gets zero gradient. None is computed, but where
+            torch.compile is given a tensor, whose numbers it does not see.
         batch_sizes: how many of the rows x each step has, T integers that sum to N and never
             grow; row b of every step is of sequence b, and B is the first of them.
         reverse: walk from the last step of each sequence to the first; y stays in the order of x.
@@ -136,11 +156,12 @@ def lstm(
 
     Raises:
         TypeError: something is no tensor, or the dtypes differ or are not floating, or lengths or
-            batch sizes are not integers.
+            batch sizes are not integers, or `packed` is no PackedWeights, or a flag no bool.
         ValueError: a rank, size, length, device or backend is wrong; I, H or R is zero; both
             `lengths` and `batch_sizes` are given.
     """
     tensors = (x, w_ih, w_hh, b_ih, b_hh, h0, c0, w_hr)
+    check_packed("lstm", packed)
     call = _checked(tensors, backend, lengths, batch_sizes, reverse, return_cell_states)
     if return_cell_states:
         y, h_n, c_n, c = call.outputs(tensors, packed=packed)
@@ -184,5 +205,5 @@ def lstm_cell(
     if hx is not None:
         _checks.pair("lstm_cell", "hx", hx, "(h, c)")
     tensors = (input, w_ih, w_hh, b_ih, b_hh, *(hx or (None, None)))
-    h, c = _recurrent.step(_checked_cell, tensors, packed, backend)
+    h, c = _recurrent.step("lstm_cell", _checked_cell, tensors, packed, backend)
     return h, c

@@ -103,7 +103,7 @@ def lstm_bwd(saved, grads, *, needs, reverse, batch_sizes, return_cell_states):
         dm_t = dh_t if w_hr is None else dh_t @ w_hr
         dc_t = dc_all[step] + _time.first(dc, step) + dm_t * slope_c[step]
         da_ifg = dc_t[:, None] * slopes[step]
-        da.append(torch.cat([da_ifg.flatten(1), dm_t * slope_o[step]], 1))
+        da.append(torch.cat([*da_ifg.unbind(1), dm_t * slope_o[step]], 1))
         dr.append(dh_t)
         dh, dc = _time.advance(dh, da[-1] @ w_hh), _time.advance(dc, dc_t * f[step])
     da, dr = _time.join(da, not reverse, 4 * H, y), _time.join(dr, not reverse, R, y)
