@@ -25,7 +25,7 @@ class Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of what `forward` took."""
+        """The gradients of what `forward` took: the call, the tensors."""
         # The saved tensors once: activation checkpointing allows no second look.
         call, saved, needs = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[1:]
         try:
