@@ -398,5 +398,15 @@ def test_an_instruction_set_that_is_not_built():
 @pytest.mark.parametrize("name", ["rnn-strided", "gru-plain", "lstm-proj", "attention-strided"])
 def test_memory_that_c_cannot_find(name, monkeypatch):
     """A torch before 2.10 has no exchange functions: each tensor is asked in Python."""
-    monkeypatch.setattr(cpp.Plan, "__call__", cpp.Plan._at_length)
+    filled, fill = [], cpp.Plan.fill
+    monkeypatch.setattr(cpp, "Tensor", torch._C.TensorBase)  # which has none
+    monkeypatch.setattr(cpp.Plan, "fill", lambda *given: filled.append(1) or fill(*given))
+    op = find(name).op
+    module = _backends.module("cpp", op)
+    for plan in (f"{op}_fwd_pass", f"{op}_bwd_pass"):
+        # not one that was made before, nor to be found by those that come after
+        monkeypatch.setattr(module, plan, getattr(module, plan).__wrapped__)
+    _calls.forget()
     check(find(name), torch.float32, "cpp")
+    _calls.forget()
+    assert len(filled) >= 2  # forward and backward
