@@ -25,12 +25,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as stock
 
+import pykernels.nn
 from pykernels import _backends, functional
 
 SECONDS = 1.5
 #: What a call may cost beside its kernel, microseconds.
 LIMITS = {"forward": 6.0, "training": 15.0}
 KEY = ("op", "pass")
+#: What the names of calls end with that are timed under it.
+AUTOCAST = " (autocast)"
 
 Call = Callable[[], object]
 
@@ -46,11 +49,12 @@ def main() -> None:
             if which == "training":
                 whole = {name: functools.partial(trained, call) for name, call in whole.items()}
                 ours = functools.partial(recorded, ours)
-            timed = timing.interleave({"ours": ours} | whole, SECONDS)
-            took = {name: min(samples.seconds) * 1e6 for name, samples in timed.items()}
-            if which == "training":
-                took["ours"] -= bare(ours) * 1e6
-            took["kernel"] = kernels(ours) * 1e6
+            with torch.autocast("cpu", enabled=op.endswith(AUTOCAST)):
+                timed = timing.interleave({"ours": ours} | whole, SECONDS)
+                took = {name: min(samples.seconds) * 1e6 for name, samples in timed.items()}
+                if which == "training":
+                    took["ours"] -= bare(ours) * 1e6
+                took["kernel"] = kernels(ours) * 1e6
             row = {"op": op, "pass": which, "overhead_us": took["ours"] - took["kernel"]}
             row |= {"limit_us": limit} | {f"{name}_us": took[name] for name in took}
             shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()}
@@ -94,6 +98,11 @@ def calls(grad: bool) -> dict[str, tuple[Call, Call]]:
     own = functional.scaled_dot_product_attention
     found["attention"] = functools.partial(functional.attention, q, q, q), sdpa
     found["scaled_dot_product_attention"] = functools.partial(own, q, q, q), sdpa
+    found[f"attention{AUTOCAST}"] = found["attention"]
+    if not grad:  # one Function's backward is not that of both layers
+        two = [library.LSTM(2, 2, num_layers=2) for library in (pykernels.nn, torch.nn)]
+        run = [torch.no_grad()(functools.partial(layer, made(1, 1, 2))) for layer in two]
+        found["lstm of two layers"] = run[0], run[1]
     if not grad:  # its own gradient is a formula, not a kernel
         lse = made(1, 1, 1)
         found["attention_backward"] = (

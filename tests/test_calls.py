@@ -363,3 +363,27 @@ def test_a_plan_is_of_so_many_tensors():
     planned = cpp_attention.attention_fwd_pass(*given, **options)
     with pytest.raises(ValueError, match="more tensors than planned"):
         planned.run((*given, q))
+
+
+@needs_signatures
+@pytest.mark.parametrize("recorded", [False, True], ids=["unrecorded", "recorded"])
+@pytest.mark.parametrize("op", ["attention", "rnn_cell", "gru_cell", "lstm_cell"])
+def test_what_the_caller_takes_not_is_not_made(op, recorded, monkeypatch):
+    """Nor does its absence change what the caller does take."""
+    made, outputs = [], _calls._Unseen.outputs
+    monkeypatch.setattr(
+        _calls._Unseen, "outputs", lambda *a, **k: made.append(outputs(*a, **k)) or made[-1]
+    )
+    n = size()
+    if op == "attention":
+        tensors = [tensor(1, 2, n, 4).requires_grad_(recorded) for _ in range(3)]
+        out, _ = functional.attention(*tensors, return_lse=True)
+        assert all(t is not None for t in made[-1])
+        found = functional.attention(*tensors)
+        torch.testing.assert_close(found, out, rtol=0, atol=0)
+    else:
+        rows = {"rnn_cell": 4, "gru_cell": 12, "lstm_cell": 16}[op]
+        weights = [t.requires_grad_(recorded) for t in (tensor(rows, n), tensor(rows, 4))]
+        getattr(functional, op)(tensor(2, n), None, *weights)
+    assert made[-1][1] is None
+    assert all(t is not None for t in (made[-1][0], *made[-1][2:]))
