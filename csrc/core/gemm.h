@@ -22,9 +22,10 @@ constexpr int kPanel = kPanelVecs * lanes<T>;
 constexpr int kTileRows = kVecRegisters == 32 ? 14 : 6;
 
 // Depth of one blocked step. The panel of B and the tile of A that meet in the first-level cache
-// take 22 KB of its 32 with AVX2, 46 KB with AVX-512, where shallower steps were no faster.
+// take 22 KB of its 32 with AVX2, 46 KB with AVX-512, where shallower steps were no faster. A sum
+// within it is one chain: shorter where each of its terms rounds twice.
 template <class T>
-constexpr int64_t kDepth = 1024 / sizeof(T);
+constexpr int64_t kDepth = (kFused ? 1024 : 512) / sizeof(T);
 
 // Rows of A packed at a time: with kDepth, 288 KB in float32 that stay in the second-level cache.
 constexpr int64_t kBlockRows = kTileRows * (kVecRegisters == 32 ? 16 : 24);

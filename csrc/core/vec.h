@@ -29,6 +29,13 @@ constexpr int kVecBytes = 16;
 constexpr int kVecRegisters = 16;
 #endif
 
+// Whether a multiply-add is one instruction, which rounds once.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 template <class T>
 struct vec_types {
   typedef T value __attribute__((vector_size(kVecBytes)));

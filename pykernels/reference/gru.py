@@ -12,9 +12,9 @@ W_hn. The gates lie in the weights in the order r, z, n. Axes: T time, B batch, 
 """
 
 import torch
-from torch.nn.functional import linear
 
 from . import _time
+from ._products import linear
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 FEATURES = frozenset({"ragged"})
@@ -82,5 +82,5 @@ def gru_bwd(saved, grads, *, needs, reverse, batch_sizes):
         dq.append(torch.cat([da_r, da_z, r[step] * da_n], 1))
         dh = _time.advance(dh, z[step] * dh_t + dq[-1] @ w_hh)
     da, dq = (_time.join(found, not reverse, w_hh.shape[0], y) for found in (da, dq))
-    dx = (da @ w_ih).reshape(x.shape)
+    dx = linear(da, w_ih.T).reshape(x.shape)
     return dx, da.T @ rows, dq.T @ h, da.sum(0), dq.sum(0), dh

@@ -14,9 +14,9 @@ Axes: T time, B batch, I input, H cells, R outputs (H without a projection).
 """
 
 import torch
-from torch.nn.functional import linear
 
 from . import _time
+from ._products import linear
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 FEATURES = frozenset({"ragged", "projection"})
@@ -109,5 +109,5 @@ def lstm_bwd(saved, grads, *, needs, reverse, batch_sizes, return_cell_states):
     da, dr = _time.join(da, not reverse, 4 * H, y), _time.join(dr, not reverse, R, y)
     db = da.sum(0)
     dw_hr = None if w_hr is None else dr.T @ (o * tanh_c)
-    dx = (da @ w_ih).reshape(x.shape)
+    dx = linear(da, w_ih.T).reshape(x.shape)
     return dx, da.T @ rows, da.T @ h, db, db.clone(), dh, dc, dw_hr

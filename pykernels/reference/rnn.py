@@ -8,9 +8,9 @@ J. L. Elman, "Finding structure in time", Cognitive Science 14 (1990), in the pa
 """
 
 import torch
-from torch.nn.functional import linear
 
 from . import _time
+from ._products import linear
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 FEATURES = frozenset({"ragged"})
@@ -78,5 +78,5 @@ def rnn_bwd(saved, grads, *, needs, nonlinearity, reverse, batch_sizes):
         delta.append(delta_t)
     delta = _time.join(delta, not reverse, *y.shape[1:], y)
     db = delta.sum(0)
-    dx = (delta @ w_ih).reshape(x.shape)
+    dx = linear(delta, w_ih.T).reshape(x.shape)
     return dx, delta.T @ rows, delta.T @ h, db, db.clone(), dh
