@@ -48,6 +48,15 @@ struct ExchangeTable {
 
 }  // namespace dlpack
 
+// Whether a function without arguments says yes.
+inline bool ask(py::handle function) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function.ptr()));
+  if (!answer) throw py::error_already_set();
+  const int found = PyObject_IsTrue(answer.ptr());
+  if (found < 0) throw py::error_already_set();
+  return found;
+}
+
 class Exchange {
  public:
   // Of a type of tensors; unusable where it has no such functions, or none of this version.
@@ -91,17 +100,35 @@ class Exchange {
   const dlpack::ExchangeTable* table_ = nullptr;
 };
 
+// Makes tensors that are not initialised.
+class Allocator {
+ public:
+  // Of ALLOCATOR of pykernels/cpp/__init__.py: a function of sizes, strides and dtype that makes a
+  // tensor on the CPU, or None; and one that says whether torch is to fill such tensors.
+  explicit Allocator(const py::tuple& functions) : make_(functions[0]), filled_(functions[1]) {}
+
+  // Whether the function serves now.
+  bool quick() const { return !make_.is_none() && !ask(filled_); }
+
+  // A tensor on the CPU; if not `quick`, by a method of `like`, which takes twice as long.
+  py::object make(py::handle sizes, py::handle strides, py::handle dtype, py::handle like,
+                  bool quick) const {
+    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+    static PyObject* const names = py::make_tuple("dtype").release().ptr();
+    PyObject* const by_function[] = {sizes.ptr(), strides.ptr(), dtype.ptr()};
+    PyObject* const by_method[] = {like.ptr(), sizes.ptr(), dtype.ptr()};
+    PyObject* const made = quick ? PyObject_Vectorcall(make_.ptr(), by_function, 3, nullptr)
+                                 : PyObject_VectorcallMethod(new_empty, by_method, 2, names);
+    if (!made) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(made);
+  }
+
+ private:
+  const py::object make_, filled_;
+};
+
 inline Address address_of(const dlpack::Tensor& t) {
   return reinterpret_cast<Address>(t.data) + t.byte_offset;
-}
-
-// object.name(arguments...)
-template <class... Arguments>
-py::object ask(py::handle object, PyObject* name, const Arguments&... arguments) {
-  PyObject* const all[] = {object.ptr(), arguments.ptr()...};
-  PyObject* const answer = PyObject_VectorcallMethod(name, all, 1 + sizeof...(arguments), nullptr);
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
 }
 
 inline dlpack::Type exchange_type(int dtype) {

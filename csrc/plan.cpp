@@ -3,7 +3,11 @@
 // Python takes longer than a small kernel to ask tensors where they are, to make those for the
 // results and to put the arguments together; here that takes a fraction.
 #include <memory>
+#include <optional>
+#include <tuple>
 #include <vector>
+
+#include <pybind11/stl.h>
 
 #include "exchange.h"
 
@@ -33,37 +37,6 @@ py::tuple strides(const dlpack::Tensor& t, int32_t count, bool broadcast) {
   return found;
 }
 
-// A tensor that the kernel fills, or none where there is no dtype.
-struct Result {
-  static constexpr size_t kMostAxes = 5;
-  std::vector<py::object> sizes;
-  py::object dtype;  // Python's None for that of the first tensor
-
-  explicit Result(py::handle result) {  // of pykernels/cpp/__init__.py, or None
-    if (result.is_none()) return;
-    const auto given = py::reinterpret_borrow<py::tuple>(result);
-    for (const py::handle size : py::tuple(given[0]))
-      sizes.push_back(py::reinterpret_borrow<py::object>(size));
-    dtype = given[1];
-    if (sizes.size() > kMostAxes) throw std::invalid_argument("too many axes");
-  }
-
-  // like.new_empty(*sizes, dtype=dtype), or None
-  py::object empty(py::handle like) const {
-    if (!dtype) return py::none();
-    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
-    static PyObject* const names = py::make_tuple("dtype").release().ptr();
-    PyObject* arguments[kMostAxes + 2] = {like.ptr()};
-    size_t count = 1;
-    for (const py::object& size : sizes) arguments[count++] = size.ptr();
-    arguments[count] = dtype.ptr();
-    PyObject* const made =
-        PyObject_VectorcallMethod(new_empty, arguments, count, dtype.is_none() ? nullptr : names);
-    if (!made) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(made);
-  }
-};
-
 // What a hole is filled with: What of pykernels/cpp/__init__.py.
 enum What : int { kAddress, kStart, kStrides, kRows, kItself };
 
@@ -76,6 +49,9 @@ struct Part {
   std::vector<Part> items;  // else, of a list or a tuple
   bool is_list = false;
 };
+
+// A tensor that the kernel fills: sizes, strides and dtype.
+using Result = std::tuple<py::tuple, py::tuple, py::object>;
 
 struct Call {
   py::tuple tensors, results;
@@ -92,12 +68,16 @@ class Plan {
   //   plan: Plan of pykernels/cpp/__init__.py
   //   hole: the type of holes
   //   threads: a function that says how many there are
+  //   allocator: of the results
   Plan(const Exchange& exchange, const py::module_& extension, const py::object& plan,
-       const py::type& hole, const py::object& threads)
+       const py::type& hole, const py::object& threads, const Allocator& allocator)
       : exchange_(exchange), extension_(extension), plan_(plan), threads_(threads),
-        kernel_(plan.attr("kernel")), code_(plan.attr("code")),
+        allocator_(allocator), kernel_(plan.attr("kernel")), code_(plan.attr("code")),
         count_(py::cast<size_t>(plan.attr("count"))) {
-    for (const py::handle result : plan.attr("results")) results_.emplace_back(result);
+    for (const py::handle result : plan.attr("results")) {
+      results_.emplace_back();
+      if (!result.is_none()) results_.back() = py::cast<Result>(result);
+    }
     needs_.resize(count_ + results_.size());
     arguments_ = parse(plan.attr("arguments"), hole);
     returns_ = parse(plan.attr("returns"), hole);
@@ -160,9 +140,13 @@ class Plan {
       call.laid = plan_.attr("lay")(tensors);
       seen = read(call.laid, &call.places);
     }
+    const bool quick = allocator_.quick();
     for (size_t i = 0; i < results_.size(); ++i) {
-      py::object made = results_[i].empty(tensors[0]);
-      if (seen && !made.is_none()) seen = exchange_.read(made, &call.places[count_ + i]);
+      call.results[i] = py::none();
+      if (!results_[i]) continue;
+      const auto& [sizes, strides, dtype] = *results_[i];
+      py::object made = allocator_.make(sizes, strides, dtype, tensors[0], quick);
+      if (seen) seen = exchange_.read(made, &call.places[count_ + i]);
       call.results[i] = std::move(made);
     }
     call.arguments = seen ? fill(arguments_, call) : plan_.attr("fill")(call.laid, call.results);
@@ -213,10 +197,12 @@ class Plan {
 
   const Exchange exchange_;
   const py::module_ extension_;
-  const py::object plan_, threads_, kernel_, code_;
+  const py::object plan_, threads_;
+  const Allocator allocator_;
+  const py::object kernel_, code_;
   const size_t count_;
   std::vector<Needs> needs_;  // of tensors, then results
-  std::vector<Result> results_;
+  std::vector<std::optional<Result>> results_;
   Part arguments_, returns_;
 };
 
@@ -225,8 +211,9 @@ class Plan {
 // plan: of what Plan takes but the module, the functions lay_out and run of such a plan.
 void bind_plan(py::module_& m) {
   m.def("plan", [m](const py::type& tensor_type, const py::object& plan, const py::type& hole,
-                    const py::object& threads) {
-    const auto made = std::make_shared<Plan>(Exchange(tensor_type), m, plan, hole, threads);
+                    const py::object& threads, const py::tuple& allocator) {
+    const auto made =
+        std::make_shared<Plan>(Exchange(tensor_type), m, plan, hole, threads, Allocator(allocator));
     return py::make_tuple(
         py::cpp_function([made](const py::tuple& tensors) { return made->lay_out(tensors); }),
         py::cpp_function([made](const py::tuple& tensors) { return made->run(tensors); }));

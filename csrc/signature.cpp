@@ -39,9 +39,11 @@ class Signer {
   //   exchange: of the first of them, usable
   //   watched: functions without arguments, each true if somebody wants to see the call
   //   recording: a function without arguments, true if autograd is on
+  //   casting: one that is true if autocast is
   Signer(const py::tuple& types, const Exchange& exchange, const py::tuple& watched,
-         const py::object& recording)
-      : types_(types), exchange_(exchange), watched_(watched), recording_(recording) {}
+         const py::object& recording, const py::object& casting)
+      : types_(types), exchange_(exchange), watched_(watched), recording_(recording),
+        casting_(casting) {}
 
   // Of a call with these tensors, or None in their places, and these numbers, strings, None, or
   // tuples of them. It begins with 1 if autograd records the call, or else with 0. Empty if there
@@ -52,6 +54,7 @@ class Signer {
     std::string found;
     found.reserve(512);  // of a dozen tensors
     found.push_back('\0');
+    found.push_back(ask(casting_));
     bool differentiable = false;
     for (const py::handle tensor : tensors)
       if (!add_tensor(tensor, &differentiable, &found)) return {};
@@ -61,14 +64,6 @@ class Signer {
   }
 
  private:
-  static bool ask(py::handle function) {
-    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function.ptr()));
-    if (!answer) throw py::error_already_set();
-    const int found = PyObject_IsTrue(answer.ptr());
-    if (found < 0) throw py::error_already_set();
-    return found;
-  }
-
   bool is_plain(py::handle object) const {
     for (const py::handle type : types_)
       if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr()) return true;
@@ -127,7 +122,7 @@ class Signer {
   const py::tuple types_;
   const Exchange exchange_;
   const py::tuple watched_;
-  const py::object recording_;
+  const py::object recording_, casting_;
 };
 
 // What was found of calls, by their signatures: the last ones.
@@ -167,11 +162,11 @@ class Memory {
 void bind_signature(py::module_& m) {
   m.def(
       "signer",
-      [](const py::tuple& types, const py::tuple& watched,
-         const py::object& recording) -> py::object {
+      [](const py::tuple& types, const py::tuple& watched, const py::object& recording,
+         const py::object& casting) -> py::object {
         const Exchange exchange{py::type(types[0])};
         if (!exchange.usable()) return py::none();
-        const auto signer = std::make_shared<Signer>(types, exchange, watched, recording);
+        const auto signer = std::make_shared<Signer>(types, exchange, watched, recording, casting);
         const py::cpp_function sign([signer](const py::tuple& tensors, const py::tuple& options) {
           return py::bytes(signer->sign(tensors, options));
         });

@@ -26,12 +26,18 @@ def cast(*tensors: Any) -> list[Any]:
     if not torch._C._is_any_autocast_enabled():
         return list(tensors)
 
+    to: dict[str, torch.dtype | None] = {}  # by the device, as to ask takes long
+
     def one(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or not on(tensor.device):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             return tensor
-        if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        device = "cpu" if tensor.is_cpu else tensor.device.type
+        if device not in to:
+            to[device] = torch.get_autocast_dtype(device) if on(tensor.device) else None
+        dtype = to[device]
+        if dtype is None or tensor.dtype in (dtype, torch.float64):
             return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        return tensor.to(dtype)
 
     return [one(tensor) for tensor in tensors]
 

@@ -2,6 +2,7 @@
 #include <array>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include <pybind11/stl.h>
 
@@ -70,6 +71,16 @@ AttentionRows<T> rows_of(T* data, const Sizes& n, const AttentionPacking& packed
   return {data, data + (packed.queries ? 1 : n[0]) * n[1] * n[3]};
 }
 
+// The same, where a log-sum-exp stands for them.
+template <class T>
+std::vector<T> from_lse(const T* lse, const Sizes& n, T unit) {
+  const int64_t rows = n[0] * n[1] * n[3];
+  std::vector<T> made(2 * rows, T(1));
+  for (int64_t i = 0; i < rows; ++i)
+    made[i] = lse[i] == -kInfinity<T> ? kInfinity<T> : lse[i] / unit;
+  return made;
+}
+
 }  // namespace
 
 void bind_attention(py::module_& m) {
@@ -87,34 +98,30 @@ void bind_attention(py::module_& m) {
                     heads<S>(out, at.queries), pointer<T>(lse), rows_of(pointer<T>(rows), n, at)});
     });
   });
-  // What AttentionRows count a score in.
-  m.def("attention_unit",
-        [](int dtype, const Sizes& n, const Reals& reals, const Rule& given) -> double {
-          double unit = 1;
-          dispatch(dtype, [&](auto tag) {
-            using S = typename decltype(tag)::type;
-            unit = score_unit(sizes(n, reals), rule<S>(given, reals));
-          });
-          return unit;
+  // Rows are what forward left if the keys are `whole`, and otherwise a log-sum-exp.
+  m.def(
+      "attention_backward",
+      [](int dtype, int threads, const Sizes& n, const Reals& reals, const Packing& packed,
+         const Rule& given, const std::array<Strided, 5>& in, Address rows, bool whole,
+         Address dlse, const std::array<Strided, 3>& grads, const Strided& dmask, Address dsinks) {
+        dispatch(dtype, [&](auto tag) {
+          using S = typename decltype(tag)::type;
+          using T = compute_t<S>;
+          const AttentionPacking at = packing(packed);
+          const AttentionRule<S> weights = rule<S>(given, reals);
+          std::vector<T> made;
+          if (!whole)
+            made = from_lse(pointer<const T>(rows), n, score_unit(sizes(n, reals), weights));
+          attention_backward<S>(
+              threads, {sizes(n, reals), at, weights, heads<const S>(in[0], at.queries),
+                        heads<const S>(in[1], at.keys), heads<const S>(in[2], at.keys),
+                        heads<const S>(in[3], at.queries),
+                        rows_of(whole ? pointer<const T>(rows) : made.data(), n, at), whole,
+                        heads<const S>(in[4], at.queries), pointer<T>(dlse),
+                        heads<S>(grads[0], at.queries), heads<S>(grads[1], at.keys),
+                        heads<S>(grads[2], at.keys), heads<T>(dmask, nullptr), pointer<S>(dsinks)});
         });
-  m.def("attention_backward", [](int dtype, int threads, const Sizes& n, const Reals& reals,
-                                 const Packing& packed, const Rule& given,
-                                 const std::array<Strided, 5>& in, Address rows, bool whole,
-                                 Address dlse, const std::array<Strided, 3>& grads,
-                                 const Strided& dmask, Address dsinks) {
-    dispatch(dtype, [&](auto tag) {
-      using S = typename decltype(tag)::type;
-      using T = compute_t<S>;
-      const AttentionPacking at = packing(packed);
-      attention_backward<S>(
-          threads, {sizes(n, reals), at, rule<S>(given, reals), heads<const S>(in[0], at.queries),
-                    heads<const S>(in[1], at.keys), heads<const S>(in[2], at.keys),
-                    heads<const S>(in[3], at.queries), rows_of(pointer<const T>(rows), n, at),
-                    whole, heads<const S>(in[4], at.queries), pointer<T>(dlse),
-                    heads<S>(grads[0], at.queries), heads<S>(grads[1], at.keys),
-                    heads<S>(grads[2], at.keys), heads<T>(dmask, nullptr), pointer<S>(dsinks)});
-    });
-  });
+      });
 }
 
 }  // namespace pykernels

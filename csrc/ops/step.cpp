@@ -6,11 +6,12 @@
 namespace pykernels {
 
 PackedStep::PackedStep(StepKernel kernel, int states, const py::type& tensor_type,
-                       const Exchange& exchange, const py::tuple& weights, const py::object& values,
-                       int dtype, int64_t I, int64_t H)
+                       const Exchange& exchange, const Allocator& allocator,
+                       const py::tuple& weights, const py::object& values, int dtype, int64_t I,
+                       int64_t H)
     : kernel_(kernel), states_(states), tensor_type_(tensor_type), exchange_(exchange),
-      values_(values), dtype_(dtype), type_(exchange_type(dtype)), I_(I), H_(H),
-      weights_(weights.size()) {
+      allocator_(allocator), values_(values), torch_dtype_(weights[0].attr("dtype")), dtype_(dtype),
+      type_(exchange_type(dtype)), I_(I), H_(H), weights_(weights.size()) {
   dlpack::Tensor packed;
   if (!exchange_.read(values, &packed)) throw std::invalid_argument("values are no tensor");
   packed_ = address_of(packed);
@@ -42,12 +43,18 @@ py::object PackedStep::run(const py::tuple& weights, int threads, py::handle x,
     if (!is_state(state)) return py::none();
     *from[s] = address_of(tensor);
   }
-  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
   Address* const to[] = {&call.out[0], &call.c_next};
-  const py::int_ rows(B), columns(H_);
+  py::tuple sizes(ndim), strides(ndim);
+  sizes[ndim - 1] = py::int_(H_);
+  strides[ndim - 1] = py::int_(1);
+  if (ndim == 2) {
+    sizes[0] = py::int_(B);
+    strides[0] = sizes[1];
+  }
+  const bool quick = allocator_.quick();
   py::tuple after(states_);
   for (int s = 0; s < states_; ++s) {
-    py::object next = ndim == 2 ? ask(x, new_empty, rows, columns) : ask(x, new_empty, columns);
+    py::object next = allocator_.make(sizes, strides, torch_dtype_, x, quick);
     if (!exchange_.read(next, &tensor)) return py::none();
     *to[s] = address_of(tensor);
     after[s] = std::move(next);
@@ -103,12 +110,14 @@ bool PackedStep::plain(py::handle object, int64_t columns, dlpack::Tensor* out) 
 
 void bind_step(py::module_& m, const std::string& op, StepKernel kernel, int states) {
   m.def((op + "_step").c_str(),
-        [kernel, states](const py::type& tensor_type, const py::tuple& weights,
-                         const py::object& values, int dtype, int64_t I, int64_t H) -> py::object {
+        [kernel, states](const py::type& tensor_type, const py::tuple& allocator,
+                         const py::tuple& weights, const py::object& values, int dtype, int64_t I,
+                         int64_t H) -> py::object {
           const Exchange exchange(tensor_type);
           if (!exchange.usable()) return py::none();
-          const auto step = std::make_shared<PackedStep>(kernel, states, tensor_type, exchange,
-                                                         weights, values, dtype, I, H);
+          const auto step =
+              std::make_shared<PackedStep>(kernel, states, tensor_type, exchange,
+                                           Allocator(allocator), weights, values, dtype, I, H);
           return py::cpp_function(
               [step](const py::tuple& weights, int threads, py::handle x, const py::tuple& before,
                      bool relu) { return step->run(weights, threads, x, before, relu); });

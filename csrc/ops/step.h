@@ -32,11 +32,13 @@ class PackedStep {
   //   states: how many it has
   //   tensor_type: torch.Tensor
   //   exchange: of that type, usable
+  //   allocator: of the states after a step
   //   weights: those that were packed, as they are now; None for a bias that is not there
   //   values: the tensor into which they were packed
   //   dtype: of the weights
   PackedStep(StepKernel kernel, int states, const py::type& tensor_type, const Exchange& exchange,
-             const py::tuple& weights, const py::object& values, int dtype, int64_t I, int64_t H);
+             const Allocator& allocator, const py::tuple& weights, const py::object& values,
+             int dtype, int64_t I, int64_t H);
 
   // The tuple of the states after a step from the states `before`, each a tensor [B, H] or None, on
   // the input x [B, I]; or without B, all of them. None where the weights have changed since they
@@ -69,7 +71,8 @@ class PackedStep {
   const int states_;
   const py::type tensor_type_;
   const Exchange exchange_;
-  const py::object values_;
+  const Allocator allocator_;
+  const py::object values_, torch_dtype_;
   const int dtype_;
   const dlpack::Type type_;
   const int64_t I_, H_;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,14 @@ from torch import Tensor
 from pykernels import _backends
 
 Maybe = Tensor | None
+
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+#: What makes tensors past the dispatcher, as Inductor's code does; None in a torch without it.
+#: Beside it what says whether that may not be, as torch is to fill them.
+ALLOCATOR = (
+    getattr(_guards, "_empty_strided_cpu", None),
+    torch._C._get_deterministic_algorithms,
+)
 
 #: The codes by which csrc/bind.h knows the dtypes that every kernel serves.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -98,6 +107,12 @@ class Result(NamedTuple):
         """It, uninitialised, where x is."""
         return x.new_empty(self.sizes, dtype=self.dtype)
 
+    def laid_out(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+        """Sizes, strides and dtype; x is the first tensor that the kernel reads."""
+        whole = [max(1, size) for size in self.sizes]  # torch's rule
+        strides = tuple(math.prod(whole[axis + 1 :]) for axis in range(len(whole)))
+        return self.sizes, strides, self.dtype or x.dtype
+
 
 def without(skip: tuple[int, ...], *results: Result) -> list[Result | None]:
     """The results but for those at the places `skip`."""
@@ -113,7 +128,9 @@ class Plan(NamedTuple):
     kernel: str  # its name in the extension
     code: int  # of the dtype of the tensors
     count: int  # of tensors; of those at the end that are not given, each is None
-    results: Sequence[Result | None]  # what is made besides; None for what is not wanted
+    results: Sequence[
+        object
+    ]  # what is made besides, `Result.laid_out`; None for what is not wanted
     arguments: Sequence[object]  # nested tuples and lists, with holes
     returns: object  # what the pass returns, likewise
 
@@ -154,9 +171,10 @@ def make_pass(
     returns: object,
 ) -> Pass:
     """The pass of a `Plan`; `x` is one of the tensors, for their dtype."""
-    results = [r if r is None or r.dtype != x.dtype else Result(r.sizes) for r in results]
-    plan = Plan(kernel, DTYPES[x.dtype], count, results, arguments, returns)
-    lay_out, run = _backends.load_extension().plan(Tensor, plan, Hole, torch.get_num_threads)
+    made = [None if result is None else result.laid_out(x) for result in results]
+    plan = Plan(kernel, DTYPES[x.dtype], count, made, arguments, returns)
+    make = _backends.load_extension().plan
+    lay_out, run = make(Tensor, plan, Hole, torch.get_num_threads, ALLOCATOR)
     return Pass(run, lay_out, plan)
 
 

@@ -152,7 +152,9 @@ def step(
     """
     make = getattr(_backends.load_extension(), f"{op}_step")
     weights = (w_ih, w_hh, b_ih, b_hh)
-    return make(Tensor, weights, packed, cpp.DTYPES[w_hh.dtype], w_ih.shape[1], w_hh.shape[1])
+    return make(
+        Tensor, cpp.ALLOCATOR, weights, packed, cpp.DTYPES[w_hh.dtype], w_ih.shape[1], w_hh.shape[1]
+    )
 
 
 def gradients(

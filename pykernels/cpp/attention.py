@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykernels import _backends, cpp
+from pykernels import cpp
 from pykernels.cpp import (
     Pass,
     Result,
@@ -114,7 +114,10 @@ def attention_bwd_pass(
     needs: tuple[bool, ...],
     whole: bool = True,
 ) -> Pass:
-    """See `pykernels._backends` for the contract; `whole` unless k is a part of what out is of."""
+    """See `pykernels._backends` for the contract.
+
+    `whole` unless k is a part of what out is of: in the place of row_stats there is its lse then.
+    """
     q, k, v, attn_mask, sinks, alibi_slopes, *_ = saved
     wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
     results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
@@ -150,31 +153,6 @@ def attention_bwd_pass(
         return dq, dk, dv, sums.sum_to_size(shape).to(dtype), *rest
 
     return made._replace(run=run)
-
-
-def unit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    *,
-    band: Band,
-    scale: float,
-    softcap: float = 0.0,
-    diagonal: int = 0,
-) -> float:
-    """What one unit of the scores that a call saves is worth: the scale, or 1."""
-    rule = Rule(q, k, attn_mask, sinks, alibi_slopes, seed)
-    found: float = _backends.load_extension().attention_unit(
-        cpp.DTYPES[q.dtype],
-        _sizes(q, k, v, band, diagonal),
-        (scale, softcap, 0.0),
-        rule.packed,
-    )
-    return found
 
 
 def _rule(attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> tuple[Any, ...]:

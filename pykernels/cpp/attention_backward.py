@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pykernels.cpp import Pass, attention, planned
@@ -42,17 +40,13 @@ def attention_backward_fwd_pass(
     **options: Any,
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
-    # A weight is exp((score - top) unit) inverse, as AttentionRows of csrc/ops/attention.h has it.
     given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
-    unit = attention.unit(*given, **options)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    backward = attention.attention_bwd_pass(*given, out, None, needs=needs, whole=False, **options)
+    backward = attention.attention_bwd_pass(*given, out, lse, needs=needs, whole=False, **options)
 
     def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
         dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
-        top = (lse / unit).masked_fill(lse == -math.inf, math.inf)
-        rows = torch.stack([top, torch.ones_like(top)])
-        given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
-        return backward.run((*given, out, rows, dout, dlse))[:5], tensors
+        given = (q, k, v, attn_mask, sinks, alibi_slopes, None, out, lse, dout, dlse)
+        return backward.run(given)[:5], tensors
 
     return backward._replace(run=run)

@@ -107,7 +107,7 @@ class Call:
 
 
 class _Unseen(Call):
-    """A call that neither a compiler nor a transform nor autocast has to do with.
+    """A call that neither a compiler nor a transform has to do with.
 
     What its backend can say of its passes without the tensors is kept with it.
     """
@@ -234,10 +234,10 @@ def _signer() -> Signer:
     looking_on = (
         torch._C._are_functorch_transforms_active,
         torch._C._len_torch_dispatch_stack,
-        torch._C._is_any_autocast_enabled,
         torch._C._is_tracing,
         _library.in_forward_mode,
     )
     make = _backends.load_extension().signer
-    found = make((Tensor, torch.nn.Parameter), looking_on, torch.is_grad_enabled)
+    casting = torch._C._is_any_autocast_enabled
+    found = make((Tensor, torch.nn.Parameter), looking_on, torch.is_grad_enabled, casting)
     return NO_SIGNATURES if found is None else Signer(*found)
