@@ -13,6 +13,7 @@ Each row's softmax is kept as its highest logit and log sum_c exp(z_c - highest)
 would round away what is left of the loss of a row that is sure of its target.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ._product import (
 )
 
 DTYPES = _common.DTYPES
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ahead"})
 
 Maybe = Tensor | None
 
@@ -485,7 +486,7 @@ def linear_cross_entropy_fwd(
     return_lse: bool,
     return_argmax: bool,
     keep: bool = True,
-    ahead: Any = None,
+    ahead: tuple[bool, ...] = (),
 ) -> tuple[tuple[Maybe, ...], tuple[Maybe, ...]]:
     """The loss.
 
@@ -500,28 +501,36 @@ def linear_cross_entropy_fwd(
         label_smoothing: s.
         z_loss: what multiplies the squares of the lse.
         return_lse, return_argmax: whether these outputs are wanted.
-        ahead: an object with `needs`, or None. Its `gradients` become those of the loss for an
-            upstream gradient of 1.
+        ahead: which of the five gradients are to be made for an upstream gradient of 1; none if ().
 
     Returns:
         ``((loss, lse [N] or None, argmax [N] or None), saved)``; the loss is a number or [N], in
-        float32 (float64 for float64), as is the lse.
+        float32 (float64 for float64), as is the lse. With `ahead` the gradients of x, weight and
+        bias stand behind what is saved.
     """
     inputs = (x, weight, target, bias, class_weight)
     call = _Call(inputs, ignore_index, reduction, label_smoothing, z_loss)
     softmax, rows = call.per_row(2), call.per_row()
     argmax = torch.empty_like(call.target) if return_argmax else None
-    if ahead is None:
-        call.sums(None, softmax, (rows, argmax))
+    made: tuple[Maybe, ...] = ()
+    if ahead:
+        made = call.gradients_of_one(softmax, ahead, (rows, argmax))
     else:
-        ahead.gradients = call.gradients_of_one(softmax, ahead.needs, (rows, argmax))
+        call.sums(None, softmax, (rows, argmax))
     lse = softmax.sum(0) if return_lse or z_loss else None
     loss = rows.sum() / call.divisor if reduction == "mean" else rows
     if z_loss:
         squares = z_loss * lse.masked_fill(~call.counted, 0) ** 2
         loss = loss + (squares.sum() / call.count if reduction == "mean" else squares)
     loss = loss.sum() if reduction == "sum" else loss
-    return (loss, lse if return_lse else None, argmax), (*inputs, softmax)
+    return (loss, lse if return_lse else None, argmax), (*inputs, softmax, *made)
+
+
+def linear_cross_entropy_scale(made: Sequence[Maybe], dloss: Tensor) -> None:
+    """Multiplies gradients made ahead by the upstream gradient, which the host need not know."""
+    for grad in made:
+        if grad is not None and grad.numel() > 0:
+            launch(_scale_plan, (grad, dloss))
 
 
 def linear_cross_entropy_extras(x: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
@@ -538,8 +547,7 @@ def linear_cross_entropy_bwd(
     reduction: str,
     label_smoothing: float,
     z_loss: float,
-    ahead: Any = None,
-    **_: bool,
+    **_: Any,
 ) -> tuple[Maybe, ...]:
     """The gradients of x, weight and bias.
 
@@ -547,7 +555,7 @@ def linear_cross_entropy_bwd(
         saved: what `linear_cross_entropy_fwd` returned: its five tensors, then softmax [2, N].
         grads: (dloss, dlse [N], of no meaning), None for zeros.
         needs: which of the five gradients are wanted.
-        ignore_index, reduction, label_smoothing, z_loss, ahead: as in `linear_cross_entropy_fwd`.
+        ignore_index, reduction, label_smoothing, z_loss: as in `linear_cross_entropy_fwd`.
 
     Returns:
         ``(dx, dweight, None, dbias, None)``, None where not wanted.
@@ -555,19 +563,9 @@ def linear_cross_entropy_bwd(
     *inputs, softmax = saved
     dloss, dlse, _ = grads
     call = _Call(inputs, ignore_index, reduction, label_smoothing, z_loss)
-    if ahead is not None and dlse is None and dloss is not None:
-        made = ahead.take() or call.gradients_of_one(softmax, ahead.needs)
-        for grad in made:
-            _scale(grad, dloss)
-    else:
-        made = call.gradients(softmax, dloss, dlse, needs)
+    made = call.gradients(softmax, dloss, dlse, needs)
     dx, dw, db = (None if grad is None else grad.to(inputs[0].dtype) for grad in made)
     return dx, dw, None, db, None
-
-
-def _scale(grad: Maybe, scale: Tensor) -> None:
-    if grad is not None and grad.numel() > 0:
-        launch(_scale_plan, (grad, scale))
 
 
 def _rows(tensor: Maybe, at: slice | None) -> Maybe:
@@ -609,7 +607,7 @@ class _Call:
         return torch.empty(*lead, len(self.x), dtype=self.dtype, device=self.x.device)
 
     def gradients_of_one(
-        self, softmax: Tensor, needs: tuple[bool, ...], outputs: tuple[Tensor, Maybe] | None = None
+        self, softmax: Tensor, needs: tuple[bool, ...], outputs: tuple[Tensor, Maybe]
     ) -> tuple[Maybe, ...]:
         """dx, dweight and dbias of the loss alone, for an upstream gradient of 1.
 

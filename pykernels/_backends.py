@@ -12,6 +12,8 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   **options)``, which see no more of a tensor than its shape and dtype and whether it is there:
   their ``.run(tensors)`` and ``.run((*saved, *grads))`` return what the two above return, for all
   tensors that look alike, any gradient there or None; outputs at the places `skip` may be None;
+  if ``CHECKS_VALUES`` is true, the first raises an IndexError for values of tensors that are out
+  of range, before anything is written;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
   with ``keep=False``, and its passes behind the tensors, to spare it the packing of these weights;
   beside it

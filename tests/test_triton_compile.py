@@ -455,7 +455,6 @@ def launch_attention(case, dtype):
 
 def launch_linear_cross_entropy(case, dtype):
     from pykernels.kernels import _configs, linear_cross_entropy
-    from pykernels.ops.linear_cross_entropy import Ahead
 
     N, H, V = case.batch, case.size, 2**17 if case.huge else 300
     x, weight = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
@@ -465,16 +464,15 @@ def launch_linear_cross_entropy(case, dtype):
     options |= {"label_smoothing": 0.1 * case.everything, "z_loss": 0.1 * case.everything}
     asked = {"return_lse": case.everything, "return_argmax": case.everything}
     needs = (True, True, False, True, False)
-    ahead = Ahead(needs)
     run = linear_cross_entropy.linear_cross_entropy_fwd
     alone = x, weight, target, None, None  # whose tiles are the widest
     run(*alone, **options, **asked)
-    run(*alone, **options, **asked, ahead=Ahead(needs))
+    run(*alone, **options, **asked, ahead=needs)
     inputs = (x, weight, target, bias, bias if case.everything else None)
     run(*inputs, **options, **asked)  # without a gradient, so without logits in memory
-    (loss, lse, _), saved = run(*inputs, **options, **asked, ahead=ahead)
-    run = linear_cross_entropy.linear_cross_entropy_bwd
-    run(saved, (loss, None, None), needs=needs, ahead=ahead, **options)
+    (loss, lse, _), saved = run(*inputs, **options, **asked, ahead=needs)
+    linear_cross_entropy.linear_cross_entropy_scale(saved[6:], loss)
+    run, saved = linear_cross_entropy.linear_cross_entropy_bwd, saved[:6]
     _configs.LOSS_ROWS = 128  # chunks, three of bfloat16, whose gradients add up
     run(saved, (loss, lse, None), needs=needs, **options)
 

@@ -227,7 +227,6 @@ def pretend():
 def ops():
     """One forward and backward pass of everything, on new tensors."""
     from pykernels.kernels import attention, attention_varlen, gru, linear_cross_entropy, lstm, rnn
-    from pykernels.ops.linear_cross_entropy import Ahead
 
     z = torch.zeros
     for dtype, H in ((torch.bfloat16, 64), (torch.float32, 300)):
@@ -264,11 +263,11 @@ def ops():
         x, weight, target = z(150, H, dtype=dtype), z(301, H, dtype=dtype), z(150).long()
         own = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.1, "z_loss": 0.1}
         inputs, asked = (x, weight, target, None, None), (True,) * 5
-        own["ahead"] = Ahead(asked)
         outputs, saved = loss.linear_cross_entropy_fwd(
-            *inputs, **own, return_lse=True, return_argmax=True
+            *inputs, **own, return_lse=True, return_argmax=True, ahead=asked
         )
-        loss.linear_cross_entropy_bwd(saved, (outputs[0], None, None), needs=asked, **own)
+        loss.linear_cross_entropy_scale(saved[6:], outputs[0])
+        loss.linear_cross_entropy_bwd(saved[:6], (outputs[0], None, None), needs=asked, **own)
 
 
 @triton.jit(do_not_specialize=["first"])

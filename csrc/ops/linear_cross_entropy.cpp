@@ -6,9 +6,13 @@
 // softmax is known beforehand, and where no gradient is wanted, they live for one block of words.
 #include "linear_cross_entropy.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
 
 #include <pybind11/stl.h>
 
@@ -373,39 +377,113 @@ void linear_cross_entropy(int threads, const LinearCrossEntropy<S>& p) {
   parallel(threads, [&](const Team& team) { pass.run(team); });
 }
 
+namespace {
+
+using Sizes = std::array<int64_t, 3>;   // N, H, V
+using Inputs = std::array<Address, 5>;  // x, weight, target, bias, class_weight
+
+template <class S>
+LinearCrossEntropy<S> arguments(const Sizes& n, double smoothing, int64_t ignore_index,
+                                const Inputs& in) {
+  LinearCrossEntropy<S> p{};
+  p.sizes = {n[0], n[1], n[2]};
+  p.x = pointer<const S>(in[0]);
+  p.weight = pointer<const S>(in[1]);
+  p.target = pointer<const int64_t>(in[2]);
+  p.bias = pointer<const S>(in[3]);
+  p.class_weight = pointer<const compute_t<S>>(in[4]);
+  p.class_weight_sum = n[2];
+  if (p.class_weight)
+    p.class_weight_sum = std::accumulate(p.class_weight, p.class_weight + n[2], 0.0);
+  p.smoothing = smoothing;
+  p.ignore_index = ignore_index;
+  return p;
+}
+
+enum Reduction : int { kMean, kSum, kNone };
+
+// The loss of all rows: [N] if they are not reduced, or a number. Where there is room for gradients
+// they are those of that number.
+template <class S>
+void reduce(int threads, LinearCrossEntropy<S> p, double z_loss, Reduction reduction,
+            compute_t<S>* loss) {
+  using T = compute_t<S>;
+  const int64_t N = p.sizes.N, H = p.sizes.H, V = p.sizes.V;
+  const auto counts = [&](int64_t i) { return p.target[i] != p.ignore_index; };
+  int64_t count = 0;
+  double divisor = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    if (!counts(i)) continue;
+    const int64_t t = p.target[i];
+    if (t < 0 || t >= V) throw std::out_of_range("target");
+    ++count;
+    divisor += p.class_weight ? p.class_weight[t] : 1;
+  }
+  const bool mean = reduction == kMean;
+  std::vector<T> losses(reduction == kNone ? 0 : N), lses(z_loss && !p.lse ? N : 0), rates;
+  p.loss = reduction == kNone ? loss : losses.data();
+  if (z_loss && !p.lse) p.lse = lses.data();
+  if (p.dx || p.dweight || p.dbias) {
+    for (int64_t i = 0; i < N; ++i) rates.push_back(!counts(i) ? 0 : mean ? 1 / divisor : 1);
+    p.loss_rate = rates.data();
+    p.lse_rate = 2 * z_loss / (mean ? std::max<int64_t>(count, 1) : 1);
+    if (N == 0 && p.dweight) std::fill_n(p.dweight, V * H, T(0));
+    if (N == 0 && p.dbias) std::fill_n(p.dbias, V, T(0));
+  }
+  linear_cross_entropy<S>(threads, p);
+
+  const auto square = [&](int64_t i) {
+    return z_loss && counts(i) ? z_loss * p.lse[i] * double(p.lse[i]) : 0;
+  };
+  if (reduction == kNone) {
+    for (int64_t i = 0; z_loss && i < N; ++i) loss[i] += T(square(i));
+    return;
+  }
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    sum += p.loss[i];
+    squares += square(i);
+  }
+  *loss = T(mean ? sum / divisor + (z_loss ? squares / count : 0) : sum + squares);
+}
+
+}  // namespace
+
 void bind_linear_cross_entropy(py::module_& m) {
-  using Sizes = std::array<int64_t, 3>;    // N, H, V
-  using Scalars = std::array<double, 3>;   // class_weight_sum, smoothing, lse_rate
-  using Inputs = std::array<Address, 7>;   // x, weight, bias, target, class_weight, loss_rate, dlse
-  using Outputs = std::array<Address, 8>;  // top, inverse, loss, lse, argmax, dx, dweight, dbias
-  m.def("linear_cross_entropy",
-        [](int dtype, int threads, const Sizes& n, const Scalars& scalars, int64_t ignore_index,
-           bool known, const Inputs& in, const Outputs& out) {
+  m.def("linear_cross_entropy_forward",
+        [](int dtype, int threads, const Sizes& n, double smoothing, double z_loss,
+           int64_t ignore_index, int reduction, const Inputs& in,
+           const std::array<Address, 7>& out) {  // loss, lse, argmax, softmax, dx, dweight, dbias
           dispatch(dtype, [&](auto tag) {
             using S = typename decltype(tag)::type;
             using T = compute_t<S>;
-            LinearCrossEntropy<S> p{};
-            p.sizes = {n[0], n[1], n[2]};
-            p.x = pointer<const S>(in[0]);
-            p.weight = pointer<const S>(in[1]);
-            p.bias = pointer<const S>(in[2]);
-            p.target = pointer<const int64_t>(in[3]);
-            p.class_weight = pointer<const T>(in[4]);
-            p.class_weight_sum = scalars[0];
-            p.smoothing = scalars[1];
-            p.ignore_index = ignore_index;
-            p.top = pointer<T>(out[0]);
-            p.inverse = pointer<T>(out[1]);
-            p.known = known;
-            p.loss = pointer<T>(out[2]);
-            p.lse = pointer<T>(out[3]);
-            p.argmax = pointer<int64_t>(out[4]);
-            p.dx = pointer<T>(out[5]);
-            p.dweight = pointer<T>(out[6]);
-            p.dbias = pointer<T>(out[7]);
-            p.loss_rate = pointer<const T>(in[5]);
-            p.dlse = pointer<const T>(in[6]);
-            p.lse_rate = scalars[2];
+            auto p = arguments<S>(n, smoothing, ignore_index, in);
+            p.lse = pointer<T>(out[1]);
+            p.argmax = pointer<int64_t>(out[2]);
+            p.top = pointer<T>(out[3]);
+            p.inverse = p.top + n[0];
+            p.dx = pointer<T>(out[4]);
+            p.dweight = pointer<T>(out[5]);
+            p.dbias = pointer<T>(out[6]);
+            reduce<S>(threads, p, z_loss, static_cast<Reduction>(reduction), pointer<T>(out[0]));
+          });
+        });
+  m.def("linear_cross_entropy_backward",
+        [](int dtype, int threads, const Sizes& n, double smoothing, int64_t ignore_index,
+           const Inputs& in, Address softmax, const std::array<Address, 2>& rates,  // of loss, lse
+           const std::array<Address, 3>& out) {  // dx, dweight, dbias
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = compute_t<S>;
+            auto p = arguments<S>(n, smoothing, ignore_index, in);
+            p.top = pointer<T>(softmax);
+            p.inverse = p.top + n[0];
+            p.known = true;
+            p.loss_rate = pointer<const T>(rates[0]);
+            p.dlse = pointer<const T>(rates[1]);
+            p.dx = pointer<T>(out[0]);
+            p.dweight = pointer<T>(out[1]);
+            p.dbias = pointer<T>(out[2]);
             linear_cross_entropy<S>(threads, p);
           });
         });

@@ -9,15 +9,25 @@ import torch
 from torch import Tensor
 
 from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous
+from pykernels.cpp import Maybe, Pass, Result, address, at, contiguous, make_pass, planned, these
 
 DTYPES = frozenset(cpp.DTYPES)
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"ahead"})
+CHECKS_VALUES = True
 
-Maybe = Tensor | None
+#: The codes by which C++ knows them.
+_REDUCTIONS = ("mean", "sum", "none")
 
 
-def linear_cross_entropy_fwd(
+def linear_cross_entropy_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
+    """See `pykernels._backends` for the contract, and for `ahead` the op's own module."""
+    found: tuple[Any, Any]
+    found = linear_cross_entropy_fwd_pass(*tensors, keep=keep, **options).run(tensors)
+    return found
+
+
+@planned
+def linear_cross_entropy_fwd_pass(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -30,34 +40,45 @@ def linear_cross_entropy_fwd(
     z_loss: float,
     return_lse: bool,
     return_argmax: bool,
-    keep: bool = True,
-    ahead: Any = None,
-) -> tuple[tuple[Maybe, ...], tuple[Maybe, ...]]:
-    """See `pykernels._backends` for the contract, and for `ahead` the op's own module."""
-    inputs = (x, weight, target, bias, class_weight)
-    call = _Call(inputs, ignore_index, reduction, label_smoothing, z_loss)
-    (softmax,) = linear_cross_entropy_extras(x)
-    rows, lse = call.per_row(), call.per_row()
-    argmax = torch.empty_like(target) if return_argmax else None
-    if ahead is None:
-        call.run(softmax, known=False, outputs=(rows, lse, argmax))
-    else:
-        ahead.gradients = call.gradients_of_one(softmax, ahead.needs, (rows, lse, argmax))
-    loss = rows.sum() / call.divisor if reduction == "mean" else rows
-    if z_loss:
-        squares = z_loss * lse.masked_fill(~call.counted, 0) ** 2
-        loss = loss + (squares.sum() / call.count if reduction == "mean" else squares)
-    loss = loss.sum() if reduction == "sum" else loss
-    return (loss, lse if return_lse else None, argmax), (*inputs, softmax)
+    keep: bool,
+    skip: tuple[int, ...] = (),
+    ahead: tuple[bool, ...] = (),
+) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    (N, H), V, dtype = x.shape, len(weight), _compute_dtype(x)
+    results = [
+        Result((N,) if reduction == "none" else (), dtype),
+        Result((N,), dtype) if return_lse else None,
+        Result((N,), torch.int64) if return_argmax else None,
+        _softmax(x),
+        *_gradients(x, weight, ahead or (False,) * 5),
+    ]
+    # the tensors; loss, lse, argmax, softmax, dx, dweight, dbias
+    sizes, code = (N, H, V), _REDUCTIONS.index(reduction)
+    memory = at(*range(5)), at(*range(5, 12))
+    arguments = (sizes, label_smoothing, z_loss, ignore_index, code, *memory)
+    returns = these(5, 6, 7), these(*range(5), 8, *((9, 10, 11) if ahead else ()))
+    made = make_pass("linear_cross_entropy_forward", x, 5, results, arguments, returns)
+    if class_weight is None or class_weight.dtype == dtype:
+        return made
+    return made._replace(run=lambda given: made.run((*given[:4], given[4].to(dtype))))
+
+
+def linear_cross_entropy_scale(made: Sequence[Maybe], dloss: Tensor) -> None:
+    """See `pykernels._backends` for the contract."""
+    if dloss.item() != 1:
+        for grad in made:
+            if grad is not None:
+                grad.mul_(dloss)
 
 
 def linear_cross_entropy_extras(x: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
-    """See `pykernels._backends` for the contract: two numbers a row that make its softmax."""
-    return (x.new_empty(2, x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)),)
+    """See `pykernels._backends` for the contract."""
+    return (_softmax(x).like(x),)
 
 
 def linear_cross_entropy_bwd(
-    saved: tuple[Maybe, ...],
+    saved: tuple[Any, ...],
     grads: tuple[Maybe, ...],
     *,
     needs: tuple[bool, ...],
@@ -65,108 +86,56 @@ def linear_cross_entropy_bwd(
     reduction: str,
     label_smoothing: float,
     z_loss: float,
-    ahead: Any = None,
-    **_: bool,
+    **_: Any,
 ) -> tuple[Maybe, ...]:
-    """See `pykernels._backends` for the contract, and for `ahead` the op's own module."""
-    *inputs, softmax = saved
+    """See `pykernels._backends` for the contract."""
+    x, weight, target, bias, class_weight, softmax = saved
     dloss, dlse, _ = grads
-    call = _Call(inputs, ignore_index, reduction, label_smoothing, z_loss)
-    if ahead is not None and dlse is None and dloss is not None:
-        made = ahead.take() or call.gradients_of_one(call.per_row(2), ahead.needs)
-        if dloss != 1:
-            made = tuple(None if grad is None else grad.mul_(dloss) for grad in made)
-    else:
-        made = call.gradients(softmax, dloss, dlse, needs)
-    dx, dw, db = (None if grad is None else grad.to(inputs[0].dtype) for grad in made)
+    dtype = _compute_dtype(x)
+    dloss = torch.zeros((), dtype=dtype) if dloss is None else dloss
+    counted = target != ignore_index
+    count = divisor = counted.sum() if reduction == "mean" else 1
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+        divisor = class_weight[target[counted]].sum() if reduction == "mean" else 1
+    rate = torch.where(counted, dloss / divisor, 0)
+    if z_loss:
+        lse = softmax[0] - softmax[1].log()
+        squares = 2 * z_loss * torch.where(counted, dloss / count, 0) * lse
+        dlse = squares if dlse is None else squares + dlse
+    results = _gradients(x, weight, needs)
+    fill = torch.empty if len(x) else torch.zeros  # no row adds nothing to them
+    made = [None if r is None else fill(r.sizes, dtype=dtype) for r in results]
+    # The copies must outlive the call: their addresses alone reach it.
+    inputs = [contiguous(t) for t in (x, weight, target, bias, class_weight)]
+    rates = [contiguous(rate), contiguous(dlse)]
+    _backends.load_extension().linear_cross_entropy_backward(
+        cpp.DTYPES[x.dtype],
+        torch.get_num_threads(),
+        (*x.shape, len(weight)),
+        label_smoothing,
+        ignore_index,
+        [address(t) for t in inputs],
+        address(softmax),
+        [address(t) for t in rates],
+        [address(t) for t in made],
+    )
+    dx, dw, db = (None if grad is None else grad.to(x.dtype) for grad in made)
     return dx, dw, None, db, None
 
 
-class _Call:
-    """What both passes make of the arguments; numbers are of the dtype of the arithmetic."""
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, of the outputs and of gradients that are not yet scaled."""
+    return torch.promote_types(x.dtype, torch.float32)
 
-    def __init__(
-        self,
-        inputs: Sequence[Maybe],
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-        z_loss: float,
-    ) -> None:
-        x, weight, target, bias, class_weight = inputs
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.code = cpp.DTYPES[x.dtype]
-        self.sizes = (*x.shape, len(weight))
-        if class_weight is not None:
-            class_weight = class_weight.to(self.dtype)
-        self.inputs = [contiguous(t) for t in (x, weight, bias, target, class_weight)]
-        self.ignore_index, self.mean = ignore_index, reduction == "mean"
-        self.smoothing, self.z_loss = label_smoothing, z_loss
-        self.counted = target != ignore_index
-        self.count = self.divisor = self.counted.sum()
-        self.total = float(len(weight))
-        if class_weight is not None:
-            self.total = class_weight.sum(dtype=torch.float64).item()
-            self.divisor = class_weight[target[self.counted]].sum()
 
-    def per_row(self, *lead: int) -> Tensor:
-        """Room for a number, or several, for each row."""
-        return torch.empty(*lead, self.sizes[0], dtype=self.dtype)
+def _softmax(x: Tensor) -> Result:
+    """Two numbers a row that make its softmax."""
+    return Result((2, x.shape[0]), _compute_dtype(x))
 
-    def gradients_of_one(
-        self,
-        softmax: Tensor,
-        needs: tuple[bool, ...],
-        outputs: tuple[Maybe, ...] = (None, None, None),
-    ) -> tuple[Maybe, ...]:
-        """dx, dweight and dbias of the loss alone, where logits become gradients in one pass."""
-        made = self._room(needs)
-        one = torch.ones((), dtype=self.dtype)
-        rate = torch.where(self.counted, one / self.divisor if self.mean else one, 0)
-        z_rate = 2 * self.z_loss / max(1, self.count.item() if self.mean else 1)
-        self.run(softmax, False, outputs, made, rate, None, z_rate)
-        return made
 
-    def gradients(
-        self, softmax: Tensor, dloss: Maybe, dlse: Maybe, needs: tuple[bool, ...]
-    ) -> tuple[Maybe, ...]:
-        """dx, dweight and dbias from any upstream gradients and the softmax of forward."""
-        made = self._room(needs)
-        dloss = torch.zeros((), dtype=self.dtype) if dloss is None else dloss
-        rate = torch.where(self.counted, dloss / self.divisor if self.mean else dloss, 0)
-        if self.z_loss:
-            lse = softmax[0] - softmax[1].log()
-            share = torch.where(self.counted, dloss / self.count if self.mean else dloss, 0)
-            squares = 2 * self.z_loss * share * lse
-            dlse = squares if dlse is None else squares + dlse
-        self.run(softmax, True, (None, None, None), made, rate, contiguous(dlse))
-        return made
-
-    def _room(self, needs: tuple[bool, ...]) -> tuple[Maybe, ...]:
-        """Tensors for dx, dweight and dbias, where they are needed."""
-        N, H, V = self.sizes
-        wanted = zip((needs[0], needs[1], needs[3]), ((N, H), (V, H), (V,)), strict=True)
-        fill = torch.empty if N else torch.zeros  # no row adds nothing to them
-        return tuple(fill(shape, dtype=self.dtype) if need else None for need, shape in wanted)
-
-    def run(
-        self,
-        softmax: Tensor,
-        known: bool,
-        outputs: tuple[Maybe, ...],
-        gradients: tuple[Maybe, ...] = (None, None, None),
-        rate: Maybe = None,
-        dlse: Maybe = None,
-        lse_rate: float = 0.0,
-    ) -> None:
-        """The kernel, on tensors in row-major order."""
-        _backends.load_extension().linear_cross_entropy(
-            self.code,
-            torch.get_num_threads(),
-            self.sizes,
-            (self.total, self.smoothing, lse_rate),
-            self.ignore_index,
-            known,
-            [address(t) for t in (*self.inputs, rate, dlse)],
-            [address(t) for t in (*softmax, *outputs, *gradients)],
-        )
+def _gradients(x: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Result | None]:
+    """Those of x, weight and bias, which the kernel makes in the dtype of the arithmetic."""
+    sizes = (tuple(x.shape), tuple(weight.shape), (len(weight),))
+    wanted = zip(sizes, (needs[0], needs[1], needs[3]), strict=True)
+    return [Result(shape, _compute_dtype(x)) if need else None for shape, need in wanted]

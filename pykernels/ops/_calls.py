@@ -118,6 +118,7 @@ class _Unseen(Call):
         # tensor what one has left.
         beyond: Any = super(torch.autograd.Function, call.function)
         self._record = beyond.apply if is_recorded else None
+        self._checks_values = getattr(call.backend, "CHECKS_VALUES", False)
         self._backward: dict[tuple[bool, ...], Callable[..., Any]] = {}
 
     def outputs(
@@ -126,13 +127,18 @@ class _Unseen(Call):
         packed: PackedWeights | None = None,
         check: Callable[..., None] | None = None,
     ) -> Any:
-        if check is not None:
+        if check is not None and not self._checks_values:
             check(*tensors, **self.options)
-        if self._record is not None:
-            return self._record(self, *tensors)
-        if packed is not None:
-            tensors = (*tensors, *packed.option(self.op, self.backend, tensors).values())
-        return self.forward(tensors)[0]
+        try:
+            if self._record is not None:
+                return self._record(self, *tensors)
+            if packed is not None:
+                tensors = (*tensors, *packed.option(self.op, self.backend, tensors).values())
+            return self.forward(tensors)[0]
+        except IndexError:
+            if check is not None:
+                check(*tensors, **self.options)  # says what is wrong
+            raise
 
     def forward(self, tensors: tuple[Any, ...]) -> tuple[Any, tuple[Maybe, ...]]:
         """As of any call; from the second time on it is the function that is planned here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -16,48 +15,64 @@ from pykernels.ops._calls import Call
 REDUCTIONS = ("mean", "sum", "none")
 
 
-@dataclass
-class Ahead:
-    """The gradients that a forward pass may make, as it has the logits, for its backward pass.
+def _makes_ahead(backend: ModuleType, options: dict[str, Any]) -> bool:
+    """Whether a forward pass may make the gradients for an upstream gradient of 1.
 
-    They are those of a loss whose upstream gradient is 1, and belong to whoever takes them: a
-    second backward pass finds none, and computes them again.
+    It has the logits, which backward would have to make again. Only of a loss that is one number
+    are all upstream gradients a multiple of that.
     """
-
-    needs: tuple[bool, ...]
-    gradients: tuple[Tensor | None, ...] | None = None
-
-    def take(self) -> tuple[Tensor | None, ...] | None:
-        taken, self.gradients = self.gradients, None
-        return taken
+    return _is_one_number(options) and "ahead" in backend.FEATURES
 
 
-def _made_ahead(options: dict[str, Any]) -> bool:
+def _is_one_number(options: dict[str, Any]) -> bool:
     return options["reduction"] != "none" and not options["return_lse"]
 
 
 class LinearCrossEntropyFunction(_autograd.Function):
     """Autograd over one backend's ``linear_cross_entropy_fwd`` and ``_bwd``; differentiable twice.
 
-    A loss that is one number, and the only output with a gradient, has its gradients made in the
-    forward pass, where the logits are.
+    A backend with the feature "ahead" takes ``ahead=needs``, and then saves dx, dweight and dbias
+    for an upstream gradient of 1 behind all else; its ``linear_cross_entropy_scale(made, dloss)``
+    multiplies them where they lie. They belong to the first backward pass: a second one finds none,
+    and has them made again.
     """
 
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        if _made_ahead(call.options):
-            call = call.with_options(ahead=Ahead(ctx.needs_input_grad[1:]))
-        outputs = _autograd.Function.forward(ctx, call, *tensors)
+        if "ahead" not in call.options and _makes_ahead(call.backend, call.options):
+            call = call.with_options(ahead=ctx.needs_input_grad[1:])
+        outputs: tuple[Tensor | None, ...]
+        outputs, saved = call.forward(tensors)
+        ctx.made = None
+        if "ahead" in call.options:
+            saved, ctx.made = saved[:-3], saved[-3:]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
         if outputs[2] is not None:  # argmax
             ctx.mark_non_differentiable(outputs[2])
         return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, dloss, made = ctx.call, grads[0], ctx.made
+        ctx.made = None
+        again = torch.is_grad_enabled() or _autograd.mapped(grads)
+        if "ahead" not in call.options or dloss is None or again:
+            return _autograd.Function.backward(ctx, *grads)
+        tensors = ctx.saved_tensors[:5]
+        if made is None:
+            made = call.forward(tensors)[1][-3:]
+        call.backend.linear_cross_entropy_scale(made, dloss)
+        dtype = tensors[0].dtype
+        dx, dw, db = (t if t is None or t.dtype == dtype else t.to(dtype) for t in made)
+        return None, dx, dw, None, db, None
 
 
 class _OfTensors:
     """A backend's module whose gradients made ahead are among the tensors that it saves.
 
-    A graph holds no `Ahead`. Its option says which gradients that would be, by input; none where it
-    is empty.
+    Its option says which gradients that would be, by input; none where it is empty.
     """
 
     def __init__(self, module: ModuleType) -> None:
@@ -66,13 +81,15 @@ class _OfTensors:
     def linear_cross_entropy_fwd(
         self, *tensors: Any, ahead: tuple[bool, ...] = (), **options: Any
     ) -> tuple[Any, Any]:
-        holder = Ahead(ahead) if ahead else None
-        outputs, saved = self.module.linear_cross_entropy_fwd(*tensors, ahead=holder, **options)
+        if ahead and "ahead" in self.module.FEATURES:
+            options["ahead"] = ahead
+        outputs, saved = self.module.linear_cross_entropy_fwd(*tensors, **options)
         made: Any = (None, None, None)
-        if holder is not None:
-            one = outputs[0].new_ones(())
-            made = holder.take() or self._gradients(saved, (one, None, None), ahead, options)
-            made = [None if t is None else t.to(_held(tensors[0])) for t in made]
+        if "ahead" in options:
+            saved, made = saved[:-3], saved[-3:]
+        elif ahead:
+            made = self._gradients(saved, (outputs[0].new_ones(()), None, None), ahead, options)
+        made = [None if t is None else t.to(_held(tensors[0])) for t in made]
         return outputs, (*saved[:5], *made, *saved[5:])
 
     def linear_cross_entropy_bwd(
@@ -163,6 +180,19 @@ _library.Operator(
 )
 
 
+class _Call(Call):
+    """One whose pass is planned along with the gradients that it makes ahead."""
+
+    #: Which tensors require a gradient.
+    needs: tuple[bool, ...]
+
+    def unseen(self, is_recorded: bool) -> Call:
+        call: Call = self
+        if is_recorded and _makes_ahead(self.backend, self.options):
+            call = self.with_options(ahead=self.needs)
+        return Call.unseen(call, is_recorded)
+
+
 @_calls.once
 def _checked(
     tensors: tuple[Any, ...],
@@ -221,9 +251,11 @@ def _checked(
         "return_lse": return_lse,
         "return_argmax": return_argmax,
     }
-    if torch.compiler.is_compiling() and _made_ahead(options) and _autograd.wanted(tensors):
+    if torch.compiler.is_compiling() and _is_one_number(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
-    return Call(op, LinearCrossEntropyFunction, chosen, options)
+    call = _Call(op, LinearCrossEntropyFunction, chosen, options)
+    call.needs = tuple(t is not None and t.requires_grad for t in tensors)
+    return call
 
 
 @overload

@@ -77,14 +77,10 @@ def linear_cross_entropy_fwd(
     *,
     return_lse,
     return_argmax,
-    ahead=None,
     keep=True,
     **options,
 ):
-    """See `pykernels._backends` for the contract; an output that is not asked for is None.
-
-    What `ahead` is for, `pykernels.ops.linear_cross_entropy` says; here it holds nothing.
-    """
+    """See `pykernels._backends` for the contract; an output that is not asked for is None."""
     inputs = (x, weight, target, bias, class_weight)
     with torch.no_grad():
         loss, lse, argmax = linear_cross_entropy(*inputs, **options)
