@@ -32,6 +32,7 @@ SOURCES = [
     "csrc/ops/attention_few.cpp",
     "csrc/ops/attention_forward.cpp",
     "csrc/ops/attention_panels.cpp",
+    "csrc/ops/attention_varlen.cpp",
     "csrc/ops/gru.cpp",
     "csrc/ops/linear_cross_entropy.cpp",
     "csrc/ops/lstm.cpp",

@@ -47,6 +47,7 @@ void bind_rnn(py::module_& m);
 void bind_gru(py::module_& m);
 void bind_lstm(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_attention_varlen(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 
 }  // namespace pykernels

@@ -50,5 +50,6 @@ PYBIND11_MODULE(PYKERNELS_MODULE, m) {
   bind_gru(m);
   bind_lstm(m);
   bind_attention(m);
+  bind_attention_varlen(m);
   bind_linear_cross_entropy(m);
 }

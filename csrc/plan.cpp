@@ -24,7 +24,7 @@ bool row_major(const dlpack::Tensor& t) {
 }
 
 bool rows_dense(const dlpack::Tensor& t) {
-  return t.ndim == 4 && (t.strides[3] == 1 || t.shape[3] == 1);
+  return t.ndim >= 3 && (t.strides[t.ndim - 1] == 1 || t.shape[t.ndim - 1] == 1);
 }
 
 // The first strides; of a tensor that broadcasts, 0 along an axis of size one.
@@ -38,7 +38,7 @@ py::tuple strides(const dlpack::Tensor& t, int32_t count, bool broadcast) {
 }
 
 // What a hole is filled with: What of pykernels/cpp/__init__.py.
-enum What : int { kAddress, kStart, kStrides, kRows, kItself };
+enum What : int { kAddress, kStart, kStrides, kRows, kPacked, kItself };
 
 // A part of the arguments, or of what a pass returns.
 struct Part {
@@ -49,6 +49,13 @@ struct Part {
   std::vector<Part> items;  // else, of a list or a tuple
   bool is_list = false;
 };
+
+// Strides of batch or page, head and row of a tensor [.., rows, heads, D].
+py::tuple packed_strides(const dlpack::Tensor& t) {
+  if (!t.strides) return py::make_tuple(0, 0, 0);
+  const int64_t* const rows = t.strides + t.ndim - 3;
+  return py::make_tuple(t.ndim > 3 ? t.strides[0] : 0, rows[1], rows[0]);
+}
 
 // A tensor that the kernel fills: sizes, strides and dtype.
 using Result = std::tuple<py::tuple, py::tuple, py::object>;
@@ -115,7 +122,7 @@ class Plan {
       part.index = index;
       part.what = static_cast<What>(what);
       needs_.at(index).row_major |= part.what == kAddress;
-      needs_.at(index).rows_dense |= part.what == kRows;
+      needs_.at(index).rows_dense |= part.what == kRows || part.what == kPacked;
       return part;
     }
     part.is_list = py::isinstance<py::list>(from);
@@ -182,6 +189,7 @@ class Plan {
         case kStart: return py::int_(address_of(t));
         case kStrides: return strides(t, t.ndim, true);
         case kRows: return py::make_tuple(address_of(t), strides(t, 3, false));
+        case kPacked: return py::make_tuple(address_of(t), packed_strides(t));
         case kItself: return itself(part.index, call);
       }
     }

@@ -65,7 +65,8 @@ class What(enum.IntEnum):
     START = 1  # the address of one of any strides
     STRIDES = 2  # all, 0 along an axis of size one, which broadcasts
     ROWS = 3  # address and first three strides of one [., ., ., D] whose last axis is contiguous
-    ITSELF = 4  # no more of it
+    PACKED = 4  # address and strides of page, head and row of one [.., rows, heads, D], likewise
+    ITSELF = 5  # no more of it
 
 
 class Hole(NamedTuple):
@@ -90,6 +91,10 @@ def strides(index: int) -> Hole:
 
 def rows(*indices: int) -> list[Hole]:
     return [Hole(i, What.ROWS) for i in indices]
+
+
+def packed_rows(*indices: int) -> list[Hole]:
+    return [Hole(i, What.PACKED) for i in indices]
 
 
 def these(*indices: int | None) -> tuple[Any, ...]:
@@ -138,7 +143,7 @@ class Plan(NamedTuple):
         """The tensors as the kernel wants them, copied where they lie otherwise."""
         wanted: dict[int, What] = {}
         _holes(self.arguments, wanted)
-        lay = {What.ADDRESS: contiguous, What.ROWS: dense_rows}
+        lay = {What.ADDRESS: contiguous, What.ROWS: dense_rows, What.PACKED: dense_rows}
         return tuple(
             lay.get(wanted[i], plain)(t) if i in wanted and t is not None else t
             for i, t in enumerate(tensors)
@@ -211,14 +216,19 @@ def _holes(arguments: Any, found: dict[int, What]) -> None:
 def _filled(arguments: Any, tensors: Sequence[Maybe]) -> Any:
     """The arguments without holes."""
     if isinstance(arguments, Hole):
-        tensor = tensors[arguments.index]
+        tensor, what = tensors[arguments.index], arguments.what
         if tensor is None:
-            return (0, (0, 0, 0)) if arguments.what == What.ROWS else 0
-        if arguments.what == What.STRIDES:
-            pairs = zip(tensor.shape, tensor.stride(), strict=True)
+            return (0, (0, 0, 0)) if what in (What.ROWS, What.PACKED) else 0
+        strides = tensor.stride()
+        if what == What.STRIDES:
+            pairs = zip(tensor.shape, strides, strict=True)
             return tuple(0 if size == 1 else step for size, step in pairs)
-        start = address(tensor)
-        return (start, tensor.stride()[:3]) if arguments.what == What.ROWS else start
+        if what == What.ROWS:
+            return address(tensor), strides[:3]
+        if what == What.PACKED:
+            row, head, _ = strides[-3:]
+            return address(tensor), (strides[0] if tensor.dim() > 3 else 0, head, row)
+        return address(tensor)
     if isinstance(arguments, (list, tuple)):
         return type(arguments)(_filled(each, tensors) for each in arguments)
     return arguments

@@ -11,11 +11,8 @@ from pykernels import cpp
 from pykernels.cpp import (
     Pass,
     Result,
-    address,
     at,
-    contiguous,
     make_pass,
-    plain,
     planned,
     rows,
     start,
@@ -32,9 +29,6 @@ FEATURES = frozenset(
 
 #: The first and last j - i at which query i sees key j; None for no bound.
 Band = tuple[int | None, int | None]
-
-_NO_PACKING = (0, 0, 0, 0, 0, False)
-NO_PAGES = (0, 0, 0)
 
 
 def attention_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
@@ -70,18 +64,14 @@ def attention_fwd_pass(
     arguments = (
         _sizes(q, k, v, band, diagonal),
         (scale, softcap, dropout_p),
-        _NO_PACKING,
-        _rule(attn_mask, alibi_slopes),
+        rule(attn_mask, 4, alibi_slopes, 5, 6),
         rows(0, 1, 2),
-        NO_PAGES,
         *rows(7),
         *at(8, 9),
     )
     returns = these(7, 8), these(*range(8), 9)
     made = make_pass("attention_forward", q, 7, [*outputs, row_stats], arguments, returns)
-    if not _is_widened(q, alibi_slopes):
-        return made
-    return made._replace(run=lambda tensors: made.run(_widened(tensors)))
+    return widened(made, q, alibi_slopes, 5)
 
 
 def _row_stats(q: Tensor) -> Result:
@@ -125,8 +115,7 @@ def attention_bwd_pass(
     arguments = (
         _sizes(q, k, v, band, diagonal),
         (scale, softcap, dropout_p),
-        _NO_PACKING,
-        _rule(attn_mask, alibi_slopes),
+        rule(attn_mask, 4, alibi_slopes, 5, 6),
         rows(0, 1, 2, 7, 9),
         *at(8),
         whole,
@@ -137,11 +126,11 @@ def attention_bwd_pass(
     )
     returns = these(12, 13, 14, 11, 15, None, None)
     made = make_pass("attention_backward", q, 12, results, arguments, returns)
-    widened, scores = _is_widened(q, alibi_slopes), (*q.shape[:3], k.shape[2])
+    made = widened(made, q, alibi_slopes, 5)
+    scores = (*q.shape[:3], k.shape[2])
     mask = (attn_mask.shape, attn_mask.dtype) if attn_mask is not None and needs[3] else None
 
     def run(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-        tensors = _widened(tensors) if widened else tensors
         if tensors[9] is None:
             tensors = (*tensors[:9], torch.zeros_like(tensors[7]), tensors[10])
         if mask is None:
@@ -155,50 +144,26 @@ def attention_bwd_pass(
     return made._replace(run=run)
 
 
-def _rule(attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> tuple[Any, ...]:
-    """What makes weights of scores, where the tensors are those of `attention_fwd`."""
+def rule(
+    attn_mask: Tensor | None, sinks: int, alibi_slopes: Tensor | None, slopes: int, seed: int
+) -> tuple[Any, ...]:
+    """What makes weights of scores: a mask at place 3, the others at the places given."""
     mask: tuple[Any, ...] = (0, 0, (0, 0, 0, 0))  # kind (0 none, 1 boolean, 2 additive)
     if attn_mask is not None:
         mask = (1 if attn_mask.dtype == torch.bool else 2, start(3), strides(3))
     by_batch = alibi_slopes is not None and alibi_slopes.dim() > 1
     step = alibi_slopes.shape[-1] if alibi_slopes is not None and by_batch else 0
-    return mask, *at(4), (*at(5), step), *at(6)
+    return mask, *at(sinks), (*at(slopes), step), *at(seed)
 
 
-def _is_widened(q: Tensor, alibi_slopes: Tensor | None) -> bool:
-    """Whether slopes are of another dtype than the arithmetic."""
-    return alibi_slopes is not None and alibi_slopes.dtype != compute_dtype(q)
-
-
-def _widened(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The tensors with slopes in the dtype of the arithmetic."""
-    return *tensors[:5], tensors[5].to(compute_dtype(tensors[0])), *tensors[6:]
-
-
-class Rule:
-    """What makes weights of scores, as the extension takes it, and the tensors it points to."""
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        attn_mask: Tensor | None,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-        seed: Tensor | None,
-    ) -> None:
-        mask = (0, 0, (0, 0, 0, 0))  # kind (0 none, 1 boolean, 2 additive), address, strides
-        if attn_mask is not None:
-            self.mask = plain(attn_mask)
-            seen = self.mask.expand(*q.shape[:3], k.shape[2])
-            mask = 1 if seen.dtype == torch.bool else 2, seen.data_ptr(), seen.stride()
-        self.sinks, self.seed = contiguous(sinks), seed
-        self.slopes, step = None, 0
-        if alibi_slopes is not None:
-            self.slopes = plain(alibi_slopes).to(compute_dtype(q)).contiguous()
-            step = self.slopes.shape[-1] if self.slopes.dim() > 1 else 0
-        slopes = address(self.slopes), step
-        self.packed = mask, address(self.sinks), slopes, address(self.seed)
+def widened(made: Pass, q: Tensor, alibi_slopes: Tensor | None, place: int) -> Pass:
+    """The pass on slopes, at `place` of its tensors, of another dtype than the arithmetic."""
+    dtype, run = compute_dtype(q), made.run
+    if alibi_slopes is None or alibi_slopes.dtype == dtype:
+        return made
+    return made._replace(
+        run=lambda given: run((*given[:place], given[place].to(dtype), *given[place + 1 :]))
+    )
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,159 +1,140 @@
-"""Launches csrc/ops/attention.cpp on packed sequences."""
+"""Launches csrc/ops/attention_varlen.cpp."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykernels import _backends, cpp
-from pykernels.cpp import address, contiguous, dense_rows
+from pykernels import cpp
+from pykernels.cpp import (
+    Maybe,
+    Pass,
+    Result,
+    at,
+    make_pass,
+    packed_rows,
+    planned,
+    these,
+    without,
+)
 from pykernels.cpp.attention import FEATURES as OF_ATTENTION
-from pykernels.cpp.attention import NO_PAGES, Band, Rule, compute_dtype
+from pykernels.cpp.attention import Band, compute_dtype, rule, widened
 
 DTYPES = frozenset(cpp.DTYPES)
 FEATURES = OF_ATTENTION - {"mask_grad"}
+CHECKS_VALUES = True
 
 
-def attention_varlen_fwd(
+def attention_varlen_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
+    """See `pykernels._backends` for the contract."""
+    found: tuple[Any, Any] = attention_varlen_fwd_pass(*tensors, keep=keep, **options).run(tensors)
+    return found
+
+
+@planned
+def attention_varlen_fwd_pass(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
-    *,
+    sinks: Maybe,
+    alibi_slopes: Maybe,
+    seed: Maybe,
+    *places: Maybe,
     band: Band,
     ends_meet: bool,
     scale: float,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
-    keep: bool = True,
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, ...]]:
-    """See `pykernels._backends` for the contract."""
-    out = q.new_empty(*q.shape[:2], v.shape[-1])
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=compute_dtype(q))
-    row_stats = attention_varlen_extras(q)[0] if keep else None
-    # The copies must outlive the call: their addresses alone reach it.
-    rows = [dense_rows(t) for t in (q, k, v)]
-    rule = Rule(q, k, None, sinks, alibi_slopes, seed)
-    places = _Places(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, ends_meet)
-    pages = NO_PAGES
-    if places.table is not None:
-        pages = address(places.table), block_table.shape[1], k.shape[1]
-    _backends.load_extension().attention_forward(
-        cpp.DTYPES[q.dtype],
-        torch.get_num_threads(),
+    keep: bool,
+    skip: tuple[int, ...] = (),
+) -> Pass:
+    """See `pykernels._backends` for the contract; `places` are cu_seqlens_q to block_table."""
+    S_q, N, _ = q.shape
+    outputs = without(skip, Result((S_q, N, v.shape[-1])), Result((N, S_q), compute_dtype(q)))
+    row_stats = _row_stats(q) if keep else None
+    table = places[3]
+    # the tensors; out, lse, row_stats
+    arguments = (
         _sizes(q, k, v, band, places),
         (scale, softcap, dropout_p),
-        places.packed,
-        rule.packed,
-        [_strided(t) for t in rows],
-        pages,
-        _strided(out),
-        address(lse),
-        address(row_stats),
+        (_integers(places), ends_meet),
+        (0, 0, 0) if table is None else (*k.shape[:2], table.shape[1]),
+        rule(None, 3, alibi_slopes, 4, 5),
+        packed_rows(0, 1, 2),
+        *packed_rows(10),
+        *at(11, 12),
     )
-    if places.end_q < q.shape[0]:
-        out[places.end_q :], lse[:, places.end_q :] = 0, -math.inf
-    tensors = (q, k, v, sinks, alibi_slopes, seed)
-    saved = (*tensors, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, out, row_stats)
-    return (out, lse), saved
+    returns = these(10, 11), these(*range(11), 12)
+    results = [*outputs, row_stats]
+    made = make_pass("attention_varlen_forward", q, 10, results, arguments, returns)
+    return widened(made, q, alibi_slopes, 4)
 
 
-def attention_varlen_extras(q: Tensor, *_: Tensor | None, **options: Any) -> tuple[Tensor]:
-    """See `pykernels._backends` for the contract: what backward makes weights from."""
-    return (q.new_empty(2, q.shape[1], q.shape[0], dtype=compute_dtype(q)),)
+def _row_stats(q: Tensor) -> Result:
+    """What backward makes weights from."""
+    return Result((2, q.shape[1], q.shape[0]), compute_dtype(q))
+
+
+def attention_varlen_extras(q: Tensor, *_: Maybe, **options: Any) -> tuple[Tensor]:
+    """See `pykernels._backends` for the contract."""
+    return (_row_stats(q).like(q),)
 
 
 def attention_varlen_bwd(
-    saved: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, Tensor | None],
-    *,
+    saved: tuple[Any, ...], grads: tuple[Maybe, ...], **options: Any
+) -> tuple[Maybe, ...]:
+    """See `pykernels._backends` for the contract."""
+    found: tuple[Maybe, ...]
+    found = attention_varlen_bwd_pass(*saved, **options).run((*saved, *grads))
+    return found
+
+
+@planned
+def attention_varlen_bwd_pass(
+    *saved: Any,
     band: Band,
     ends_meet: bool,
     scale: float,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+) -> Pass:
     """See `pykernels._backends` for the contract."""
-    q, k, v, sinks, alibi_slopes, seed, *places_, out, row_stats = saved
-    dout, dlse = grads
-    if dout is None:
-        dout = torch.zeros_like(out)
-    places = _Places(*places_, ends_meet)
-    dq = q.new_empty(q.shape) if needs[0] else None
-    # Keys that are not used get zeros, and that from here.
-    whole = places.used is None and places.end_k == k.shape[0]
-    fresh = torch.empty_like if whole else torch.zeros_like
-    dk, dv = (
-        fresh(t, memory_format=torch.contiguous_format) if need else None
-        for t, need in zip((k, v), needs[1:3], strict=True)
-    )
-    dsinks = sinks.new_empty(sinks.shape) if needs[3] else None
-    rows = [dense_rows(t) for t in (q, k, v, out, dout)]
-    rule = Rule(q, k, None, sinks, alibi_slopes, seed)
-    dlse = contiguous(dlse)
-    _backends.load_extension().attention_backward(
-        cpp.DTYPES[q.dtype],
-        torch.get_num_threads(),
+    q, k, v, sinks, alibi_slopes, _, *places, _, _ = saved
+    wanted = zip((q, k, v, sinks), needs[:4], strict=True)
+    results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
+    # the tensors, out, row_stats, dout, dlse; dq, dk, dv, dsinks
+    arguments = (
         _sizes(q, k, v, band, places),
         (scale, softcap, dropout_p),
-        places.packed,
-        rule.packed,
-        [_strided(t) for t in rows],
-        address(row_stats),
-        True,
-        address(dlse),
-        [_strided(t) for t in (dq, dk, dv)],
-        (0, (0, 0, 0)),
-        address(dsinks),
+        (_integers(places), ends_meet),
+        rule(None, 3, alibi_slopes, 4, 5),
+        packed_rows(0, 1, 2, 10, 12),
+        *at(11, 13),
+        packed_rows(14, 15, 16),
+        *at(17),
     )
-    if dq is not None and places.end_q < q.shape[0]:
-        dq[places.end_q :] = 0
-    return dq, dk, dv, dsinks, *(None for _ in saved[4:-2])
+    returns = these(14, 15, 16, 17, *[None] * 6)
+    made = make_pass("attention_varlen_backward", q, 14, results, arguments, returns)
+    made = widened(made, q, alibi_slopes, 4)
+
+    def run(tensors: tuple[Any, ...]) -> Any:
+        if tensors[12] is None:
+            tensors = (*tensors[:12], torch.zeros_like(tensors[10]), tensors[13])
+        return made.run(tensors)
+
+    return made._replace(run=run)
 
 
-class _Places:
-    """Where the sequences lie, as the extension takes it, and the tensors it points to."""
-
-    def __init__(
-        self,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor | None,
-        seqused_k: Tensor | None,
-        block_table: Tensor | None,
-        ends_meet: bool,
-    ) -> None:
-        given = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
-        wide = [None if t is None else t.to(torch.int64).contiguous() for t in given]
-        self.queries, self.keys, self.used, self.table = wide
-        # lists, as a small tensor's every operation takes longer than a loop over its numbers
-        starts_q = self.queries.tolist()
-        starts_k = [0] if self.keys is None else self.keys.tolist()
-        self.end_q, self.end_k = starts_q[-1], starts_k[-1]
-        longest_k = _longest(starts_k) if self.used is None else max(self.used.tolist(), default=0)
-        self.packed = (
-            *(address(t) for t in wide[:3]),
-            _longest(starts_q),
-            longest_k,
-            ends_meet,
-        )
+def _integers(places: Any) -> list[tuple[Any, bool]]:
+    """The addresses of places, tensors 6 to 9, each with whether it is of int32."""
+    wide = [t is not None and t.dtype == torch.int32 for t in places]
+    return list(zip(at(6, 7, 8, 9), wide, strict=True))
 
 
-def _longest(starts: list[int]) -> int:
-    return max((end - begin for begin, end in itertools.pairwise(starts)), default=0)
-
-
-def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, places: _Places) -> tuple[int, ...]:
+def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, places: Any) -> tuple[int, ...]:
     """B, N, N_kv, S_q, S_k, D, D_v, first, last, diagonal; no bound is one that hides nothing."""
     S_q, N, D = q.shape
     S_k = k.shape[:-2].numel()
@@ -161,12 +142,4 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, places: _Places) -> tupl
     first, last = band
     first = -far if first is None else max(first, -far)
     last = far if last is None else min(last, far)
-    return len(places.queries) - 1, N, k.shape[-2], S_q, S_k, D, v.shape[-1], first, last, 0
-
-
-def _strided(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Address, and strides of page, head and row."""
-    if tensor is None:
-        return 0, (0, 0, 0)
-    row, head = tensor.stride()[-3:-1]
-    return tensor.data_ptr(), (tensor.stride(0) if tensor.dim() > 3 else 0, head, row)
+    return len(places[0]) - 1, N, k.shape[-2], S_q, S_k, D, v.shape[-1], first, last, 0

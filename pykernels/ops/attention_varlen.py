@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import Any, Literal, overload
@@ -88,7 +87,7 @@ def _checked(
         "dropout_p": float(dropout_p),
     }
     chosen = _backends.select(OP, backend, q.device, q.dtype, wanted)
-    return Call(OP, AttentionVarlenFunction, chosen, options)
+    return Call(OP, AttentionVarlenFunction, chosen, options, () if return_lse else (1,))
 
 
 @overload
@@ -247,8 +246,11 @@ def attention_varlen(
         return_lse,
     )
     seed = _attention.draw_seed(q.device) if dropout_p > 0 else None
-    check = functools.partial(_check_values, most=(max_seqlen_q, max_seqlen_k))
-    out, lse = call.outputs((q, k, v, sinks, alibi_slopes, seed, *places), check=check)
+    tensors = (q, k, v, sinks, alibi_slopes, seed, *places)
+    most = (max_seqlen_q, max_seqlen_k)
+    if most != (None, None) and not _library.looked_at(call.backend, tensors):
+        _check_longest(most, *places)
+    out, lse = call.outputs(tensors, check=_check_values)
     return (out, lse) if return_lse else out
 
 
@@ -277,11 +279,9 @@ def _check_values(
     cu_seqlens_k: Tensor | None,
     seqused_k: Tensor | None,
     block_table: Tensor | None,
-    *,
-    most: tuple[int | None, int | None] = (None, None),
     **options: Any,
 ) -> None:
-    """Where the sequences lie. `most` are max_seqlen_q and max_seqlen_k."""
+    """Where the sequences lie."""
     lengths_q = _lengths("cu_seqlens_q", cu_seqlens_q, q.shape[0])
     lengths_k: list[int] = []
     if cu_seqlens_k is not None:
@@ -296,12 +296,28 @@ def _check_values(
         if any(not 0 <= n <= m for n, m in zip(used, room, strict=True)):
             _checks.fail(OP, "seqused_k", f"from 0 to {room}, the keys that are there", used)
         if block_table is not None:
-            lengths_k = used
             _check_pages(block_table, used, k)
+
+
+def _check_longest(
+    most: tuple[int | None, int | None],
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """No sequence is longer than max_seqlen_q and max_seqlen_k, which `most` are."""
     names = ("max_seqlen_q", "max_seqlen_k")
-    for name, given, lengths in zip(names, most, (lengths_q, lengths_k), strict=True):
-        if given is not None and given < max(lengths, default=0):
-            _checks.fail(OP, name, f"at least the longest sequence, {max(lengths)}", given)
+    for name, given, starts in zip(names, most, (cu_seqlens_q, cu_seqlens_k), strict=True):
+        if given is None:
+            continue
+        if starts is None:  # pages
+            longest = max(seqused_k.tolist(), default=0)  # type: ignore[union-attr]
+        else:
+            values = starts.tolist()
+            longest = max((end - begin for begin, end in itertools.pairwise(values)), default=0)
+        if given < longest:
+            _checks.fail(OP, name, f"at least the longest sequence, {longest}", given)
 
 
 def _lengths(name: str, starts: Tensor, rows: int) -> list[int]:
