@@ -204,6 +204,15 @@ def planned(make: Callable[..., Any]) -> Callable[..., Any]:
     return find
 
 
+def renumbered(arguments: Any, order: Sequence[int]) -> Any:
+    """The arguments where tensor or result i is number order[i]."""
+    if isinstance(arguments, Hole):
+        return Hole(order[arguments.index], arguments.what)
+    if isinstance(arguments, (list, tuple)):
+        return type(arguments)(renumbered(each, order) for each in arguments)
+    return arguments
+
+
 def _holes(arguments: Any, found: dict[int, What]) -> None:
     """What is wanted of each tensor."""
     if isinstance(arguments, Hole):

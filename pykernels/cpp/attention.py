@@ -94,36 +94,10 @@ def attention_bwd(
 
 
 @planned
-def attention_bwd_pass(
-    *saved: Any,
-    band: Band,
-    scale: float,
-    softcap: float = 0.0,
-    diagonal: int = 0,
-    dropout_p: float = 0.0,
-    needs: tuple[bool, ...],
-    whole: bool = True,
-) -> Pass:
-    """See `pykernels._backends` for the contract.
-
-    `whole` unless k is a part of what out is of: in the place of row_stats there is its lse then.
-    """
-    q, k, v, attn_mask, sinks, alibi_slopes, *_ = saved
-    wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
-    results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
-    # the tensors, out, row_stats, dout, dlse, sums of the mask's gradient; dq, dk, dv, dsinks
-    arguments = (
-        _sizes(q, k, v, band, diagonal),
-        (scale, softcap, dropout_p),
-        rule(attn_mask, 4, alibi_slopes, 5, 6),
-        rows(0, 1, 2, 7, 9),
-        *at(8),
-        whole,
-        *at(10),
-        rows(12, 13, 14),
-        *rows(11),
-        *at(15),
-    )
+def attention_bwd_pass(*saved: Any, needs: tuple[bool, ...], **options: Any) -> Pass:
+    """See `pykernels._backends` for the contract."""
+    q, k, _, attn_mask, _, alibi_slopes, *_ = saved
+    results, arguments = backward_plan(*saved[:7], needs=needs, **options)
     returns = these(12, 13, 14, 11, 15, None, None)
     made = make_pass("attention_backward", q, 12, results, arguments, returns)
     made = widened(made, q, alibi_slopes, 5)
@@ -142,6 +116,46 @@ def attention_bwd_pass(
         return dq, dk, dv, sums.sum_to_size(shape).to(dtype), *rest
 
     return made._replace(run=run)
+
+
+def backward_plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    *,
+    band: Band,
+    scale: float,
+    softcap: float = 0.0,
+    diagonal: int = 0,
+    dropout_p: float = 0.0,
+    needs: tuple[bool, ...],
+    whole: bool = True,
+) -> tuple[list[Result | None], tuple[object, ...]]:
+    """The results and the arguments of a backward pass.
+
+    Its tensors are these seven, out, row_stats, dout, dlse and sums of the mask's gradient; its
+    results dq, dk, dv, dsinks. Not `whole`, k is a part of what out is of, and in the place of
+    row_stats there is the lse.
+    """
+    wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
+    results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
+    arguments = (
+        _sizes(q, k, v, band, diagonal),
+        (scale, softcap, dropout_p),
+        rule(attn_mask, 4, alibi_slopes, 5, 6),
+        rows(0, 1, 2, 7, 9),
+        *at(8),
+        whole,
+        *at(10),
+        rows(12, 13, 14),
+        *rows(11),
+        *at(15),
+    )
+    return results, arguments
 
 
 def rule(

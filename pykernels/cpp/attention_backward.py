@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
-from pykernels.cpp import Pass, attention, planned
+from pykernels.cpp import Pass, attention, make_pass, planned, renumbered, these
+
+#: Where the tensors and results of `attention.backward_plan` stand here; the seed and the sums of
+#: the mask's gradient are none.
+_ORDER = (1, 2, 3, 6, 7, 8, 10, 4, 5, 0, 9, 11, 12, 13, 14, 15)
 
 DTYPES = attention.DTYPES
 FEATURES = attention.FEATURES - {"dropout"}
@@ -40,13 +45,21 @@ def attention_backward_fwd_pass(
     **options: Any,
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
-    given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
     needs = (True, True, True, mask_grad, sinks is not None, False, False)
-    backward = attention.attention_bwd_pass(*given, out, lse, needs=needs, whole=False, **options)
+    options |= {"needs": needs, "whole": False}
+    given = (q, k, v, attn_mask, sinks, alibi_slopes, None)
+    if mask_grad:
+        backward = attention.attention_bwd_pass(*given, **options)
+        return backward._replace(run=functools.partial(_with_mask, backward.run))
+    results, arguments = attention.backward_plan(*given, **options)
+    arguments = renumbered(arguments, _ORDER)
+    returns = these(12, 13, 14, None, 15), these(*range(10))
+    made = make_pass("attention_backward", q, 12, results, arguments, returns)
+    return attention.widened(made, q, alibi_slopes, 8)
 
-    def run(tensors: tuple[Any, ...]) -> tuple[Any, Any]:
-        dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
-        given = (q, k, v, attn_mask, sinks, alibi_slopes, None, out, lse, dout, dlse)
-        return backward.run(given)[:5], tensors
 
-    return backward._replace(run=run)
+def _with_mask(backward: Any, tensors: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What the pass returns, by one of attention."""
+    dout, q, k, v, out, lse, attn_mask, sinks, alibi_slopes, dlse = tensors
+    given = (q, k, v, attn_mask, sinks, alibi_slopes, None, out, lse, dout, dlse)
+    return backward(given)[:5], tensors
