@@ -40,15 +40,17 @@ class Signer {
   //   watched: functions without arguments, each true if somebody wants to see the call
   //   recording: a function without arguments, true if autograd is on
   //   casting: one that is true if autocast is
+  //   surroundings: a context variable, whose value stands for a first option that is None
   Signer(const py::tuple& types, const Exchange& exchange, const py::tuple& watched,
-         const py::object& recording, const py::object& casting)
+         const py::object& recording, const py::object& casting, const py::object& surroundings)
       : types_(types), exchange_(exchange), watched_(watched), recording_(recording),
-        casting_(casting) {}
+        casting_(casting), surroundings_(surroundings) {}
 
-  // Of a call with these tensors, or None in their places, and these numbers, strings, None, or
-  // tuples of them. It begins with 1 if autograd records the call, or else with 0. Empty if there
-  // is something out of the ordinary: nothing is known of such a call.
-  std::string sign(const py::tuple& tensors, const py::tuple& options) const {
+  // Of a call with these tensors, or None in their places, and these options: `first` and others,
+  // each a number, a string, None, or a tuple of them. It begins with 1 if autograd records the
+  // call, or else with 0. Empty if there is something out of the ordinary: nothing is known of such
+  // a call.
+  std::string sign(const py::tuple& tensors, py::handle first, const py::tuple& others) const {
     for (const py::handle is_watched : watched_)
       if (ask(is_watched)) return {};
     std::string found;
@@ -58,12 +60,19 @@ class Signer {
     bool differentiable = false;
     for (const py::handle tensor : tensors)
       if (!add_tensor(tensor, &differentiable, &found)) return {};
-    if (!add_option(options, &found)) return {};
+    if (!(first.is_none() ? add_surroundings(&found) : add_option(first, &found))) return {};
+    if (!add_option(others, &found)) return {};
     found[0] = differentiable && ask(recording_);
     return found;
   }
 
  private:
+  bool add_surroundings(std::string* to) const {
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(surroundings_.ptr(), nullptr, &value) != 0) throw py::error_already_set();
+    return add_option(py::reinterpret_steal<py::object>(value), to);
+  }
+
   bool is_plain(py::handle object) const {
     for (const py::handle type : types_)
       if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == type.ptr()) return true;
@@ -122,7 +131,7 @@ class Signer {
   const py::tuple types_;
   const Exchange exchange_;
   const py::tuple watched_;
-  const py::object recording_, casting_;
+  const py::object recording_, casting_, surroundings_;
 };
 
 // What was found of calls, by their signatures: the last ones.
@@ -156,32 +165,34 @@ class Memory {
 }  // namespace
 
 // signer: of what Signer takes, the functions
-//   sign: (tensors, options) -> Signer::sign in bytes
-//   memory: (capacity) -> find and keep of a Memory, the first of tensors and options
+//   sign: (tensors, first, others) -> Signer::sign in bytes
+//   memory: (capacity) -> find and keep of a Memory, the first of the same
 // or None where torch lacks what that needs.
 void bind_signature(py::module_& m) {
-  m.def(
-      "signer",
-      [](const py::tuple& types, const py::tuple& watched, const py::object& recording,
-         const py::object& casting) -> py::object {
-        const Exchange exchange{py::type(types[0])};
-        if (!exchange.usable()) return py::none();
-        const auto signer = std::make_shared<Signer>(types, exchange, watched, recording, casting);
-        const py::cpp_function sign([signer](const py::tuple& tensors, const py::tuple& options) {
-          return py::bytes(signer->sign(tensors, options));
+  m.def("signer",
+        [](const py::tuple& types, const py::tuple& watched, const py::object& recording,
+           const py::object& casting, const py::object& surroundings) -> py::object {
+          const Exchange exchange{py::type(types[0])};
+          if (!exchange.usable()) return py::none();
+          const auto signer =
+              std::make_shared<Signer>(types, exchange, watched, recording, casting, surroundings);
+          const py::cpp_function sign(
+              [signer](const py::tuple& tensors, py::handle first, const py::tuple& others) {
+                return py::bytes(signer->sign(tensors, first, others));
+              });
+          const py::cpp_function memory([signer](size_t capacity) {
+            const auto made = std::make_shared<Memory>(capacity);
+            return py::make_tuple(
+                py::cpp_function([signer, made](const py::tuple& tensors, py::handle first,
+                                                const py::tuple& others) {
+                  return made->find(signer->sign(tensors, first, others));
+                }),
+                py::cpp_function([made](const std::string& signature, const py::object& found) {
+                  made->keep(signature, found);
+                }));
+          });
+          return py::make_tuple(sign, memory);
         });
-        const py::cpp_function memory([signer](size_t capacity) {
-          const auto made = std::make_shared<Memory>(capacity);
-          return py::make_tuple(
-              py::cpp_function([signer, made](const py::tuple& tensors, const py::tuple& options) {
-                return made->find(signer->sign(tensors, options));
-              }),
-              py::cpp_function([made](const std::string& signature, const py::object& found) {
-                made->keep(signature, found);
-              }));
-        });
-        return py::make_tuple(sign, memory);
-      });
 }
 
 }  // namespace pykernels

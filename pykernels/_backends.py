@@ -59,7 +59,8 @@ _NAMES = {package: name for name, package in _PACKAGES.items()}
 ISAS = ("avx512", "avx2", "baseline")
 
 _environment = os.environ.get("PYKERNELS_BACKEND") or None
-_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
+#: What `use_backend` asks for.
+context: contextvars.ContextVar[str | None] = contextvars.ContextVar("backend", default=None)
 
 
 @contextlib.contextmanager
@@ -77,11 +78,11 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _checks.choice("use_backend", "name", name, BACKENDS)
-    token = _context.set(name)
+    token = context.set(name)
     try:
         yield
     finally:
-        _context.reset(token)
+        context.reset(token)
 
 
 def select(
@@ -105,7 +106,7 @@ def select(
 
 def asked_for(requested: str | None) -> str | None:
     """The backend that the call or its surroundings ask for; None leaves the choice."""
-    return _context.get() or _environment if requested is None else requested
+    return context.get() or _environment if requested is None else requested
 
 
 def name(module: ModuleType) -> str:

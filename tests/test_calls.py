@@ -13,7 +13,8 @@ from pykernels.cpp import attention as cpp_attention
 from pykernels.ops import _calls
 
 needs_signatures = pytest.mark.skipif(
-    not _calls._signer().sign((), ()), reason="a torch before 2.10 does not say where tensors are"
+    not _calls._signer().sign((), None, ()),
+    reason="a torch before 2.10 does not say where tensors are",
 )
 
 
@@ -260,8 +261,8 @@ def test_out_of_the_ordinary(kind):
     }
     option = {"list": [1, 2], "huge number": 2**80}.get(kind, 1)
     sign = _calls._signer().sign
-    assert not sign((made.get(kind), None), (option,))
-    assert sign((torch.ones(2), None), (1, 0.5, "a", None, (1, (True,))))
+    assert not sign((made.get(kind), None), None, (option,))
+    assert sign((torch.ones(2), None), None, (1, 0.5, "a", None, (1, (True,))))
 
 
 @needs_signatures
@@ -278,8 +279,12 @@ def test_signatures_tell_calls_apart():
         ((), ("a", "b")),
         ((), ("ab", "")),
     ]
-    found = {_calls._signer().sign(*each) for each in calls}
-    assert len(found) == len(calls)
+    sign = _calls._signer().sign
+    found = {sign(tensors, None, options) for tensors, options in calls}
+    found |= {sign((), "cpp", ()), sign((), "triton", ()), sign((), 1, ())}
+    assert len(found) == len(calls) + 3
+    with use_backend("cpp"):
+        assert sign((), None, ()) == sign((), "cpp", ())
 
 
 def test_what_a_transform_has_left():

@@ -192,19 +192,19 @@ def once(check: Check) -> Check:
     is None is not remembered.
     """
 
-    memory = functools.cache(lambda: _signer().memory(CAPACITY))
-    _forget.append(memory.cache_clear)
+    # Of a Memory: find and keep. A cached function would take longer.
+    memory: dict[None, tuple[Callable[..., Any], Callable[[bytes, Any], None]]] = {}
+    _forget.append(memory.clear)
 
     @functools.wraps(check)
     def checked(tensors: tuple[Maybe, ...], backend: str | None, *others: Any) -> Any:
         if torch.compiler.is_compiling():
             return check(tensors, backend, *others)
-        options = (_backends.asked_for(backend), *others)
-        find, keep = memory()
-        known = find(tensors, options)
+        find, keep = memory.get(None) or memory.setdefault(None, _signer().memory(CAPACITY))
+        known = find(tensors, backend, others)
         if known is not None:
             return known
-        signature = _signer().sign(tensors, options)
+        signature = _signer().sign(tensors, backend, others)
         found = check(tensors, backend, *others)
         call = found.unseen(signature[0] == 1) if 0 < len(signature) <= LONGEST else None
         if call is None:
@@ -218,10 +218,10 @@ def once(check: Check) -> Check:
 class Signer(NamedTuple):
     """What csrc/signature.cpp makes."""
 
-    #: Of tensors and options, their signature; empty where nothing can be known of such a call.
-    sign: Callable[[tuple[Maybe, ...], tuple[Any, ...]], bytes]
-    #: Of a capacity, what finds a call by tensors and options, or None, and what keeps one by its
-    #: signature.
+    #: Of tensors, the backend asked for and all other options, their signature; empty where nothing
+    #: can be known of such a call.
+    sign: Callable[[tuple[Maybe, ...], Any, tuple[Any, ...]], bytes]
+    #: Of a capacity, what finds a call by the same, or None, and what keeps one by its signature.
     memory: Callable[[int], tuple[Callable[..., Any], Callable[[bytes, Any], None]]]
 
 
@@ -245,5 +245,6 @@ def _signer() -> Signer:
     )
     make = _backends.load_extension().signer
     casting = torch._C._is_any_autocast_enabled
-    found = make((Tensor, torch.nn.Parameter), looking_on, torch.is_grad_enabled, casting)
+    types, recording = (Tensor, torch.nn.Parameter), torch.is_grad_enabled
+    found = make(types, looking_on, recording, casting, _backends.context)
     return NO_SIGNATURES if found is None else Signer(*found)

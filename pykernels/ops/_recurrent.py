@@ -335,15 +335,16 @@ def step(
         if after is not None:
             return after
     call = check(tensors, backend, *nonlinearity)
-    batched = input.dim() == 2
+    batched, given = input.dim() == 2, tensors
     if not batched:
-        input = input[None]
-        states = tuple(None if state is None else state[None] for state in states)
+        rows = (None if state is None else state[None] for state in states)
+        given = (input[None], *weights, *rows)
     if call.options["batch_sizes"] is None:
-        input = input[None]
-    projection = (None,) if len(states) == 2 else ()
-    y, h, *c = call.outputs((input, *weights, *states, *projection), packed=packed)
-    after = (y if h is None else h, *c)
+        given = (given[0][None], *given[1:])
+    if len(states) == 2:
+        given = (*given, None)  # no projection
+    found = call.outputs(given, packed=packed)
+    after = found[:1] + found[2:] if found[1] is None else found[1:]
     return after if batched else tuple(state[0] for state in after)
 
 

@@ -159,17 +159,12 @@ def attention_backward(
     call = _checked(
         tensors, backend, is_causal, window, causal_alignment, scale, softcap, enable_gqa, mask_grad
     )
-    mask = _attention.four_axes(attn_mask)
-    dq, dk, dv, dmask, dsinks = call.outputs(
-        (dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse)
-    )
-    return AttentionGradients(
-        dq,
-        dk,
-        dv,
-        dmask.reshape(attn_mask.shape) if mask_grad and attn_mask is not None else None,
-        dsinks if sinks is not None else None,
-    )
+    if attn_mask is not None:
+        mask = _attention.four_axes(attn_mask)
+        tensors = (dout, q, k, v, out, lse, mask, sinks, alibi_slopes, dlse)
+    dq, dk, dv, dmask, dsinks = call.outputs(tensors)
+    dmask = dmask.reshape(attn_mask.shape) if mask_grad and attn_mask is not None else None
+    return AttentionGradients(dq, dk, dv, dmask, None if sinks is None else dsinks)
 
 
 def _check_by_query(name: str, value: Any, q: Tensor) -> None:
