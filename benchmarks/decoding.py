@@ -12,6 +12,7 @@ with it, on as many threads, timed in turn with ours and with stock torch.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -95,7 +96,8 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "torch": [partial(attend, theirs, cache) for cache in caches],
         "read": [partial(read, threads, cache.data_ptr(), numbers) for cache in caches],
     }
-    return {name: timing.in_turn(each) for name, each in made.items()}
+    turns = itertools.cycle(range(count))
+    return {name: timing.in_turn(each, turns) for name, each in made.items()}
 
 
 if __name__ == "__main__":

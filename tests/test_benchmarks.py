@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -533,6 +534,16 @@ def test_calls_in_turn():
     for _ in range(7):
         call()
     assert log == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_shared_turns_bring_no_call_twice_in_a_row():
+    log = []
+    turns = itertools.cycle(range(3))
+    calls = [lambda i=i: log.append(i) for i in range(3)]
+    first, second = timing.in_turn(calls, turns), timing.in_turn(calls, turns)
+    for call in (first, second, second, first):
+        call()
+    assert log == [0, 1, 2, 0]
 
 
 def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):

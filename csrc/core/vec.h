@@ -189,11 +189,16 @@ PK_INLINE vec<float> load(const bf16* p) {
   return bit_cast<vec<float>>(words << 16);
 }
 
-PK_INLINE void store(bf16* p, vec<float> v) {
+// The bits of each lane as bf16, in the lower half.
+PK_INLINE word_bits narrow_to_bf16(vec<float> v) {
   const word_bits bits = bit_cast<word_bits>(v);
   const word_bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const word_bits nan = (bits >> 16) | 0x40u;
-  const half_bits out = __builtin_convertvector(v != v ? nan : rounded, half_bits);
+  return v != v ? nan : rounded;
+}
+
+PK_INLINE void store(bf16* p, vec<float> v) {
+  const half_bits out = __builtin_convertvector(narrow_to_bf16(v), half_bits);
   std::memcpy(p, &out, sizeof out);
 }
 
@@ -238,6 +243,39 @@ PK_INLINE void store_n(S* p, vec<compute_t<S>> v, int64_t n) {
   store(padded, v);
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
+
+// Two registers of the elements from p on, in an order of the storage's own: to be stored as a
+// pair, or multiplied by what was loaded as one. Of bf16 these are the even and the odd elements,
+// which widen with one operation each where they lie; in order, each register takes two on busier
+// units.
+template <class T>
+struct vec_pair {
+  vec<T> first, second;
+};
+
+template <class S, class T = compute_t<S>>
+PK_INLINE vec_pair<T> load_pair(const S* p) {
+  return {load(p), load(p + lanes<T>)};
+}
+
+template <class S, class T = compute_t<S>>
+PK_INLINE void store_pair(S* p, vec_pair<T> v) {
+  store(p, v.first);
+  store(p + lanes<T>, v.second);
+}
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+PK_INLINE vec_pair<float> load_pair(const bf16* p) {
+  word_bits words;
+  std::memcpy(&words, p, sizeof words);
+  return {bit_cast<vec<float>>(words << 16), bit_cast<vec<float>>(words & 0xffff0000u)};
+}
+
+PK_INLINE void store_pair(bf16* p, vec_pair<float> v) {
+  const word_bits words = narrow_to_bf16(v.first) | narrow_to_bf16(v.second) << 16;
+  std::memcpy(p, &words, sizeof words);
+}
+#endif
 
 // Asks for the cache line at p. GCC takes a function that does nothing else for one without effect
 // and drops the call; the empty statement keeps it.

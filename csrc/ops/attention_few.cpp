@@ -23,8 +23,8 @@ constexpr int64_t kFewKeys = 512;
 // Keys of one item.
 constexpr int64_t kSpan = 1024;
 
-// Registers of sums over values at a time.
-constexpr int kSums = 8;
+// Pairs of registers of sums over values at a time.
+constexpr int kPairs = 4;
 
 template <class S>
 class Few {
@@ -58,8 +58,7 @@ class Few {
 
     for (int64_t r = 0; r < rows; ++r) {
       const S* const q = p_.q.at(b, head(n, g, r), r % n.S_q);
-      for (int64_t d = 0; d < n.D; d += lanes<T>)
-        store(queries + r * depth_ + d, load_n(q + d, n.D - d));
+      in_order(q, n.D, queries + r * depth_);
       Part part = part_of(item, r);
       *part.maximum = -kInfinity<T>;
       *part.sum = 0;
@@ -130,8 +129,11 @@ class Few {
         }
       }
       const T inverse = sum > 0 || sum != sum ? 1 / sum : T(0);
-      for (int64_t d = 0; d < n.D_v; d += lanes<T>)
-        store_n(out + d, load(total + d) * inverse, n.D_v - d);
+      scale_row(total, width_, inverse);
+      int64_t d = 0;
+      for (; d + 2 * lanes<T> <= n.D_v; d += 2 * lanes<T>)
+        store_pair(out + d, {load(total + d), load(total + d + lanes<T>)});
+      for (; d < n.D_v; d += lanes<T>) store_n(out + d, load(total + d), n.D_v - d);
       const int64_t row = row_of(n_, p_.packing, b, h, i);
       if (p_.lse) p_.lse[row] = top * unit + std::log(sum);
     }
@@ -139,6 +141,7 @@ class Few {
 
  private:
   // What one span gives one row: as if there were no other keys, but for the division by the sum.
+  // As queries are, `out` is in the order of load_pair, as far as there are whole pairs.
   struct Part {
     T *maximum, *sum, *out;
   };
@@ -154,33 +157,52 @@ class Few {
   }
   static T power(T x) { return exp2_softmax<T>(broadcast(x))[0]; }
 
-  // The products of a query with the keys `seen` of a block, in whole registers of keys.
+  // A row, widened, in the order of load_pair as far as there are whole pairs.
+  static void in_order(const S* from, int64_t count, T* to) {
+    int64_t d = 0;
+    for (; d + 2 * lanes<T> <= count; d += 2 * lanes<T>) {
+      const vec_pair<T> part = load_pair(from + d);
+      store(to + d, part.first);
+      store(to + d + lanes<T>, part.second);
+    }
+    for (; d < count; d += lanes<T>) store(to + d, load_n(from + d, count - d));
+  }
+
+  // The products of a query with the keys `seen` of a block, in whole registers of keys. Each key
+  // is read to its end before the next: the processor fetches ahead of reads that go on in order.
+  // To take a column of many keys at a time spares loads of the query, and all but stops that.
   void multiply_keys(const T* query, View<S> k, Range seen, T* scores) const {
     constexpr int width = lanes<T>;
+    const int64_t pairs = n_.D / (2 * width) * (2 * width);
     for (int64_t j = seen.begin / width * width; j < seen.end; j += width) {
       vec<T> sums[width];
-      const S* rows[width];
 #pragma GCC unroll 16
       for (int x = 0; x < width; ++x) {
-        sums[x] = vec<T>{};
-        rows[x] = k.at(std::min(j + x, seen.end - 1), 0).data;  // past the last key, it again
+        const S* const key = key_at(k, j + x, seen);
+        vec<T> first{}, second{};
+        for (int64_t d = 0; d < pairs; d += 2 * width) {
+          const vec_pair<T> part = load_pair(key + d);
+          first += load(query + d) * part.first;
+          second += load(query + d + width) * part.second;
+        }
+        sums[x] = first + second;
       }
-      int64_t d = 0;
-      for (; d + width <= n_.D; d += width) {
-        const vec<T> q = load(query + d);
+      for (int64_t d = pairs; d < n_.D; d += width)
 #pragma GCC unroll 16
-        for (int x = 0; x < width; ++x) sums[x] += q * load(rows[x] + d);
-      }
-      if (d < n_.D)
-#pragma GCC unroll 16
-        for (int x = 0; x < width; ++x) sums[x] += load(query + d) * load_n(rows[x] + d, n_.D - d);
+        for (int x = 0; x < width; ++x)
+          sums[x] += load(query + d) * load_n(key_at(k, j + x, seen) + d, n_.D - d);
       store(scores + j, sum_of_each(sums));
     }
   }
 
+  // Past the last key, it again.
+  static const S* key_at(View<S> k, int64_t j, Range seen) {
+    return k.at(std::min(j, seen.end - 1), 0).data;
+  }
+
   // out += the values of the keys `mine`, weighed.
   void add_values(const T* weights, View<S> v, Range mine, T* out) const {
-    int64_t d = add_registers<kSums>(weights, v, mine, 0, out);
+    int64_t d = add_pairs<kPairs>(weights, v, mine, 0, out);
     for (; d < n_.D_v; d += lanes<T>) {
       vec<T> sum{};
       for (int64_t j = mine.begin; j < mine.end; ++j)
@@ -189,23 +211,27 @@ class Few {
     }
   }
 
-  // The same for whole registers from column d on, kCount at a time and then fewer. Returns the
-  // first column that is left.
+  // The same for whole pairs of registers from column d on, kCount at a time and then fewer.
+  // Returns the first column that is left.
   template <int kCount>
-  int64_t add_registers(const T* weights, View<S> v, Range mine, int64_t d, T* out) const {
+  int64_t add_pairs(const T* weights, View<S> v, Range mine, int64_t d, T* out) const {
     constexpr int64_t width = lanes<T>;
-    for (; d + kCount * width <= n_.D_v; d += kCount * width) {
-      vec<T> sums[kCount] = {};
+    for (; d + 2 * kCount * width <= n_.D_v; d += 2 * kCount * width) {
+      vec<T> sums[2 * kCount] = {};
       for (int64_t j = mine.begin; j < mine.end; ++j) {
         const S* const row = v.at(j, d).data;
         const vec<T> weight = broadcast(weights[j]);
-#pragma GCC unroll 8
-        for (int x = 0; x < kCount; ++x) sums[x] += weight * load(row + x * width);
+#pragma GCC unroll 4
+        for (int x = 0; x < kCount; ++x) {
+          const vec_pair<T> part = load_pair(row + 2 * x * width);
+          sums[2 * x] += weight * part.first;
+          sums[2 * x + 1] += weight * part.second;
+        }
       }
-      for (int x = 0; x < kCount; ++x)
+      for (int x = 0; x < 2 * kCount; ++x)
         store(out + d + x * width, load(out + d + x * width) + sums[x]);
     }
-    if constexpr (kCount > 1) return add_registers<kCount / 2>(weights, v, mine, d, out);
+    if constexpr (kCount > 1) return add_pairs<kCount / 2>(weights, v, mine, d, out);
     return d;
   }
 
