@@ -3,7 +3,8 @@
     python benchmarks/overhead.py
 
 Inputs are as small as can be, on one thread. The overhead is all that a call of the public function
-takes but the time of the C++ function under it, which is timed on the very arguments of the call:
+takes but the time of the C++ function under it, which is timed on the very arguments of the call
+(of packed sequences and targets it reads and checks the places, too):
 without gradients, with gradients (the call is recorded for autograd), and in training, where the
 backward of the op's autograd Function is added, called as torch's engine calls it. What the engine
 adds to any backward pass is not the op's: the whole with it stands beside, and stock torch's
@@ -182,7 +183,7 @@ def kernels(call: Call) -> float:
 
     with contextlib.ExitStack() as patched:
         for name in dir(extension):
-            if name.endswith(("_forward", "_backward", "_entropy")):
+            if name.endswith(("_forward", "_backward")):
                 real = getattr(extension, name)
                 patched.enter_context(mock.patch.object(extension, name, spy(real)))
         call()

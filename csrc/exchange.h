@@ -1,4 +1,4 @@
-// Where torch's tensors have their memory, asked in C.
+// What C asks of torch: where tensors have their memory, and for new ones.
 //
 // torch 2.10 and newer offer the exchange functions of DLPack 1.2, a table of C functions beside
 // the Python protocol of the same name. Declared here is as much of it as is used, after

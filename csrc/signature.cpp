@@ -39,12 +39,11 @@ class Signer {
   //   exchange: of the first of them, usable
   //   watched: functions without arguments, each true if somebody wants to see the call
   //   recording: a function without arguments, true if autograd is on
-  //   casting: one that is true if autocast is
   //   surroundings: a context variable, whose value stands for a first option that is None
   Signer(const py::tuple& types, const Exchange& exchange, const py::tuple& watched,
-         const py::object& recording, const py::object& casting, const py::object& surroundings)
+         const py::object& recording, const py::object& surroundings)
       : types_(types), exchange_(exchange), watched_(watched), recording_(recording),
-        casting_(casting), surroundings_(surroundings) {}
+        surroundings_(surroundings) {}
 
   // Of a call with these tensors, or None in their places, and these options: `first` and others,
   // each a number, a string, None, or a tuple of them. It begins with 1 if autograd records the
@@ -56,7 +55,6 @@ class Signer {
     std::string found;
     found.reserve(512);  // of a dozen tensors
     found.push_back('\0');
-    found.push_back(ask(casting_));
     bool differentiable = false;
     for (const py::handle tensor : tensors)
       if (!add_tensor(tensor, &differentiable, &found)) return {};
@@ -131,7 +129,7 @@ class Signer {
   const py::tuple types_;
   const Exchange exchange_;
   const py::tuple watched_;
-  const py::object recording_, casting_, surroundings_;
+  const py::object recording_, surroundings_;
 };
 
 // What was found of calls, by their signatures: the last ones.
@@ -171,11 +169,11 @@ class Memory {
 void bind_signature(py::module_& m) {
   m.def("signer",
         [](const py::tuple& types, const py::tuple& watched, const py::object& recording,
-           const py::object& casting, const py::object& surroundings) -> py::object {
+           const py::object& surroundings) -> py::object {
           const Exchange exchange{py::type(types[0])};
           if (!exchange.usable()) return py::none();
           const auto signer =
-              std::make_shared<Signer>(types, exchange, watched, recording, casting, surroundings);
+              std::make_shared<Signer>(types, exchange, watched, recording, surroundings);
           const py::cpp_function sign(
               [signer](const py::tuple& tensors, py::handle first, const py::tuple& others) {
                 return py::bytes(signer->sign(tensors, first, others));

@@ -11,9 +11,8 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
 * optionally ``<op>_fwd_pass(*tensors, keep, skip, **options)`` and ``<op>_bwd_pass(*saved, needs,
   **options)``, which see no more of a tensor than its shape and dtype and whether it is there:
   their ``.run(tensors)`` and ``.run((*saved, *grads))`` return what the two above return, for all
-  tensors that look alike, any gradient there or None; outputs at the places `skip` may be None;
-  if ``CHECKS_VALUES`` is true, the first raises an IndexError for values of tensors that are out
-  of range, before anything is written;
+  tensors that look alike, any gradient there or None; outputs at the places `skip` may be None.
+  They may run under autocast, and must use no operation that it casts;
 * optionally ``<op>_pack(*weights) -> packed``: what the forward may be given as ``packed=``, along
   with ``keep=False``, and its passes behind the tensors, to spare it the packing of these weights;
   beside it
@@ -28,7 +27,10 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
 * optionally ``<op>_extras(*tensors, **options) -> tensors``: what the forward saves behind the
   tensors and the outputs that every backend saves, uninitialised; none where it is missing;
 * ``DTYPES``: the dtypes it serves;
-* ``FEATURES``: which of the op's optional features it serves.
+* ``FEATURES``: which of the op's optional features it serves;
+* optionally ``CHECKS_VALUES``, if true: the run of ``<op>_fwd_pass`` raises an IndexError for
+  values of tensors that are out of range, before anything is written, so that nobody need check
+  them first.
 
 Tensors reach them checked, and of any stride.
 """

@@ -210,6 +210,54 @@ PAGED = {
             "`seqused_k` must be from 0 to [3, 4], the keys that are there, got [3, 5]",
         ),
         (
+            {"cu_seqlens_q": torch.tensor([0, -1, 7]), "max_seqlen_q": 3},
+            ValueError,
+            "`cu_seqlens_q` must be from 0 on, never decreasing, up to 7 rows, got [0, -1, 7]",
+        ),
+        (
+            {"cu_seqlens_q": torch.empty(0, dtype=torch.int64)},
+            ValueError,
+            "`cu_seqlens_q` must be from 0 on, never decreasing, up to 7 rows, got []",
+        ),
+        (
+            {"cu_seqlens_k": torch.tensor([0, 3, 8])},
+            ValueError,
+            "`cu_seqlens_k` must be from 0 on, never decreasing, up to 7 rows, got [0, 3, 8]",
+        ),
+        (
+            {"seqused_k": torch.tensor([-1, 4])},
+            ValueError,
+            "`seqused_k` must be from 0 to [3, 4], the keys that are there, got [-1, 4]",
+        ),
+        (
+            {
+                "q": torch.zeros(7, 2, 4, requires_grad=True),
+                "cu_seqlens_q": torch.tensor([0, 5, 3]),
+            },
+            ValueError,
+            "`cu_seqlens_q` must be from 0 on, never decreasing, up to 7 rows, got [0, 5, 3]",
+        ),
+        (
+            PAGED | {"max_seqlen_k": 6},
+            ValueError,
+            "`max_seqlen_k` must be at least the longest sequence, 7",
+        ),
+        (
+            PAGED | {"block_table": torch.tensor([[0, 1], [-1, 0]])},
+            ValueError,
+            "`block_table` must be of pages from 0 to 2, got -1 in row 1",
+        ),
+        (
+            PAGED | {name: torch.zeros(3, 0, 2, 4) for name in "kv"},
+            ValueError,
+            "`seqused_k` must be from 0 to [0, 0], the keys that are there, got [7, 4]",
+        ),
+        (
+            PAGED | {"block_table": torch.empty(2, 0, dtype=torch.int64)},
+            ValueError,
+            "`seqused_k` must be from 0 to [0, 0], the keys that are there, got [7, 4]",
+        ),
+        (
             {"max_seqlen_q": 3},
             ValueError,
             "`max_seqlen_q` must be at least the longest sequence, 4",
@@ -256,8 +304,13 @@ PAGED = {
 )
 def test_errors(change, error, words):
     given = {name: torch.zeros(7, 2, 4) for name in "qkv"} | {"cu_seqlens_q": STARTS} | change
-    with pytest.raises(error, match="attention_varlen: " + re.escape(words)):
-        functional.attention_varlen(**given)
+    narrow = {
+        name: t.int() if isinstance(t, torch.Tensor) and t.dtype == torch.int64 else t
+        for name, t in given.items()
+    }
+    for each in (given, given, narrow):  # twice: what is remembered of a call is not its values
+        with pytest.raises(error, match="attention_varlen: " + re.escape(words)):
+            functional.attention_varlen(**each)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])

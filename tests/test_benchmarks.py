@@ -441,9 +441,12 @@ def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
     rows = overhead.records.read(path)
     ops = {row["op"] for row in rows}
     functions = {*functional.__all__} - {"AttentionGradients", "PackedWeights"}
-    assert ops == functions | {"attention (autocast)", "lstm of two layers"}
-    assert len(rows) == 2 * len(ops) - 2  # two layers and attention_backward are not trained
+    free = {f"scaled_dot_product_attention{overhead.AUTOCAST}", overhead.LAYER}
+    assert ops == functions | free
+    assert len(rows) == 3 * len(ops) - 4  # two layers and attention_backward are not trained
     for row in rows:
+        has_limit = row["pass"] != "training" and row["op"] not in free
+        assert row["limit_us"] == (f"{overhead.LIMITS[row['pass']]:g}" if has_limit else "")
         ours, kernel = float(row["ours_us"]), float(row["kernel_us"])
         assert kernel > 0
         assert float(row["overhead_us"]) == pytest.approx(ours - kernel, abs=0.02 * ours)

@@ -129,7 +129,6 @@ def attention(n, **options):
 
 
 AROUND = {
-    "autocast": lambda: torch.autocast("cpu"),
     "dual level": forward_ad.dual_level,
     "dispatch mode": Watched,
     "another backend": lambda: use_backend("reference"),
@@ -147,6 +146,25 @@ def test_what_looks_on_is_seen(around, checks):
     assert len(checks) == 2
     attention(n)
     assert len(checks) == 2
+
+
+@needs_signatures
+def test_under_autocast(checks):
+    """One that casts nothing is one call to all calls of its dtype."""
+    n = size()
+    with torch.autocast("cpu"):
+        found = [attention(n) for _ in range(2)]
+    found.append(attention(n))
+    assert len(checks) == 1
+    assert all(torch.equal(out, found[0]) for out in found)
+    x, w, target = tensor(3, n).bfloat16(), tensor(5, n).bfloat16(), torch.arange(3)
+    weights = torch.ones(5)
+    for _ in range(2):  # where x's own dtype is no longer that of the loss, so may weights' be
+        with pytest.raises(TypeError, match="`class_weight` "):
+            functional.linear_cross_entropy(x, w, target, class_weight=weights)
+        with torch.autocast("cpu"):
+            loss = functional.linear_cross_entropy(x, w, target, class_weight=weights)
+        assert loss.dtype == torch.float32
 
 
 @needs_signatures

@@ -12,9 +12,10 @@
 
 namespace pykernels {
 
-using AttentionNumbers = std::array<int64_t, 10>;  // of AttentionSizes, in its order
-using AttentionReals =
-    std::array<double, 3>;  // the scale, the softcap, the share of weights dropped
+// Of AttentionSizes, in its order.
+using AttentionNumbers = std::array<int64_t, 10>;
+// The scale, the softcap, the share of weights dropped.
+using AttentionReals = std::array<double, 3>;
 using StridedHeads = std::pair<Address, std::array<int64_t, 3>>;
 using StridedMask = std::tuple<int, Address, std::array<int64_t, 4>>;
 // The mask, the sinks, the slopes with the stride of their sequences, the seed.

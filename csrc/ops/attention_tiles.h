@@ -44,9 +44,6 @@ PK_INLINE int64_t row_of(const AttentionSizes& all, const AttentionPacking& pack
                          int64_t h, int64_t i) {
   return packing.queries ? h * all.S_q + packing.queries[b] + i : (b * all.N + h) * all.S_q + i;
 }
-inline int64_t row_count(const AttentionSizes& all, const AttentionPacking& packing) {
-  return (packing.queries ? 1 : all.B) * all.N * all.S_q;
-}
 
 // A longest sequence's queries.
 inline int64_t longest_queries(const AttentionSizes& all, const AttentionPacking& packing) {

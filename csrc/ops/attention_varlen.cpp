@@ -12,14 +12,17 @@ namespace {
 // Where there are integers, and whether of int32; else of int64. 0 for none.
 using Integers = std::pair<Address, bool>;
 // cu_seqlens_q, cu_seqlens_k, seqused_k, block_table; whether ends meet.
-using Given = std::pair<std::array<Integers, 4>, bool>;
+using PlacesGiven = std::pair<std::array<Integers, 4>, bool>;
 // Pages there are, rows of each, and pages that a row of the table names; zeros without one.
 using Paging = std::array<int64_t, 3>;
+
+constexpr const char* kNoPlaces =
+    "attention_varlen: cu_seqlens, seqused_k or block_table point outside";
 
 std::vector<int64_t> integers(const Integers& from, int64_t count) {
   const auto& [address, is_int32] = from;
   if (!address) return {};
-  if (count < 0) throw std::out_of_range("no sequences");
+  if (count < 0) throw std::out_of_range(kNoPlaces);  // an empty cu_seqlens
   if (is_int32) return {pointer<int32_t>(address), pointer<int32_t>(address) + count};
   return {pointer<int64_t>(address), pointer<int64_t>(address) + count};
 }
@@ -28,10 +31,11 @@ const int64_t* data_or_none(const std::vector<int64_t>& v) {
   return v.empty() ? nullptr : v.data();
 }
 
-// Where the sequences lie. Throws an std::out_of_range if that is no place.
+// Where the sequences lie. Throws an std::out_of_range where they overrun the rows, decrease, use
+// more keys than there are, or name a page that is not there.
 class Places {
  public:
-  Places(const Given& given, const AttentionNumbers& n, const Paging& paging)
+  Places(const PlacesGiven& given, const AttentionNumbers& n, const Paging& paging)
       : B_(n[0]), queries_(integers(given.first[0], B_ + 1)),
         keys_(integers(given.first[1], B_ + 1)), used_(integers(given.first[2], B_)),
         table_(integers(given.first[3], B_ * paging[2])), paging_(paging),
@@ -62,7 +66,7 @@ class Places {
 
  private:
   static void require(bool right) {
-    if (!right) throw std::out_of_range("places of packed sequences");
+    if (!right) throw std::out_of_range(kNoPlaces);
   }
 
   static int64_t longest(const std::vector<int64_t>& starts, int64_t rows) {
@@ -95,7 +99,7 @@ void fill_rows(const Heads<S>& to, int64_t heads, Range rows, int64_t columns) {
 void bind_attention_varlen(py::module_& m) {
   m.def("attention_varlen_forward",
         [](int dtype, int threads, const AttentionNumbers& n, const AttentionReals& reals,
-           const Given& where, const Paging& paging, const AttentionRuleGiven& given,
+           const PlacesGiven& where, const Paging& paging, const AttentionRuleGiven& given,
            const std::array<StridedHeads, 3>& in, const StridedHeads& out, Address lse,
            Address rows) {
           dispatch(dtype, [&](auto tag) {
@@ -120,39 +124,39 @@ void bind_attention_varlen(py::module_& m) {
             attention_forward<S>(threads, p);
           });
         });
-  m.def(
-      "attention_varlen_backward",
-      [](int dtype, int threads, const AttentionNumbers& n, const AttentionReals& reals,
-         const Given& where, const AttentionRuleGiven& given, const std::array<StridedHeads, 5>& in,
-         Address rows, Address dlse, const std::array<StridedHeads, 3>& grads, Address dsinks) {
-        dispatch(dtype, [&](auto tag) {
-          using S = typename decltype(tag)::type;
-          using T = compute_t<S>;
-          const Places places(where, n, {});
-          AttentionBackward<S> p{};
-          p.sizes = attention_sizes(n, reals);
-          p.packing = places.packing();
-          p.rule = attention_rule<S>(given, reals);
-          p.q = strided_heads<const S>(in[0], p.packing.queries);
-          p.k = strided_heads<const S>(in[1], p.packing.keys);
-          p.v = strided_heads<const S>(in[2], p.packing.keys);
-          p.out = strided_heads<const S>(in[3], p.packing.queries);
-          p.dout = strided_heads<const S>(in[4], p.packing.queries);
-          p.rows = attention_rows(pointer<const T>(rows), n[1] * n[3]);
-          p.whole = true;
-          p.dlse = pointer<const T>(dlse);
-          p.dq = strided_heads<S>(grads[0], p.packing.queries);
-          p.dk = strided_heads<S>(grads[1], p.packing.keys);
-          p.dv = strided_heads<S>(grads[2], p.packing.keys);
-          p.dsinks = pointer<S>(dsinks);
-          fill_rows(p.dq, n[1], {places.end_of_queries(), n[3]}, n[5]);
-          if (!places.all_keys(n[4])) {
-            fill_rows(p.dk, n[2], {0, n[4]}, n[5]);
-            fill_rows(p.dv, n[2], {0, n[4]}, n[6]);
-          }
-          attention_backward<S>(threads, p);
+  m.def("attention_varlen_backward",
+        [](int dtype, int threads, const AttentionNumbers& n, const AttentionReals& reals,
+           const PlacesGiven& where, const AttentionRuleGiven& given,
+           const std::array<StridedHeads, 5>& in, Address rows, Address dlse,
+           const std::array<StridedHeads, 3>& grads, Address dsinks) {
+          dispatch(dtype, [&](auto tag) {
+            using S = typename decltype(tag)::type;
+            using T = compute_t<S>;
+            const Places places(where, n, {});
+            AttentionBackward<S> p{};
+            p.sizes = attention_sizes(n, reals);
+            p.packing = places.packing();
+            p.rule = attention_rule<S>(given, reals);
+            p.q = strided_heads<const S>(in[0], p.packing.queries);
+            p.k = strided_heads<const S>(in[1], p.packing.keys);
+            p.v = strided_heads<const S>(in[2], p.packing.keys);
+            p.out = strided_heads<const S>(in[3], p.packing.queries);
+            p.dout = strided_heads<const S>(in[4], p.packing.queries);
+            p.rows = attention_rows(pointer<const T>(rows), n[1] * n[3]);
+            p.whole = true;
+            p.dlse = pointer<const T>(dlse);
+            p.dq = strided_heads<S>(grads[0], p.packing.queries);
+            p.dk = strided_heads<S>(grads[1], p.packing.keys);
+            p.dv = strided_heads<S>(grads[2], p.packing.keys);
+            p.dsinks = pointer<S>(dsinks);
+            fill_rows(p.dq, n[1], {places.end_of_queries(), n[3]}, n[5]);
+            if (!places.all_keys(n[4])) {
+              fill_rows(p.dk, n[2], {0, n[4]}, n[5]);
+              fill_rows(p.dv, n[2], {0, n[4]}, n[6]);
+            }
+            attention_backward<S>(threads, p);
+          });
         });
-      });
 }
 
 }  // namespace pykernels

@@ -400,6 +400,7 @@ LinearCrossEntropy<S> arguments(const Sizes& n, double smoothing, int64_t ignore
   return p;
 }
 
+// The order is that of _REDUCTIONS in pykernels/cpp/linear_cross_entropy.py.
 enum Reduction : int { kMean, kSum, kNone };
 
 // The loss of all rows: [N] if they are not reduced, or a number. Where there is room for gradients
@@ -415,7 +416,7 @@ void reduce(int threads, LinearCrossEntropy<S> p, double z_loss, Reduction reduc
   for (int64_t i = 0; i < N; ++i) {
     if (!counts(i)) continue;
     const int64_t t = p.target[i];
-    if (t < 0 || t >= V) throw std::out_of_range("target");
+    if (t < 0 || t >= V) throw std::out_of_range("linear_cross_entropy: a target is out of range");
     ++count;
     divisor += p.class_weight ? p.class_weight[t] : 1;
   }
@@ -424,6 +425,7 @@ void reduce(int threads, LinearCrossEntropy<S> p, double z_loss, Reduction reduc
   p.loss = reduction == kNone ? loss : losses.data();
   if (z_loss && !p.lse) p.lse = lses.data();
   if (p.dx || p.dweight || p.dbias) {
+    rates.reserve(N);
     for (int64_t i = 0; i < N; ++i) rates.push_back(!counts(i) ? 0 : mean ? 1 / divisor : 1);
     p.loss_rate = rates.data();
     p.lse_rate = 2 * z_loss / (mean ? std::max<int64_t>(count, 1) : 1);

@@ -171,7 +171,10 @@ def rule(
 
 
 def widened(made: Pass, q: Tensor, alibi_slopes: Tensor | None, place: int) -> Pass:
-    """The pass on slopes, at `place` of its tensors, of another dtype than the arithmetic."""
+    """The pass on slopes, at `place` of its tensors, of another dtype than the arithmetic.
+
+    By its `run` alone: nobody lays it out.
+    """
     dtype, run = compute_dtype(q), made.run
     if alibi_slopes is None or alibi_slopes.dtype == dtype:
         return made

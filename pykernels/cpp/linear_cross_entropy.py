@@ -20,7 +20,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 def linear_cross_entropy_fwd(*tensors: Any, keep: bool = True, **options: Any) -> tuple[Any, Any]:
-    """See `pykernels._backends` for the contract, and for `ahead` the op's own module."""
+    """See `pykernels._backends` for the contract, and for `ahead` the op's Function."""
     found: tuple[Any, Any]
     found = linear_cross_entropy_fwd_pass(*tensors, keep=keep, **options).run(tensors)
     return found
@@ -65,7 +65,7 @@ def linear_cross_entropy_fwd_pass(
 
 
 def linear_cross_entropy_scale(made: Sequence[Maybe], dloss: Tensor) -> None:
-    """See `pykernels._backends` for the contract."""
+    """See `pykernels.ops.linear_cross_entropy.LinearCrossEntropyFunction`."""
     if dloss.item() != 1:
         for grad in made:
             if grad is not None:

@@ -18,9 +18,7 @@ class Function(torch.autograd.Function):
         """Runs the forward pass and keeps what `backward` needs."""
         outputs: tuple[Any, ...]
         outputs, saved = call.forward(tensors)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.call = call
+        keep(ctx, call, saved)
         return outputs
 
     @staticmethod
@@ -34,6 +32,13 @@ class Function(torch.autograd.Function):
             if not mapped(grads):
                 raise
         return None, *call.on(_backends.module("reference", call.op)).backward(saved, grads, needs)
+
+
+def keep(ctx: Any, call: Any, saved: tuple[Tensor | None, ...]) -> None:
+    """Keeps what `Function.backward` needs: the call and what its forward pass saved."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*saved)
+    ctx.call = call
 
 
 def mapped(grads: tuple[Tensor | None, ...]) -> bool:

@@ -244,7 +244,6 @@ def _signer() -> Signer:
         _library.in_forward_mode,
     )
     make = _backends.load_extension().signer
-    casting = torch._C._is_any_autocast_enabled
     types, recording = (Tensor, torch.nn.Parameter), torch.is_grad_enabled
-    found = make(types, looking_on, recording, casting, _backends.context)
+    found = make(types, looking_on, recording, _backends.context)
     return NO_SIGNATURES if found is None else Signer(*found)

@@ -249,7 +249,7 @@ def attention_varlen(
     tensors = (q, k, v, sinks, alibi_slopes, seed, *places)
     most = (max_seqlen_q, max_seqlen_k)
     if most != (None, None) and not _library.looked_at(call.backend, tensors):
-        _check_longest(most, *places)
+        _check_longest(most, tensors)
     out, lse = call.outputs(tensors, check=_check_values)
     return (out, lse) if return_lse else out
 
@@ -299,24 +299,20 @@ def _check_values(
             _check_pages(block_table, used, k)
 
 
-def _check_longest(
-    most: tuple[int | None, int | None],
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor | None,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
+def _check_longest(most: tuple[int | None, int | None], tensors: tuple[Any, ...]) -> None:
     """No sequence is longer than max_seqlen_q and max_seqlen_k, which `most` are."""
+    cu_seqlens_q, cu_seqlens_k, seqused_k, _ = tensors[6:]
     names = ("max_seqlen_q", "max_seqlen_k")
     for name, given, starts in zip(names, most, (cu_seqlens_q, cu_seqlens_k), strict=True):
         if given is None:
             continue
         if starts is None:  # pages
-            longest = max(seqused_k.tolist(), default=0)  # type: ignore[union-attr]
+            longest = max(seqused_k.tolist(), default=0)
         else:
             values = starts.tolist()
             longest = max((end - begin for begin, end in itertools.pairwise(values)), default=0)
         if given < longest:
+            _check_values(*tensors)  # what is no place has no length
             _checks.fail(OP, name, f"at least the longest sequence, {longest}", given)
 
 

@@ -46,9 +46,7 @@ class LinearCrossEntropyFunction(_autograd.Function):
         ctx.made = None
         if "ahead" in call.options:
             saved, ctx.made = saved[:-3], saved[-3:]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.call = call
+        _autograd.keep(ctx, call, saved)
         if outputs[2] is not None:  # argmax
             ctx.mark_non_differentiable(outputs[2])
         return outputs
@@ -183,8 +181,9 @@ _library.Operator(
 class _Call(Call):
     """One whose pass is planned along with the gradients that it makes ahead."""
 
-    #: Which tensors require a gradient.
-    needs: tuple[bool, ...]
+    def __init__(self, *args: Any, tensors: tuple[Tensor | None, ...]) -> None:
+        super().__init__(*args)
+        self.needs = tuple(t is not None and t.requires_grad for t in tensors)
 
     def unseen(self, is_recorded: bool) -> Call:
         call: Call = self
@@ -203,6 +202,7 @@ def _checked(
     z_loss: float,
     return_lse: bool,
     return_argmax: bool,
+    loss_is_wide: bool,
 ) -> Call:
     op = "linear_cross_entropy"
     x, weight, target, bias, class_weight = tensors
@@ -216,7 +216,7 @@ def _checked(
     if class_weight is not None:
         _checks.tensor(op, "class_weight", class_weight)
         _checks.device(op, "class_weight", class_weight, x)
-        if class_weight.dtype not in (x.dtype, _loss_dtype(x)):
+        if class_weight.dtype not in (x.dtype, _loss_dtype(x, loss_is_wide)):
             _checks.tensor(op, "class_weight", class_weight, x)
     _checks.rank(op, "weight", weight, "V, H")
     H, V = x.shape[-1], weight.shape[0]
@@ -241,6 +241,8 @@ def _checked(
     if not 0 <= z_loss < float("inf"):
         _checks.fail(op, "z_loss", "at least 0 and finite", z_loss)
     _checks.integer(op, "ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        _checks.fail(op, "ignore_index", "of 64 bits", ignore_index)
     _checks.flags(op, return_lse=return_lse, return_argmax=return_argmax)
     chosen = _backends.select(op, backend, x.device, x.dtype)
     options: dict[str, Any] = {
@@ -253,9 +255,7 @@ def _checked(
     }
     if torch.compiler.is_compiling() and _is_one_number(options) and _autograd.wanted(tensors):
         options["ahead"] = [t is not None and t.requires_grad for t in tensors]
-    call = _Call(op, LinearCrossEntropyFunction, chosen, options)
-    call.needs = tuple(t is not None and t.requires_grad for t in tensors)
-    return call
+    return _Call(op, LinearCrossEntropyFunction, chosen, options, tensors=tensors)
 
 
 @overload
@@ -349,6 +349,7 @@ def linear_cross_entropy(
             requires a gradient.
     """
     x, weight, bias = _autocast.cast(x, weight, bias)
+    loss_is_wide = _autocast.on(x.device) if isinstance(x, Tensor) else False
     call = _checked(
         (x, weight, target, bias, class_weight),
         backend,
@@ -358,6 +359,7 @@ def linear_cross_entropy(
         z_loss,
         return_lse,
         return_argmax,
+        loss_is_wide,
     )
     rows, classes, lead = x, target, x.shape[:-1]
     if len(lead) != 1:
@@ -367,7 +369,7 @@ def linear_cross_entropy(
         _check_values(x, weight, target, ignore_index=ignore_index)
 
     loss, lse, argmax = call.outputs((rows, weight, classes, bias, class_weight), check=check)
-    loss_dtype = _loss_dtype(x)
+    loss_dtype = _loss_dtype(x, loss_is_wide)
     loss = loss if loss.dtype == loss_dtype else loss.to(loss_dtype)
     outputs = (
         loss.reshape(lead) if reduction == "none" else loss,
@@ -377,6 +379,6 @@ def linear_cross_entropy(
     return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _loss_dtype(x: Tensor) -> torch.dtype:
-    """That of x, but that autocast has torch's cross_entropy take float32."""
-    return torch.promote_types(x.dtype, torch.float32) if _autocast.on(x.device) else x.dtype
+def _loss_dtype(x: Tensor, is_wide: bool) -> torch.dtype:
+    """That of x unless it `is_wide`: autocast has torch's cross_entropy take float32."""
+    return torch.promote_types(x.dtype, torch.float32) if is_wide else x.dtype
