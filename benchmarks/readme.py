@@ -117,6 +117,7 @@ def render(text: str) -> str:
         "support": support,
         "speed": speed,
         "decoding": decoding,
+        "overhead": overhead,
         "gpu": gpu,
         "accuracy": accuracy,
     }
@@ -222,6 +223,22 @@ def decoding() -> str:
             f"{median['torch'] / median['ours']:.2f}",
             f"{float(by['ours']['read_share']):.0%}",
         )
+    return "\n".join([*lines, "", made_by(path, rows)])
+
+
+def overhead() -> str:
+    """The table of the newest kept overheads of calls."""
+    path = records.newest("overhead")
+    if path is None:
+        return NO_RESULTS
+    rows = records.read(path)
+    times: dict[str, dict[str, str]] = {}
+    for each in rows:
+        times.setdefault(each["op"], {})[each["pass"]] = each["overhead_us"]
+    passes = ("forward", "forward with gradients", "training")
+    lines = row("call", *(f"{which}, us" for which in passes), first=True)
+    for op, by in times.items():
+        lines += row(op, *(by.get(which, "-") for which in passes))
     return "\n".join([*lines, "", made_by(path, rows)])
 
 

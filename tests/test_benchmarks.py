@@ -451,6 +451,9 @@ def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
         assert kernel > 0
         assert float(row["overhead_us"]) == pytest.approx(ours - kernel, abs=0.02 * ours)
     assert "overhead_us" in capsys.readouterr().out
+    monkeypatch.setattr(records, "newest", lambda kind: path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert f"| {overhead.LAYER} |" in readme.overhead()
 
 
 def test_decoding_is_held_against_reading(tmp_path, capsys, monkeypatch):
