@@ -1,6 +1,8 @@
 // Attention of queries that fill panels: scores exist for a panel of queries by a block of keys,
 // and lie keys by queries. What a softmax takes over keys is then a lane's own, keys are the rows
 // that broadcast, and weights are the packed panel that the second product reads.
+#include <type_traits>
+
 #include "attention_tiles.h"
 
 namespace pykernels {
@@ -102,7 +104,7 @@ class Panels {
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
       const int64_t block = std::min(kKeyBlock, all.end - j0);
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, block, n_.D, gathered);
-      copy_rows(k.data, k.row, block, n_.D, keys);
+      const T* const key_rows = widened(k, block, keys);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, block, n_.D_v, gathered);
       pack_rows<T>(v.transposed(), n_.D_v, block, values);
       for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
@@ -114,7 +116,7 @@ class Panels {
         const Range part{j0 + seen.begin, j0 + seen.end};
         const Panel panel{queries + r0 * n_.D, scores, out + r0 * n_.D_v, level + r0, sum + r0};
         const bool whole = all_visible(n, some, part);
-        score(keys + seen.begin * n_.D, seen.size(), panel.queries, scores);
+        score(key_rows + seen.begin * n_.D, seen.size(), panel.queries, scores);
         if (ruled) {
           // Rules are about rows: they get them.
           turn(scores, seen.size(), turned, kTurnedRow);
@@ -176,6 +178,15 @@ class Panels {
     T *level, *sum;    // [kWidth]
   };
 
+  // Rows [count, D] of keys in the dtype of the arithmetic, one right behind the other: as they
+  // lie, or copied. Those of pages lie where values will be next.
+  const T* widened(View<S> k, int64_t count, T* copy) const {
+    if constexpr (std::is_same_v<S, T>)
+      if (k.row == n_.D && !p_.pages.table) return k.data;
+    copy_rows(k.data, k.row, count, n_.D, copy);
+    return copy;
+  }
+
   // scores [count, kWidth] = the products of keys [count, D] with a panel of queries [D, kWidth].
   void score(const T* keys, int64_t count, const T* queries, T* scores) const {
     for_each_tile_height(count, [&](int64_t j, int64_t tiles, int64_t height) {
@@ -201,16 +212,28 @@ class Panels {
 
   // *most becomes the largest |row|^2 of [count, D] if that is larger, and NaN if one is NaN.
   void lengthen(T* most, View<S> rows, int64_t count) const {
-    for (int64_t r = 0; r < count; ++r) {
-      const S* const row = rows.data + r * rows.row;
-      vec<T> sum{};
-      for (int64_t d = 0; d < n_.D; d += lanes<T>) {
-        const vec<T> x = load_n(row + d, n_.D - d);
-        sum += x * x;
+    vec<T> longest = broadcast(*most), nothing{};  // or NaN
+    for (int64_t r = 0; r < count; r += lanes<T>) {
+      vec<T> squares[lanes<T>];  // past the last row, the last one again
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes<T>; ++i) {
+        const S* const row = rows.data + std::min(r + i, count - 1) * rows.row;
+        squares[i] = vec<T>{};
+        int64_t d = 0;
+        for (; d + lanes<T> <= n_.D; d += lanes<T>) {
+          const vec<T> x = load(row + d);
+          squares[i] += x * x;
+        }
+        if (d < n_.D) {
+          const vec<T> x = load_n(row + d, n_.D - d);
+          squares[i] += x * x;
+        }
       }
-      const T square = reduce_add(sum);
-      if (!(square <= *most) && *most == *most) *most = square;
+      const vec<T> sums = sum_of_each(squares);
+      longest = max(sums, longest);
+      nothing += sums - sums;  // of infinity too, which is no bound either
     }
+    *most = reduce_max(longest) + reduce_add(nothing);
   }
 
   // to[c * to_row + r] = from[r * kWidth + c], in whole registers of rows.
