@@ -54,4 +54,28 @@ AttentionRows<T> attention_rows(T* data, int64_t rows) {
   return data ? AttentionRows<T>{data, data + rows} : AttentionRows<T>{};
 }
 
+// What every pass takes, into parameters whose packing is there. `in` is q, k, v and what follows.
+template <class S, class Params>
+void take_inputs(const AttentionNumbers& n, const AttentionReals& reals,
+                 const AttentionRuleGiven& given, const StridedHeads* in, Params* p) {
+  p->sizes = attention_sizes(n, reals);
+  p->rule = attention_rule<S>(given, reals);
+  p->q = strided_heads<const S>(in[0], p->packing.queries);
+  p->k = strided_heads<const S>(in[1], p->packing.keys);
+  p->v = strided_heads<const S>(in[2], p->packing.keys);
+}
+
+// And what a backward pass takes besides: behind v come out and dout; `grads` are dq, dk, dv.
+template <class S>
+void take_gradients(const StridedHeads* in, Address dlse, const std::array<StridedHeads, 3>& grads,
+                    Address dsinks, AttentionBackward<S>* p) {
+  p->out = strided_heads<const S>(in[3], p->packing.queries);
+  p->dout = strided_heads<const S>(in[4], p->packing.queries);
+  p->dlse = pointer<const compute_t<S>>(dlse);
+  p->dq = strided_heads<S>(grads[0], p->packing.queries);
+  p->dk = strided_heads<S>(grads[1], p->packing.keys);
+  p->dv = strided_heads<S>(grads[2], p->packing.keys);
+  p->dsinks = pointer<S>(dsinks);
+}
+
 }  // namespace pykernels

@@ -107,13 +107,9 @@ void bind_attention_varlen(py::module_& m) {
             using T = compute_t<S>;
             const Places places(where, n, paging);
             AttentionForward<S> p{};
-            p.sizes = attention_sizes(n, reals);
             p.packing = places.packing();
             p.pages = places.pages();
-            p.rule = attention_rule<S>(given, reals);
-            p.q = strided_heads<const S>(in[0], p.packing.queries);
-            p.k = strided_heads<const S>(in[1], p.packing.keys);
-            p.v = strided_heads<const S>(in[2], p.packing.keys);
+            take_inputs<S>(n, reals, given, in.data(), &p);
             p.out = strided_heads<S>(out, p.packing.queries);
             p.lse = pointer<T>(lse);
             p.rows = attention_rows(pointer<T>(rows), n[1] * n[3]);
@@ -134,21 +130,11 @@ void bind_attention_varlen(py::module_& m) {
             using T = compute_t<S>;
             const Places places(where, n, {});
             AttentionBackward<S> p{};
-            p.sizes = attention_sizes(n, reals);
             p.packing = places.packing();
-            p.rule = attention_rule<S>(given, reals);
-            p.q = strided_heads<const S>(in[0], p.packing.queries);
-            p.k = strided_heads<const S>(in[1], p.packing.keys);
-            p.v = strided_heads<const S>(in[2], p.packing.keys);
-            p.out = strided_heads<const S>(in[3], p.packing.queries);
-            p.dout = strided_heads<const S>(in[4], p.packing.queries);
+            take_inputs<S>(n, reals, given, in.data(), &p);
+            take_gradients<S>(in.data(), dlse, grads, dsinks, &p);
             p.rows = attention_rows(pointer<const T>(rows), n[1] * n[3]);
             p.whole = true;
-            p.dlse = pointer<const T>(dlse);
-            p.dq = strided_heads<S>(grads[0], p.packing.queries);
-            p.dk = strided_heads<S>(grads[1], p.packing.keys);
-            p.dv = strided_heads<S>(grads[2], p.packing.keys);
-            p.dsinks = pointer<S>(dsinks);
             fill_rows(p.dq, n[1], {places.end_of_queries(), n[3]}, n[5]);
             if (!places.all_keys(n[4])) {
               fill_rows(p.dk, n[2], {0, n[4]}, n[5]);

@@ -133,9 +133,8 @@ class Plan(NamedTuple):
     kernel: str  # its name in the extension
     code: int  # of the dtype of the tensors
     count: int  # of tensors; of those at the end that are not given, each is None
-    results: Sequence[
-        object
-    ]  # what is made besides, `Result.laid_out`; None for what is not wanted
+    # Made besides, each as `Result.laid_out` has it; None for what is not wanted.
+    results: Sequence[object]
     arguments: Sequence[object]  # nested tuples and lists, with holes
     returns: object  # what the pass returns, likewise
 
