@@ -77,9 +77,9 @@ def flattened(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     names = [name for name in ("w_ih", "w_hh", "b_ih", "b_hh") if name in inputs]
     x, w_hh = inputs["x"], inputs["w_hh"]
-    layer = getattr(torch.nn, op.upper())(
-        x.shape[2], w_hh.shape[1], bias="b_ih" in inputs, device=x.device, dtype=x.dtype
-    )
+    kind, sizes = getattr(torch.nn, op.upper()), (x.shape[2], w_hh.shape[1])
+    layer = kind(*sizes, bias="b_ih" in inputs, device="meta", dtype=x.dtype)
+    layer.to_empty(device=x.device)
     with torch.no_grad():
         for name, parameter in zip(names, layer.parameters(), strict=True):
             parameter.copy_(inputs[name])

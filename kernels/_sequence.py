@@ -198,9 +198,10 @@ def gradients(
         if h0 is not None and T > 0:
             pairs.append((dq[first].t(), h0))
         found[2] = long_product(pairs, like=w_hh)
-    for index, sums in ((3, a), (4, q)):
-        if needs[index]:
-            found[index] = sums.sum(0, dtype=compute_dtype(x.dtype)).to(x.dtype)
+    if needs[3]:
+        found[3] = a.sum(0)  # torch adds in the compute dtype and rounds once
+    if needs[4]:
+        found[4] = found[3].clone() if needs[3] and dq is da else q.sum(0)
     if needs[5]:
         through = torch.zeros(B, H, dtype=compute_dtype(x.dtype), device=x.device)
         if T > 0:

@@ -13,6 +13,7 @@ Each row's softmax is kept as its highest logit and log sum_c exp(z_c - highest)
 would round away what is left of the loss of a row that is sure of its target.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,49 @@ DTYPES = _common.DTYPES
 FEATURES = frozenset({"ahead"})
 
 Maybe = Tensor | None
+
+_OUT_OF_RANGE = "linear_cross_entropy: `target` must be from 0 to V - 1 or ignore_index"
+
+
+@triton.jit
+def linear_cross_entropy_targets_kernel(
+    target_ptr,  # [N]
+    class_weight_ptr,  # [V]
+    counted_ptr,  # [N], written: 1 in rows that count, else 0
+    numbers_ptr,  # [3], written: how many they are, the sum of their weights, one over that or 0
+    fine_ptr,  # one number, written: 0 if a target is out of range, else 1
+    N,
+    V,
+    ignore_index,
+    ACC: tl.constexpr,
+    HAS_CLASS_WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: rows are few beside what their logits take."""
+    at = tl.arange(0, BLOCK)
+    counts = tl.zeros([BLOCK], ACC)
+    weights = tl.zeros([BLOCK], ACC)
+    fine = tl.full([BLOCK], 1, tl.int32)
+    for first in range(0, N, BLOCK):
+        rows = first + at
+        rows_ok = rows < N
+        target = tl.load(target_ptr + rows, mask=rows_ok, other=0)
+        counted = rows_ok & (target != ignore_index)
+        known = (target >= 0) & (target < V)
+        fine = tl.where(counted & (known == 0), 0, fine)
+        one = tl.where(counted, 1.0, 0.0).to(ACC)
+        tl.store(counted_ptr + rows, one, mask=rows_ok)
+        counts += one
+        if HAS_CLASS_WEIGHT:
+            weights += tl.load(class_weight_ptr + target, mask=counted & known, other=0.0).to(ACC)
+    count = tl.sum(counts, 0)
+    divisor = count
+    if HAS_CLASS_WEIGHT:
+        divisor = tl.sum(weights, 0)
+    tl.store(numbers_ptr, count)
+    tl.store(numbers_ptr + 1, divisor)
+    tl.store(numbers_ptr + 2, tl.where(count > 0, 1 / tl.where(count > 0, divisor, 1.0), 0.0))
+    tl.store(fine_ptr, tl.min(fine, 0))
 
 
 @triton.jit
@@ -302,6 +346,26 @@ def linear_cross_entropy_scale_kernel(grad_ptr, scale_ptr, size, BLOCK: tl.const
         grad = tl.load(grad_ptr + at, mask=at < size)
         scaled = to_storage(grad.to(scale.dtype) * scale, grad.dtype)
         tl.store(grad_ptr + at, scaled, mask=at < size)
+
+
+def _targets_plan(
+    target: Tensor,
+    class_weight: Maybe,
+    counted: Tensor,
+    numbers: Tensor,
+    fine: Tensor,
+    V: int,
+    ignore_index: int,
+) -> Call:
+    args = (target, class_weight, counted, numbers, fine, target.shape[0], V, ignore_index)
+    constants = {
+        "ACC": TRITON_DTYPES[counted.dtype],
+        "HAS_CLASS_WEIGHT": class_weight is not None,
+        "BLOCK": _configs.LOSS_TARGETS.block_r,
+        "num_warps": _configs.LOSS_TARGETS.num_warps,
+        **LAUNCH,
+    }
+    return Call(linear_cross_entropy_targets_kernel, (1,), args, constants)
 
 
 def _logits_plan(
@@ -594,13 +658,22 @@ class _Call:
         self.target = target.contiguous()
         self.ignore_index, self.mean = ignore_index, reduction == "mean"
         self.smoothing, self.z_loss = label_smoothing, z_loss
-        self.counted = target != ignore_index
-        self.count = self.divisor = self.counted.sum(dtype=self.dtype)
         self.sum_weight = None
         if class_weight is not None:
             self.sum_weight = class_weight.sum(dtype=torch.float64).to(self.dtype)
-            of_targets = class_weight[target.masked_fill(~self.counted, 0)].to(self.dtype)
-            self.divisor = of_targets.masked_fill(~self.counted, 0).sum()
+        self.ones = self.per_row()  # 1 in rows that count, else 0
+        numbers, fine = self.ones.new_empty(3), self.target.new_empty((), dtype=torch.int32)
+        found = (self.target, self.class_weight, self.ones, numbers, fine)
+        launch(_targets_plan, found, self.weight.shape[0], ignore_index)
+        self.count, self.divisor, self.inverse = numbers.unbind()
+        # A target out of range stops the device before a kernel reads what it points to. The host,
+        # which would have to wait for the answer, does not look.
+        torch._assert_async(fine, _OUT_OF_RANGE)
+
+    @functools.cached_property
+    def counted(self) -> Tensor:
+        """[N], whether a row counts."""
+        return self.target != self.ignore_index
 
     def per_row(self, *lead: int) -> Tensor:
         """Room for a number, or several, for each row."""
@@ -613,12 +686,11 @@ class _Call:
 
         The division of the mean comes last, as float16 may have no number so small for one row.
         """
-        rate = self.counted.to(self.dtype)
+        rate = self.ones
         if not self.mean:
             return self._gradients(softmax, rate, rate, None, None, needs, outputs)
         z_rate = torch.where(self.counted, self.divisor / self.count, 0) if self.z_loss else None
-        scale = torch.where(self.count > 0, 1 / self.divisor, 0)
-        return self._gradients(softmax, rate, z_rate, None, scale, needs, outputs)
+        return self._gradients(softmax, rate, z_rate, None, self.inverse, needs, outputs)
 
     def gradients(
         self, softmax: Tensor, dloss: Maybe, dlse: Maybe, needs: tuple[bool, ...]

@@ -6,8 +6,12 @@ how its kernels run.
 
 import torch  # noqa: I001  first: the C++ kernels share its OpenMP runtime
 
+import contextlib
+import fcntl
 import gc
 import os
+import tempfile
+from pathlib import Path
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -42,6 +46,20 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def huge(request):
+    """Tensors that only reserve addresses on a CPU take a GPU's memory: a worker at a time."""
+    if not torch.cuda.is_available() or "huge-stride" not in request.node.name:
+        yield
+        return
+    path = Path(tempfile.gettempdir(), "pykernels-huge.lock")
+    with contextlib.closing(path.open("w")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

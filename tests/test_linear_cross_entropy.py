@@ -128,6 +128,7 @@ def test_argmax_is_the_first_of_the_largest(backend, threads):
     threads(2)
     where = {"device": cases.device(backend)}
     x, w = torch.randn(50, 9, **where), torch.randn(1000, 9, **where)
+    w[7] = 3  # no other word is as long
     w[900], w[400] = w[7], w[7]
     x[3] = 40 * w[7]
     target = torch.zeros(50, dtype=torch.int64, **where)
@@ -148,6 +149,8 @@ def test_argmax_is_the_first_of_the_largest(backend, threads):
 def test_target_out_of_range_is_refused(grad, wrong, backend):
     """With its value, and its place in the shape that it came in."""
     where = {"device": cases.device(backend)}
+    if where["device"] == "cuda":
+        pytest.skip("the host does not wait for a GPU's values; test_triton_values.py has theirs")
     x, w = torch.randn(2, 3, 4, requires_grad=grad, **where), torch.randn(7, 4, **where)
     target = torch.tensor([[6, 0, -9], [-9, wrong, -9]], **where)  # -9 is ignored
     words = rf"`target` must be from 0 to V - 1 = 6 or ignore_index = -9, got {wrong} at \[1, 1\]"

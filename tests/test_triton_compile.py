@@ -40,6 +40,7 @@ KERNELS = {
     "attention_bwd_dq_kernel": "attention",
     "attention_bwd_dkv_kernel": "attention",
     "attention_bwd_dmask_kernel": "attention",
+    "linear_cross_entropy_targets_kernel": "linear_cross_entropy",
     "linear_cross_entropy_logits_kernel": "linear_cross_entropy",
     "linear_cross_entropy_rows_kernel": "linear_cross_entropy",
     "linear_cross_entropy_gradient_kernel": "linear_cross_entropy",
@@ -546,6 +547,7 @@ def serve():
             wrong.extend(f"{self.__name__}{grid}: {line}" for line in found)
 
     JITFunction.run = compile_only
+    torch._assert_async = lambda *_: None  # of what no kernel wrote
     for line in sys.stdin:
         case = Case(**json.loads(line))
         driver.set_active(Driver(case.chip, case.huge))

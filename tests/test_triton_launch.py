@@ -212,6 +212,7 @@ def pretend():
     _launch._map_launcher = lambda compiled: compiled.run
     _launch._map_maker = lambda descriptor, _: lambda t: as_map(descriptor, t.data_ptr())
     driver.set_active(Driver())
+    torch._assert_async = lambda *_: None  # of what no kernel wrote
     for op in ("rnn", "gru", "lstm", "attention", "linear_cross_entropy"):
         importlib.import_module(f"pykernels.kernels.{op}")
     for name, module in list(sys.modules.items()):

@@ -298,6 +298,29 @@ def test_chunks_take_no_more_memory_than_one():
     assert parts(0, H, exact=False) == []
 
 
+WRONG_TARGET = f"""
+import torch
+from pykernels.kernels.linear_cross_entropy import linear_cross_entropy_fwd
+x, w = torch.ones(9, 4, device="{DEVICE}"), torch.ones(7, 4, device="{DEVICE}")
+target = torch.tensor([6] * 8 + [-9], device="{DEVICE}")
+options = {{"reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0}}
+options |= {{"return_lse": False, "return_argmax": False}}
+linear_cross_entropy_fwd(x, w, target, None, None, ignore_index=-9, **options)
+target[5] = WRONG
+linear_cross_entropy_fwd(x, w, target, None, None, ignore_index=-9, **options)
+torch.cuda.is_available() and torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("wrong", [7, -1, -100])
+def test_a_target_out_of_range_stops_the_device(wrong):
+    """In a process of its own, which a GPU's assertion ends."""
+    code = WRONG_TARGET.replace("WRONG", str(wrong))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "`target` must be from 0 to V - 1 or ignore_index" in run.stderr
+
+
 @pytest.mark.parametrize("N", [128, 129, 257])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("H", [16, 13])

@@ -346,7 +346,8 @@ def linear_cross_entropy(
             a flag is no bool.
         ValueError: a rank, size, device, reduction or backend is wrong; H or V is zero; a target is
             out of range; label_smoothing is not from 0 to 1, or z_loss is negative; class_weight
-            requires a gradient.
+            requires a gradient. On a GPU a target out of range is a device-side assertion, as of
+            torch's cross_entropy: the host does not wait to see the values.
     """
     x, weight, bias = _autocast.cast(x, weight, bias)
     loss_is_wide = _autocast.on(x.device) if isinstance(x, Tensor) else False

@@ -73,19 +73,29 @@ def with_layout(dense: Tensor, layout: str) -> Tensor:
 
 
 class _Draw:
-    """Random tensors in float64 from one seeded generator."""
+    """Random tensors in float64 from one seeded generator, which is the CPU's.
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    Those of benchmarks may be large, and are drawn on the device that wants them.
+    """
+
+    def __init__(self, seed: int, device: str | torch.device, tags: frozenset[str]) -> None:
+        self.generator = torch.Generator(device if "bench" in tags else "cpu").manual_seed(seed)
+        self.options: dict[str, Any] = {
+            "generator": self.generator,
+            "device": self.generator.device,
+        }
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return torch.randn(shape, dtype=torch.float64, **self.options)
 
     def uniform(self, bound: float, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * 2 - 1) * bound
+        return (torch.rand(shape, dtype=torch.float64, **self.options) * 2 - 1) * bound
 
     def chance(self, p: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64) < p
+        return torch.rand(shape, dtype=torch.float64, **self.options) < p
+
+    def integers(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(end, shape, **self.options)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class RecurrentSpec:
                 tensor.to(device=device, dtype=dtype),
                 "contiguous" if self.layout == "huge" and name != "x" else self.layout,
             )
-            for name, tensor in self.draw(_Draw(seed)).items()
+            for name, tensor in self.draw(_Draw(seed, device, self.tags)).items()
         }
 
 
@@ -311,7 +321,7 @@ class AttentionSpec:
         self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
         """Tensors by argument name, standard normal but for q, which carries `gain`."""
-        draw = _Draw(seed)
+        draw = _Draw(seed, device, self.tags)
         made = {
             "q": draw.normal(self.b, self.n, self.s_q, self.d) * self.gain,
             "k": draw.normal(self.b, self.n_kv, self.s_k, self.d),
@@ -420,7 +430,7 @@ class AttentionVarlenSpec:
         self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
         """Tensors by argument name, floating ones standard normal."""
-        draw = _Draw(seed)
+        draw = _Draw(seed, device, self.tags)
         shape: tuple[int, ...] = (sum(self.key_lengths),)
         if self.page_size:
             pages = [math.ceil(n / self.page_size) for n in self.used]
@@ -505,7 +515,7 @@ class LinearCrossEntropySpec:
         self, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
     ) -> dict[str, Tensor]:
         """Tensors by argument name: x standard normal, the weight such that `gain` holds."""
-        draw = _Draw(seed)
+        draw = _Draw(seed, device, self.tags)
         made = {
             "x": draw.normal(*self.lead, self.h),
             "weight": draw.normal(self.v, self.h) * self.gain / math.sqrt(self.h),
@@ -518,7 +528,7 @@ class LinearCrossEntropySpec:
             name: with_layout(t.to(device=device, dtype=dtype), self.layout)
             for name, t in made.items()
         }
-        target = torch.randint(self.v, self.lead, generator=draw.generator)
+        target = draw.integers(self.v, *self.lead)
         if self.ignored:
             out = draw.chance(self.ignored, *self.lead)
             out.reshape(-1)[:1] = True
