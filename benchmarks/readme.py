@@ -243,10 +243,15 @@ def overhead() -> str:
 
 
 def gpu() -> str:
-    """The picture and the table of the newest speeds kept of a GPU."""
-    path = records.newest("gpu")
-    if path is None:
+    """The picture of the newest speeds kept of a GPU, and the tables of all GPUs."""
+    paths = records.of_gpus()
+    if not paths:
         return NO_GPU_RESULTS
+    return "\n".join([picture("gpu"), "\n\n".join(map(of_gpu, paths))])
+
+
+def of_gpu(path: Path) -> str:
+    """The table of what is kept of one GPU."""
     lines = row(
         "shape", "dtype", "pass", "ours, ms", "torch, ms", "best peer / ours", "TFLOP/s",
         "share of the matrix rate", "share of the copy rate", first=True,
@@ -260,7 +265,7 @@ def gpu() -> str:
             f"{float(ours['gflop_per_s']) / 1e3:.3g}",
             *(f"{float(ours[share]):.0%}" for share in ("fma_share", "copy_share")),
         )
-    return "\n".join([picture("gpu"), *lines, "", made_by(path, records.read(path))])
+    return "\n".join([*lines, "", made_by(path, records.read(path))])
 
 
 def by_case(path: Path) -> dict[tuple[str, ...], dict[str, records.Row]]:

@@ -69,6 +69,16 @@ def newest(kind: str, folder: Path = KEPT) -> Path | None:
     return max(paths, default=None, key=lambda path: max(row["date"] for row in read(path)))
 
 
+def of_gpus() -> list[Path]:
+    """The newest kept file of each GPU, the newest of them first."""
+    found: dict[str, tuple[str, Path]] = {}
+    for path in KEPT.glob("*-gpu.csv"):
+        rows = read(path)
+        dated, gpu = (max(row["date"] for row in rows), path), rows[0]["gpu"]
+        found[gpu] = max(dated, found.get(gpu, dated))
+    return [path for _, path in sorted(found.values(), reverse=True)]
+
+
 def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as lines:
         return list(csv.DictReader(lines))

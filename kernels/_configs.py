@@ -182,6 +182,9 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
         # of an lstm, H = 768 on 16 rows, takes 3.7 us, 6.0 backward; by the next entry 3.9, 10.1.
         RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
+        RecurrenceConfig(
+            32, 16, 128, 4, 4, held=96 << 10, most_k=512, group=32 << 10, tuned_on=H200
+        ),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
         _STREAMED,
@@ -280,7 +283,10 @@ ATTENTION_DQ = {
                 AttentionConfig(128, 64, 8, 2),
                 AttentionConfig(128, 64, 8, 2, ruled=AttentionConfig(64, 32, 8, 2)),
             ),
-            256: (AttentionConfig(64, 32, 8, 2), AttentionConfig(32, 32, 8, 1)),
+            256: (
+                AttentionConfig(128, 32, 8, 2, tuned_on=H200),
+                AttentionConfig(32, 32, 8, 1),
+            ),
         },
         **_WIDE_DQ,
     },
@@ -330,7 +336,10 @@ ATTENTION_DKV = {
                 AttentionConfig(64, 64, 8, 2),
                 AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
             ),
-            256: (AttentionConfig(32, 32, 8, 1), AttentionConfig(16, 16, 8, 1)),
+            256: (
+                AttentionConfig(32, 64, 8, 2, tuned_on=H200),
+                AttentionConfig(16, 16, 8, 1),
+            ),
         },
         **_WIDE_DKV,
     },

@@ -572,13 +572,17 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
         for name, ms in times.items()
     ]
     records.merge(path, rows, run.KEY[:-1])
-    monkeypatch.setattr(records, "newest", lambda kind: {"gpu": path}.get(kind))
+    older = [{**row, "date": "2025-01-01T00:00:00Z"} for row in rows]
+    records.merge(tmp_path / "older-gpu.csv", older, run.KEY[:-1])
+    others = [{**row, "gpu": "Another"} for row in older]
+    records.merge(tmp_path / "other-gpu.csv", others, run.KEY[:-1])
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(records, "KEPT", tmp_path)  # without a picture
+    assert records.of_gpus() == [path, tmp_path / "other-gpu.csv"]
     shown = readme.gpu()
     cells = "rnn-8x4x2x1 | bfloat16 | forward | 2 | 5 | 1.50 (torch flash) | 1.5 | 50% | 25% |"
     assert cells in shown
-    assert "on Some GPU" in shown
+    assert shown.count("on Some GPU") == shown.count("on Another") == 1
     assert plot.main(["--gpu", str(path), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
