@@ -78,6 +78,7 @@ def flattened(op: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     names = [name for name in ("w_ih", "w_hh", "b_ih", "b_hh") if name in inputs]
     x, w_hh = inputs["x"], inputs["w_hh"]
     kind, sizes = getattr(torch.nn, op.upper()), (x.shape[2], w_hh.shape[1])
+    # not on the device at once, which would draw weights, hundreds of times
     layer = kind(*sizes, bias="b_ih" in inputs, device="meta", dtype=x.dtype)
     layer.to_empty(device=x.device)
     with torch.no_grad():

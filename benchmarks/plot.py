@@ -1,4 +1,5 @@
-"""Draws the newest kept results: speed.png, gpu.png, errors.png, scaling.png in benchmarks/results.
+"""Draws the newest kept results: speed.png, errors.png, scaling.png in benchmarks/results, and a
+picture of each GPU's, named as its file.
 
 python benchmarks/plot.py
 python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
@@ -54,19 +55,26 @@ def main(arguments: list[str] | None = None) -> int:
     given = any(getattr(options, kind) for kind in kinds)
     drawn = 0
     for kind, draw in kinds.items():
-        source = getattr(options, kind) or (None if given else records.newest(kind))
-        if source is None:
-            continue
-        target = options.output / f"{kind}.png"
-        with plt.rc_context(STYLE):
-            figure = draw(records.read(source))
-            figure.savefig(target, dpi=150, bbox_inches="tight")
-            plt.close(figure)
-        print(f"{source} -> {target}")
-        drawn += 1
+        own = getattr(options, kind)
+        for source in [own] if own else [] if given else kept(kind):
+            target = options.output / f"{source.stem if kind == 'gpu' else kind}.png"
+            with plt.rc_context(STYLE):
+                figure = draw(records.read(source))
+                figure.savefig(target, dpi=150, bbox_inches="tight")
+                plt.close(figure)
+            print(f"{source} -> {target}")
+            drawn += 1
     if not drawn:
         print(f"There are no results in {records.KEPT}; benchmarks/run.py makes them.")
     return 0 if drawn else 1
+
+
+def kept(kind: str) -> list[Path]:
+    """The newest kept file of a kind, or of each GPU; none where there is none."""
+    if kind == "gpu":
+        return records.of_gpus()
+    newest = records.newest(kind)
+    return [] if newest is None else [newest]
 
 
 def speed(rows: list[records.Row]) -> plt.Figure:

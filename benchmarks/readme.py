@@ -243,15 +243,12 @@ def overhead() -> str:
 
 
 def gpu() -> str:
-    """The picture of the newest speeds kept of a GPU, and the tables of all GPUs."""
-    paths = records.of_gpus()
-    if not paths:
-        return NO_GPU_RESULTS
-    return "\n".join([picture("gpu"), "\n\n".join(map(of_gpu, paths))])
+    """The pictures and tables of the newest speeds kept of each GPU."""
+    return "\n\n".join(map(of_gpu, records.of_gpus())) or NO_GPU_RESULTS
 
 
 def of_gpu(path: Path) -> str:
-    """The table of what is kept of one GPU."""
+    """The picture and the table of what is kept of one GPU."""
     lines = row(
         "shape", "dtype", "pass", "ours, ms", "torch, ms", "best peer / ours", "TFLOP/s",
         "share of the matrix rate", "share of the copy rate", first=True,
@@ -265,7 +262,7 @@ def of_gpu(path: Path) -> str:
             f"{float(ours['gflop_per_s']) / 1e3:.3g}",
             *(f"{float(ours[share]):.0%}" for share in ("fma_share", "copy_share")),
         )
-    return "\n".join([*lines, "", made_by(path, records.read(path))])
+    return "\n".join([picture(path.stem), *lines, "", made_by(path, records.read(path))])
 
 
 def by_case(path: Path) -> dict[tuple[str, ...], dict[str, records.Row]]:

@@ -64,17 +64,18 @@ def default_path(row: Row, kind: str, folder: Path) -> Path:
 
 
 def newest(kind: str, folder: Path = KEPT) -> Path | None:
-    """The kept file of "speed" or "errors" with the newest row; None where there is none."""
+    """The kept file of "speed", "errors" ... with the newest row; None where there is none."""
     paths = folder.glob(f"*-{kind}.csv")
     return max(paths, default=None, key=lambda path: max(row["date"] for row in read(path)))
 
 
-def of_gpus() -> list[Path]:
+def of_gpus(folder: Path = KEPT) -> list[Path]:
     """The newest kept file of each GPU, the newest of them first."""
     found: dict[str, tuple[str, Path]] = {}
-    for path in KEPT.glob("*-gpu.csv"):
+    for path in folder.glob("*-gpu.csv"):
         rows = read(path)
-        dated, gpu = (max(row["date"] for row in rows), path), rows[0]["gpu"]
+        dated = max(row["date"] for row in rows), path
+        gpu = rows[0]["gpu"]
         found[gpu] = max(dated, found.get(gpu, dated))
     return [path for _, path in sorted(found.values(), reverse=True)]
 

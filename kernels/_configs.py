@@ -175,11 +175,12 @@ TOGETHER = {
 }
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
-        # Few warps, which wait for each other less. A step of an lstm, H = 768 on 16 rows, takes
-        # 3.1 us, 5.2 backward; by the next entry 3.8, 6.9.
+        # Few warps, which wait for each other less. On an H200 a step of an lstm, H = 768 on 16
+        # rows, takes 3.1 us, 5.3 backward; by the next entry 3.8, 6.8.
         RecurrenceConfig(8, 16, 128, 4, 4, held=96 << 10, group=16 << 10, tuned_on=H200),
-        # Few rows: twice as many programs each multiply half as much, and read less at once. A step
-        # of an lstm, H = 768 on 16 rows, takes 3.7 us, 6.0 backward; by the next entry 3.9, 10.1.
+        # Few rows of more units than the registers of few warps hold: twice as many programs each
+        # multiply half as much, and read less at once. On an H100 the step above takes 3.7 us, 6.0
+        # backward; by the next entry 3.9, 10.1.
         RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(
@@ -421,7 +422,7 @@ DESCRIBED_LEAST = 65
 #: `_parts` of the op says when one chunk takes no more than several with what adds them up.
 LOSS_ROWS = 2048
 
-#: Rows that the one program takes at a time which counts them and looks at their targets.
+#: Rows at a time of the one program that counts them and checks their targets, one word a row.
 LOSS_TARGETS = LossConfig(1024, 1, 4)
 
 #: What follows the logits. The sums of tiles become those of rows; by dtype, the logits become

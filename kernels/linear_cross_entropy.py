@@ -49,9 +49,9 @@ _OUT_OF_RANGE = "linear_cross_entropy: `target` must be from 0 to V - 1 or ignor
 def linear_cross_entropy_targets_kernel(
     target_ptr,  # [N]
     class_weight_ptr,  # [V]
-    counted_ptr,  # [N], written: 1 in rows that count, else 0
-    numbers_ptr,  # [3], written: how many they are, the sum of their weights, one over that or 0
-    fine_ptr,  # one number, written: 0 if a target is out of range, else 1
+    rate_ptr,  # [N], written: 1 in rows that count, else 0
+    numbers_ptr,  # [3], written: how many they are, the sum of their weights, one over that sum
+    valid_ptr,  # one number, written: 0 if a target is out of range, else 1
     N,
     V,
     ignore_index,
@@ -63,16 +63,16 @@ def linear_cross_entropy_targets_kernel(
     at = tl.arange(0, BLOCK)
     counts = tl.zeros([BLOCK], ACC)
     weights = tl.zeros([BLOCK], ACC)
-    fine = tl.full([BLOCK], 1, tl.int32)
+    valid = tl.full([BLOCK], 1, tl.int32)
     for first in range(0, N, BLOCK):
         rows = first + at
         rows_ok = rows < N
         target = tl.load(target_ptr + rows, mask=rows_ok, other=0)
         counted = rows_ok & (target != ignore_index)
         known = (target >= 0) & (target < V)
-        fine = tl.where(counted & (known == 0), 0, fine)
+        valid = tl.where(counted & ~known, 0, valid)
         one = tl.where(counted, 1.0, 0.0).to(ACC)
-        tl.store(counted_ptr + rows, one, mask=rows_ok)
+        tl.store(rate_ptr + rows, one, mask=rows_ok)
         counts += one
         if HAS_CLASS_WEIGHT:
             weights += tl.load(class_weight_ptr + target, mask=counted & known, other=0.0).to(ACC)
@@ -83,7 +83,7 @@ def linear_cross_entropy_targets_kernel(
     tl.store(numbers_ptr, count)
     tl.store(numbers_ptr + 1, divisor)
     tl.store(numbers_ptr + 2, tl.where(count > 0, 1 / tl.where(count > 0, divisor, 1.0), 0.0))
-    tl.store(fine_ptr, tl.min(fine, 0))
+    tl.store(valid_ptr, tl.min(valid, 0))
 
 
 @triton.jit
@@ -351,15 +351,15 @@ def linear_cross_entropy_scale_kernel(grad_ptr, scale_ptr, size, BLOCK: tl.const
 def _targets_plan(
     target: Tensor,
     class_weight: Maybe,
-    counted: Tensor,
+    rate: Tensor,
     numbers: Tensor,
-    fine: Tensor,
+    valid: Tensor,
     V: int,
     ignore_index: int,
 ) -> Call:
-    args = (target, class_weight, counted, numbers, fine, target.shape[0], V, ignore_index)
+    args = (target, class_weight, rate, numbers, valid, target.shape[0], V, ignore_index)
     constants = {
-        "ACC": TRITON_DTYPES[counted.dtype],
+        "ACC": TRITON_DTYPES[rate.dtype],
         "HAS_CLASS_WEIGHT": class_weight is not None,
         "BLOCK": _configs.LOSS_TARGETS.block_r,
         "num_warps": _configs.LOSS_TARGETS.num_warps,
@@ -661,14 +661,14 @@ class _Call:
         self.sum_weight = None
         if class_weight is not None:
             self.sum_weight = class_weight.sum(dtype=torch.float64).to(self.dtype)
-        self.ones = self.per_row()  # 1 in rows that count, else 0
-        numbers, fine = self.ones.new_empty(3), self.target.new_empty((), dtype=torch.int32)
-        found = (self.target, self.class_weight, self.ones, numbers, fine)
-        launch(_targets_plan, found, self.weight.shape[0], ignore_index)
+        self.unit_rate = self.per_row()  # 1 in rows that count, else 0
+        numbers, valid = self.unit_rate.new_empty(3), self.target.new_empty((), dtype=torch.int32)
+        own = (self.target, self.class_weight, self.unit_rate, numbers, valid)
+        launch(_targets_plan, own, self.weight.shape[0], ignore_index)
         self.count, self.divisor, self.inverse = numbers.unbind()
         # A target out of range stops the device before a kernel reads what it points to. The host,
         # which would have to wait for the answer, does not look.
-        torch._assert_async(fine, _OUT_OF_RANGE)
+        torch._assert_async(valid, _OUT_OF_RANGE)
 
     @functools.cached_property
     def counted(self) -> Tensor:
@@ -686,7 +686,7 @@ class _Call:
 
         The division of the mean comes last, as float16 may have no number so small for one row.
         """
-        rate = self.ones
+        rate = self.unit_rate
         if not self.mean:
             return self._gradients(softmax, rate, rate, None, None, needs, outputs)
         z_rate = torch.where(self.counted, self.divisor / self.count, 0) if self.z_loss else None

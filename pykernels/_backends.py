@@ -32,7 +32,7 @@ A backend is a column of modules, one per op: `pykernels.reference`, `pykernels.
   values of tensors that are out of range, before anything is written, so that nobody need check
   them first.
 
-Tensors reach them checked, and of any stride.
+Tensors reach them checked, but for the values of targets on a GPU, and of any stride.
 """
 
 from __future__ import annotations

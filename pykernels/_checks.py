@@ -183,10 +183,10 @@ def integers(op: str, name: str, value: Tensor, axes: str) -> None:
 def classes(op: str, name: str, value: Tensor, V: int, ignored: int) -> None:
     """`value` holds numbers of classes, or `ignored`; on the meta device it holds nothing.
 
-    Nothing is said of values on a GPU, for which the host would have to wait: the backends assert
-    them there, as torch's own loss does.
+    Nothing is said of values on a GPU, for which the host would have to wait: the Triton kernels
+    assert them there, and torch's indexing does for the reference.
     """
-    if not value.is_cpu or value.numel() == 0:
+    if value.is_cuda or value.is_meta or value.numel() == 0:
         return
     if _between(value, V):  # the usual case, and quicker than to look for what is ignored
         return

@@ -1,6 +1,7 @@
 """The benchmark's own rules: fair turns, no time for a wrong kernel, no figure typed by hand."""
 
 import csv
+import functools
 import gc
 import itertools
 import os
@@ -571,6 +572,8 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
         }
         for name, ms in times.items()
     ]
+    monkeypatch.setattr(records, "of_gpus", functools.partial(records.of_gpus, tmp_path))
+    assert readme.gpu() == readme.NO_GPU_RESULTS
     records.merge(path, rows, run.KEY[:-1])
     older = [{**row, "date": "2025-01-01T00:00:00Z"} for row in rows]
     records.merge(tmp_path / "older-gpu.csv", older, run.KEY[:-1])
@@ -584,7 +587,8 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
     assert cells in shown
     assert shown.count("on Some GPU") == shown.count("on Another") == 1
     assert plot.main(["--gpu", str(path), "--output", str(tmp_path)]) == 0
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert (tmp_path / "a-gpu.png").stat().st_size > 10_000
+    assert "![a-gpu](a-gpu.png)" in readme.gpu()
 
 
 def test_readme_is_current():

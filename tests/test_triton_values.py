@@ -298,27 +298,68 @@ def test_chunks_take_no_more_memory_than_one():
     assert parts(0, H, exact=False) == []
 
 
-WRONG_TARGET = f"""
-import torch
-from pykernels.kernels.linear_cross_entropy import linear_cross_entropy_fwd
-x, w = torch.ones(9, 4, device="{DEVICE}"), torch.ones(7, 4, device="{DEVICE}")
-target = torch.tensor([6] * 8 + [-9], device="{DEVICE}")
-options = {{"reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0}}
-options |= {{"return_lse": False, "return_argmax": False}}
-linear_cross_entropy_fwd(x, w, target, None, None, ignore_index=-9, **options)
-target[5] = WRONG
-linear_cross_entropy_fwd(x, w, target, None, None, ignore_index=-9, **options)
-torch.cuda.is_available() and torch.cuda.synchronize()
-"""
+def loss_of(target, weighted=False):
+    """The kernels' own, of which nobody has looked at the targets; words are 0 to 6."""
+    x, w = torch.ones(len(target), 4, device=DEVICE), torch.ones(7, 4, device=DEVICE)
+    class_weight = torch.linspace(0.1, 2, 7, device=DEVICE) if weighted else None
+    options = {"reduction": "mean", "label_smoothing": 0.0, "z_loss": 0.0, "ignore_index": -9}
+    options |= {"return_lse": False, "return_argmax": False}
+    run = linear_cross_entropy.linear_cross_entropy_fwd
+    (loss, _, _), _ = run(x, w, torch.tensor(target, device=DEVICE), None, class_weight, **options)
+    return loss
 
 
-@pytest.mark.parametrize("wrong", [7, -1, -100])
-def test_a_target_out_of_range_stops_the_device(wrong):
-    """In a process of its own, which a GPU's assertion ends."""
-    code = WRONG_TARGET.replace("WRONG", str(wrong))
+WRONG_TARGETS = [7, -1, -100, 2**32 + 3]
+OUT_OF_RANGE = "`target` must be from 0 to V - 1 or ignore_index"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="it would stop the device")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("wrong", WRONG_TARGETS)
+def test_a_target_out_of_range_is_asserted(wrong, weighted):
+    """In the first and in the last rows that are looked at together; on a CPU it is an error."""
+    block = _configs.LOSS_TARGETS.block_r
+    assert loss_of([6] * block + [-9] * 3, weighted).isfinite()
+    for place in (0, block + 1):
+        target = [6] * block + [-9] * 3
+        target[place] = wrong
+        with pytest.raises(RuntimeError, match=OUT_OF_RANGE):
+            loss_of(target, weighted)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="no GPU")
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("wrong", WRONG_TARGETS)
+def test_a_target_out_of_range_stops_a_gpu(wrong, backend):
+    """In a process of its own, which cannot use the GPU any more."""
+    code = f"""if True:
+    import torch
+    from pykernels.functional import linear_cross_entropy
+    x, w = torch.ones(9, 4, device="cuda"), torch.ones(7, 4, device="cuda")
+    target = torch.full((9,), 6, device="cuda")
+    linear_cross_entropy(x, w, target, backend="{backend}").item()
+    target[5] = {wrong}
+    linear_cross_entropy(x, w, target, ignore_index=-9, backend="{backend}").item()
+    """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
-    assert "`target` must be from 0 to V - 1 or ignore_index" in run.stderr
+    assert (OUT_OF_RANGE if backend == "triton" else "Assertion") in run.stderr
+
+
+@pytest.mark.parametrize("ignored", [-100, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_are_counted(weighted, reduction, ignored):
+    """More than are looked at together; what is ignored may be the number of a word."""
+    N = 2 * _configs.LOSS_TARGETS.block_r + 1
+    spec = specs.LinearCrossEntropySpec(
+        *("loss-rows", "see above", (N,), 5, 7),
+        ignored=0.2,
+        ignore_index=ignored,
+        reduction=reduction,
+        class_weight=weighted,
+    )
+    evaluate.check(spec, torch.float32, "triton", DEVICE)
 
 
 @pytest.mark.parametrize("N", [128, 129, 257])

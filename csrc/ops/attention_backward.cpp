@@ -10,6 +10,9 @@ namespace {
 // Query rows by keys of scores at a time, in the backward pass.
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
+// Where the mask ends within the keys of a tile, what its queries see is near a triangle: fewer of
+// them waste less of the rest.
+constexpr int64_t kEdgeRows = kBackwardRows / 4;
 
 // With P the weights and delta_i = out_i . dout_i, one number a query:
 //
@@ -245,8 +248,9 @@ class Backward {
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
       // The queries that see any of these keys: the later the block, the later they begin and end.
       const int64_t end = std::min(n.S_q, j0 + keys - n.first);
-      for (int64_t i0 = std::max<int64_t>(0, j0 - n.last); i0 < end; i0 += kBackwardRows) {
-        const int64_t count = std::min(kBackwardRows, end - i0);
+      for (int64_t i0 = std::max<int64_t>(0, j0 - n.last), count; i0 < end; i0 += count) {
+        const bool edge = visible_keys(n, {i0, i0 + 1}, {j0, j0 + keys}).size() < keys;
+        count = std::min(edge ? kEdgeRows : kBackwardRows, end - i0);
         Range seen = visible_keys(n, {i0, i0 + count}, {j0, j0 + keys});
         seen.begin -= seen.begin % kPanel<T>;
         const int64_t row = row_in(set, b, h, i0);

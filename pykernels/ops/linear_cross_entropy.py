@@ -317,7 +317,8 @@ def linear_cross_entropy(
     The logits exist for a few rows at a time. Under "mean" and "sum" their gradients are made
     along with the loss, where a gradient is asked for, so that backward has only to scale them; not
     so under `torch.func`. Under torch.compile the values of `target` are checked where the graph
-    runs, with the same error, which then counts rows of all leading axes.
+    runs, with the same error, which then counts rows of all leading axes. On a GPU they are a
+    device-side assertion, as of torch's cross_entropy: the host does not wait to see them.
 
     Args:
         x: [..., H], any floating dtype.
@@ -346,8 +347,7 @@ def linear_cross_entropy(
             a flag is no bool.
         ValueError: a rank, size, device, reduction or backend is wrong; H or V is zero; a target is
             out of range; label_smoothing is not from 0 to 1, or z_loss is negative; class_weight
-            requires a gradient. On a GPU a target out of range is a device-side assertion, as of
-            torch's cross_entropy: the host does not wait to see the values.
+            requires a gradient. On a GPU targets are not looked at here.
     """
     x, weight, bias = _autocast.cast(x, weight, bias)
     loss_is_wide = _autocast.on(x.device) if isinstance(x, Tensor) else False

@@ -73,9 +73,10 @@ def with_layout(dense: Tensor, layout: str) -> Tensor:
 
 
 class _Draw:
-    """Random tensors in float64 from one seeded generator, which is the CPU's.
+    """Random tensors in float64 from one seeded generator.
 
-    Those of benchmarks may be large, and are drawn on the device that wants them.
+    It is the CPU's, but for the specs of benchmarks, which may be large: these are drawn on the
+    device that wants them.
     """
 
     def __init__(self, seed: int, device: str | torch.device, tags: frozenset[str]) -> None:
@@ -351,7 +352,7 @@ class AttentionSpec:
         shape = [named[letter] for letter in self.mask_shape]
         keep = ~draw.chance(0.2, *shape)
         if shape[-1] > 1:
-            rows = torch.arange(math.prod(shape[:-1])).reshape(shape[:-1])
+            rows = torch.arange(math.prod(shape[:-1]), device=keep.device).reshape(shape[:-1])
             keep.scatter_(-1, (rows % shape[-1])[..., None], True)
             if self.dead_rows:
                 keep[rows % 3 == 1] = False
