@@ -61,7 +61,7 @@ bench: setup ## Time everything, draw it, and put it into the README
 gpu: WORKERS := -n $(JOBS)
 gpu: $(if $(filter $(BIN)/%,$(PY)),setup) ## Test and time the Triton kernels on this machine's GPU
 	@$(PY) -c 'import torch; torch.cuda.is_available() or exit("error: torch sees no GPU on this machine")'
-	@$(PY) -m pytest -q $(WORKERS) -k triton --ignore tests/test_triton_compile.py $(ARGS)
+	@$(PY) -m pytest -q $(WORKERS) -k "triton or gpu" --ignore tests/test_triton_compile.py $(ARGS)
 	@$(PY) benchmarks/run.py --device cuda --seconds 0.3 --no-reference
 	@$(PY) benchmarks/plot.py
 

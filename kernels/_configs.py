@@ -183,9 +183,6 @@ TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
         # backward; by the next entry 3.9, 10.1.
         RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
-        RecurrenceConfig(
-            32, 16, 128, 4, 4, held=96 << 10, most_k=512, group=32 << 10, tuned_on=H200
-        ),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
         RecurrenceConfig(16, 32, 128, 8, 8, held=128 << 10),
         _STREAMED,
@@ -338,7 +335,7 @@ ATTENTION_DKV = {
                 AttentionConfig(32, 64, 8, 2, ruled=AttentionConfig(32, 32, 8, 2)),
             ),
             256: (
-                AttentionConfig(32, 64, 8, 2, tuned_on=H200),
+                AttentionConfig(64, 32, 8, 2, tuned_on=H200),
                 AttentionConfig(16, 16, 8, 1),
             ),
         },
