@@ -65,19 +65,19 @@ def default_path(row: Row, kind: str, folder: Path) -> Path:
 
 def newest(kind: str, folder: Path = KEPT) -> Path | None:
     """The kept file of "speed", "errors" ... with the newest row; None where there is none."""
-    paths = folder.glob(f"*-{kind}.csv")
-    return max(paths, default=None, key=lambda path: max(row["date"] for row in read(path)))
+    return max(folder.glob(f"*-{kind}.csv"), default=None, key=_date)
 
 
 def of_gpus(folder: Path = KEPT) -> list[Path]:
     """The newest kept file of each GPU, the newest of them first."""
-    found: dict[str, tuple[str, Path]] = {}
-    for path in folder.glob("*-gpu.csv"):
-        rows = read(path)
-        dated = max(row["date"] for row in rows), path
-        gpu = rows[0]["gpu"]
-        found[gpu] = max(dated, found.get(gpu, dated))
-    return [path for _, path in sorted(found.values(), reverse=True)]
+    oldest_first = sorted(folder.glob("*-gpu.csv"), key=_date)
+    newest_of = {read(path)[0]["gpu"]: path for path in oldest_first}
+    return sorted(newest_of.values(), key=_date, reverse=True)
+
+
+def _date(path: Path) -> str:
+    """That of a file's newest row."""
+    return max(row["date"] for row in read(path))
 
 
 def read(path: Path) -> list[Row]:

@@ -175,12 +175,10 @@ TOGETHER = {
 }
 TOGETHER["sm_90"] = TOGETHER["sm_80"] | {
     torch.float16: (
-        # Few warps, which wait for each other less. On an H200 a step of an lstm, H = 768 on 16
-        # rows, takes 3.1 us, 5.3 backward; by the next entry 3.8, 6.8.
+        # Few warps, which wait for each other less.
         RecurrenceConfig(8, 16, 128, 4, 4, held=96 << 10, group=16 << 10, tuned_on=H200),
         # Few rows of more units than the registers of few warps hold: twice as many programs each
-        # multiply half as much, and read less at once. On an H100 the step above takes 3.7 us, 6.0
-        # backward; by the next entry 3.9, 10.1.
+        # multiply half as much, and read less at once.
         RecurrenceConfig(16, 8, 128, 8, 8, held=64 << 10, group=32 << 10, tuned_on=H100),
         RecurrenceConfig(16, 16, 128, 8, 8, held=128 << 10),
         RecurrenceConfig(32, 16, 128, 8, 8, held=128 << 10, most_k=512, group=32 << 10),
