@@ -78,6 +78,7 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
+    if (!p_.pages.table) fetch_values(b, g, {all.begin, std::min(all.begin + kKeyBlock, all.end)});
     // Measured from 0, an only key's weight times the inverse of their sum need not be 1.
     const bool alone = std::min(n.S_k, n.last - n.first + 1) == 1;
     const bool bounded =
@@ -88,17 +89,24 @@ class Panels {
     std::fill(level, level + round_up(rows, kWidth), bounded ? T(0) : -kInfinity<T>);
     std::fill(sum, sum + round_up(rows, kWidth), T(0));
     for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
-      for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
-        copy_rows(p_.q.at(b, h, i), 0, 1, n_.D, turned + r * n_.D);
-        if (!p_.rule.sinks) return;
-        // A sink is a key that every row has seen beforehand.
+      T* const panel = queries + r0 * n_.D;
+      const int64_t count = std::min(kWidth, rows - r0), i = i0 + r0 % length;
+      if (i + count <= i0 + length) {
+        pack_panel(View<S>{p_.q.at(b, g * group_ + r0 / length, i), 1, p_.q.row}, n_.D, count,
+                   panel);
+      } else {  // of several heads
+        for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
+          copy_rows(p_.q.at(b, h, i), 0, 1, n_.D, turned + r * n_.D);
+        });
+        pack_panel(View<T>{turned, 1, n_.D}, n_.D, count, panel);
+      }
+      if (bounded) scale_row(panel, kWidth * n_.D, log_rate);
+      if (!p_.rule.sinks) continue;
+      // A sink is a key that every row has seen beforehand.
+      for_rows(r0, [&](int64_t r, int64_t h, int64_t) {
         level[r0 + r] = widen(p_.rule.sinks[h]);
         sum[r0 + r] = level[r0 + r] == -kInfinity<T> ? T(0) : T(1);
       });
-      if (bounded)
-        for (int64_t x = 0; x < kWidth * n_.D; x += lanes<T>)
-          store(turned + x, load(turned + x) * log_rate);
-      pack_panel(View<T>{turned, 1, n_.D}, n_.D, std::min(kWidth, rows - r0), queries + r0 * n_.D);
     }
 
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
@@ -185,6 +193,14 @@ class Panels {
       if (k.row == n_.D && !p_.pages.table) return k.data;
     copy_rows(k.data, k.row, count, n_.D, copy);
     return copy;
+  }
+
+  // Asks for values that will be packed: a tile reads a part of every row, and rows lie too far
+  // apart for the processor to fetch ahead by itself.
+  void fetch_values(int64_t b, int64_t g, Range keys) const {
+    for (int64_t j = keys.begin; j < keys.end; ++j)
+      for (int64_t d = 0; d < n_.D_v; d += kCacheLine / int64_t(sizeof(S)))
+        prefetch(p_.v.at(b, g, j) + d);
   }
 
   // scores [count, kWidth] = the products of keys [count, D] with a panel of queries [D, kWidth].
