@@ -30,6 +30,7 @@ SOURCES = [
     "csrc/ops/attention.cpp",
     "csrc/ops/attention_backward.cpp",
     "csrc/ops/attention_few.cpp",
+    "csrc/ops/attention_few_backward.cpp",
     "csrc/ops/attention_forward.cpp",
     "csrc/ops/attention_panels.cpp",
     "csrc/ops/attention_varlen.cpp",

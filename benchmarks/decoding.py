@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable
 from functools import partial
 
-import instruction_set
+import environment
 import records
 import timing
 import torch
@@ -101,5 +101,5 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 
 if __name__ == "__main__":
-    instruction_set.hold()
+    environment.hold()
     main()

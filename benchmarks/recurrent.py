@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import instruction_set
+import environment
 import records
 import timing
 import torch
@@ -494,5 +494,5 @@ def number(text: str) -> str:
 
 
 if __name__ == "__main__":
-    instruction_set.hold()
+    environment.hold()
     sys.exit(main())

@@ -38,8 +38,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import environment
 import gpu
-import instruction_set
 import peers
 import records
 import timing
@@ -383,5 +383,5 @@ def means(rows: list[records.Row]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    instruction_set.hold()
+    environment.hold()
     sys.exit(main())

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import environment
 import gpu
-import instruction_set
 import numpy as np
 import records
 import timing
@@ -391,5 +391,5 @@ def table(rows: list[records.Row]) -> Table:
 
 
 if __name__ == "__main__":
-    instruction_set.hold()
+    environment.hold()
     sys.exit(main())

@@ -102,8 +102,44 @@ FEW = [spec for spec in ATTENTION_SPECS if spec.s_q * spec.n <= 4 * spec.n_kv]
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("spec", FEW, ids=lambda spec: spec.name)
 def test_few_queries_without_gradients(spec, dtype):
-    """These read keys and values unpacked, which a recorded call does not."""
+    """These read keys and values unpacked, under rules too for which a recorded call does not."""
     check(spec, "cpp", dtype, gradients=False)
+
+
+#: As many queries and heads as backward reads keys and values unpacked for, over spans of keys.
+FEW_WITH_GRADIENTS = [
+    AttentionSpec(f"attention-few-{name}", "", *(2, 4, 2, 20), **({"n_kv": 2, "s_k": 1100} | rule))
+    for name, rule in {
+        "plain": {},
+        "narrow": {"d_v": 5},
+        "wide": {"d_v": 37, "layout": "offset"},
+        "one-span": {"s_k": 300, "is_causal": True, "causal_alignment": "bottom-right"},
+        "large-scores": {"gain": 15.0},
+        "causal": {"is_causal": True, "causal_alignment": "top-left"},
+        "window": {"window": (700, 0), "causal_alignment": "bottom-right"},
+        "mask": {"mask": "bool", "dead_rows": True, "layout": "transposed"},
+        "softcap": {"softcap": 2.0, "gain": 4.0},
+        "alibi": {"alibi": ("N",)},
+        "dropout": {"dropout_p": 0.3},
+        "everything": {
+            "d_v": 9,
+            "window": (800, 3),
+            "causal_alignment": "bottom-right",
+            "softcap": 1.3,
+            "mask": "bool",
+            "dead_rows": True,
+            "alibi": ("B", "N"),
+            "dropout_p": 0.25,
+            "layout": "strided",
+        },
+    }.items()
+]
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("spec", FEW_WITH_GRADIENTS, ids=lambda spec: spec.name)
+def test_few_queries_with_gradients(spec, dtype):
+    check(spec, "cpp", dtype)
 
 
 #: Enough queries for panels on every build, over several blocks of keys, under each rule.
@@ -226,6 +262,7 @@ def test_threads_of_few_queries(name, count, threads):
     [
         "attention-4x8x512x64-causal",
         "attention-decode-1x8x1x4096x64",
+        "attention-few-spans",
         "attention-s513",
         "attention-s513-causal",
         "attention-mqa-decode",

@@ -47,6 +47,16 @@ def test_few_keys(dtype, keys):
 
 
 @pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("rest", [{}, {"is_causal": True, "used": (600, 70, 0, 2, 800)}])
+def test_few_queries(rest, dtype):
+    """Keys and values are read unpacked, forward and backward: spans, none, no query."""
+    spec = AttentionVarlenSpec(
+        *("attention_varlen-few", "", (1, 2, 1, 0, 2), 4, 20, (600, 70, 0, 3, 1100)), n_kv=2, **rest
+    )
+    check(spec, "cpp", dtype)
+
+
+@pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("name", ["ones", "one", "pages", "pages-decode", "used"])
 def test_without_gradients(name, dtype):
     check(find(f"attention_varlen-{name}"), "cpp", dtype, gradients=False)

@@ -2,7 +2,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "attention_tiles.h"
+#include "attention_weights.h"
 
 namespace pykernels {
 namespace {
@@ -18,10 +18,7 @@ constexpr int64_t kEdgeRows = kBackwardRows / 4;
 //
 //   dV = P^T dout    dP = dout V^T    dS = P * (dP - delta + dlse)    dQ = dS K    dK = dS^T Q
 //
-// where dQ and dK take the scale. Of few keys dP and delta are nearly equal, and what they were
-// rounded by would show. So a query whose keys are all in one block gets its delta there, of these
-// very dP: delta = sum P dP. Others are summed in the order of dP, which is the same sum where a
-// query sees one key.
+// where dQ and dK take the scale.
 //
 // An item is a block of keys of one head of K and V. A thread takes the blocks of a head one after
 // the other, and when no head is left helps those that others are at: blocks of one head add to the
@@ -286,62 +283,10 @@ class Backward {
                        rows.weights, kTileLine);
     multiply_in_chains(count, seen.size(), n_.D_v, rows.douts, values_t + seen.begin * n_.D_v,
                        rows.dscores, kTileLine);
-    const T rate = score_unit(n_, p_.rule) * T(kLog2E);
-    for (int64_t r = 0; r < count; ++r) {
-      T* const weight = rows.weights + r * kTileLine;
-      T* const dscore = rows.dscores + r * kTileLine;
-      const int64_t first = j0 + seen.begin, i = i0 + r;
-      const Range mine = visible_keys(n, {i, i + 1}, {first, first + seen.size()});
-      alignas(kCacheLine) T growth[kTileLine], keep[kTileLine];
-      finish_scores(n, p_.rule, b, h, i, first, mine, weight, growth);
-      std::fill(weight, weight + mine.begin, -kInfinity<T>);
-      const int64_t at = row_of(n_, p_.packing, b, h, i);
-      const vec<T> top = broadcast(p_.rows.top[at]), inverse = broadcast(p_.rows.inverse[at]);
-      if (p_.rule.dropout > 0) {
-        draw_kept(p_.rule, b * n_.N + h, i, first, mine, keep);
-        for (int64_t j = mine.begin; j < mine.end; ++j) dscore[j] *= keep[j];
-      }
-      const auto weigh = [&](int64_t j) {
-        const vec<T> p = exp2_softmax<T>((load(weight + j) - top) * rate) * inverse;
-        store(weight + j, p);
-        return p;
-      };
-      const T dlse = p_.dlse ? p_.dlse[at] : T(0);
-      if (p_.whole && mine.size() == visible_keys(n, {i, i + 1}, {0, n.S_k}).size()) {
-        // What an unseen key has may be NaN.
-        std::fill(dscore, dscore + mine.begin, T(0));
-        fill(dscore, mine.end, mine.end, T(0));
-        fill(weight, mine.end, mine.end, -kInfinity<T>);
-        vec<T> total{}, products{};
-        for (int64_t j = 0; j < mine.end; j += lanes<T>) {
-          const vec<T> p = weigh(j);
-          total += p;
-          products += p * load(dscore + j);
-        }
-        // All weights add up to 1, but for roundings; a sink's is not among these.
-        const T sum = p_.rule.sinks ? T(1) : reduce_add(total);
-        const T delta = sum > 0 ? reduce_add(products) / sum : T(0);
-        if (p_.dsinks) deltas[r] = delta;
-        for (int64_t j = 0; j < mine.end; j += lanes<T>)
-          store(dscore + j, load(weight + j) * (load(dscore + j) - delta + dlse));
-      } else {
-        const T shift = deltas[r] - dlse;
-        for (int64_t j = 0; j < mine.end; j += lanes<T>)
-          store(dscore + j, weigh(j) * (load(dscore + j) - shift));
-      }
-      if (p_.rule.dropout > 0)
-        for (int64_t j = mine.begin; j < mine.end; ++j) weight[j] *= keep[j];
-      if (p_.dmask.data) {
-        T* const to = p_.dmask.at(b, h, i) + first;
-        for (int64_t j = mine.begin; j < mine.end; ++j) to[j] += dscore[j];
-      }
-      if (n_.softcap > 0)
-        for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
-          store(dscore + j, load(dscore + j) * load(growth + j));
-      std::fill(dscore, dscore + mine.begin, T(0));
-      fill(weight, mine.end, seen.size(), T(0));
-      fill(dscore, mine.end, seen.size(), T(0));
-    }
+    const int64_t first = j0 + seen.begin;
+    for (int64_t r = 0; r < count; ++r)
+      weigh_row<kBackwardKeys>(p_, n, b, h, i0 + r, {first, first + seen.size()}, deltas + r,
+                               rows.weights + r * kTileLine, rows.dscores + r * kTileLine);
   }
 
   static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, T factor, S* to,
@@ -371,6 +316,7 @@ class Backward {
 
 template <class S>
 void attention_backward(int threads, const AttentionBackward<S>& p) {
+  if (are_few_backward(p.sizes, p.packing, p.rule)) return attend_few_backward(threads, p);
   const Backward<S> backward(threads, p);
   parallel(threads, [&](const Team& team) {
     backward.run(team);

@@ -1,9 +1,7 @@
 // Attention of a few queries, as in decoding: every key and value is read once, as it lies, and
 // time is what reading them takes. Keys are split over the threads in spans of a fixed length, and
 // what the spans give is merged in order, so that the number of threads changes nothing.
-#include <type_traits>
-
-#include "attention_tiles.h"
+#include "attention_few.h"
 
 namespace pykernels {
 namespace {
@@ -16,15 +14,8 @@ constexpr int64_t kFewRows = sizeof(S) < 4 ? 2 : 3;
 // And where spans of keys keep more threads busy than heads do.
 constexpr int64_t kFewRowsOfFewHeads = 4;
 
-// Keys whose scores become weights at a time. The processor fetches ahead of reads that go on in
-// order, and has to find out anew where they turn from keys to values and back: seldom, by this.
-constexpr int64_t kFewKeys = 512;
-
 // Keys of one item.
 constexpr int64_t kSpan = 1024;
-
-// Pairs of registers of sums over values at a time.
-constexpr int kPairs = 4;
 
 template <class S>
 class Few {
@@ -57,8 +48,7 @@ class Few {
     const int64_t begin = item % spans_ * kSpan, rows = group_ * n.S_q;
 
     for (int64_t r = 0; r < rows; ++r) {
-      const S* const q = p_.q.at(b, head(n, g, r), r % n.S_q);
-      in_order(q, n.D, queries + r * depth_);
+      in_order(p_.q.at(b, head(n, g, r), r % n.S_q), n.D, queries + r * depth_);
       Part part = part_of(item, r);
       *part.maximum = -kInfinity<T>;
       *part.sum = 0;
@@ -71,7 +61,7 @@ class Few {
       if (seen.size() == 0) continue;
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, keys, n.D, gathered);
       for (int64_t r = 0; r < rows; ++r)
-        multiply_keys(queries + r * depth_, k, seen, scores + r * kScoreRow);
+        multiply_keys(queries + r * depth_, k, n.D, seen, scores + r * kScoreRow);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, keys, n.D_v, gathered);
       for (int64_t r = 0; r < rows; ++r) {
         T* const row = scores + r * kScoreRow;
@@ -94,8 +84,7 @@ class Few {
           draw_kept(p_.rule, b * n_.N + h, i, j0, mine, keep);
           for (int64_t j = mine.begin; j < mine.end; ++j) row[j] *= keep[j];
         }
-        for (int64_t j = mine.begin; j < mine.end; j += kChain)
-          add_values(row, v, {j, std::min(j + kChain, mine.end)}, part.out);
+        add_rows(row, v, n.D_v, mine, part.out);
       }
     }
   }
@@ -130,12 +119,12 @@ class Few {
       }
       const T inverse = sum > 0 || sum != sum ? 1 / sum : T(0);
       scale_row(total, width_, inverse);
-      int64_t d = 0;
-      for (; d + 2 * lanes<T> <= n.D_v; d += 2 * lanes<T>)
-        store_pair(out + d, {load(total + d), load(total + d + lanes<T>)});
-      for (; d < n.D_v; d += lanes<T>) store_n(out + d, load(total + d), n.D_v - d);
+      out_of_order(total, n.D_v, out);
       const int64_t row = row_of(n_, p_.packing, b, h, i);
       if (p_.lse) p_.lse[row] = top * unit + std::log(sum);
+      if (!p_.rows.top) continue;
+      p_.rows.top[row] = top == -kInfinity<T> ? kInfinity<T> : top;
+      p_.rows.inverse[row] = inverse;
     }
   }
 
@@ -157,84 +146,6 @@ class Few {
   }
   static T power(T x) { return exp2_softmax<T>(broadcast(x))[0]; }
 
-  // A row, widened, in the order of load_pair as far as there are whole pairs.
-  static void in_order(const S* from, int64_t count, T* to) {
-    int64_t d = 0;
-    for (; d + 2 * lanes<T> <= count; d += 2 * lanes<T>) {
-      const vec_pair<T> part = load_pair(from + d);
-      store(to + d, part.first);
-      store(to + d + lanes<T>, part.second);
-    }
-    for (; d < count; d += lanes<T>) store(to + d, load_n(from + d, count - d));
-  }
-
-  // The products of a query with the keys `seen` of a block, in whole registers of keys. Each key
-  // is read to its end before the next: the processor fetches ahead of reads that go on in order.
-  // To take a column of many keys at a time spares loads of the query, and all but stops that.
-  void multiply_keys(const T* query, View<S> k, Range seen, T* scores) const {
-    constexpr int width = lanes<T>;
-    const int64_t pairs = n_.D / (2 * width) * (2 * width);
-    for (int64_t j = seen.begin / width * width; j < seen.end; j += width) {
-      vec<T> sums[width];
-#pragma GCC unroll 16
-      for (int x = 0; x < width; ++x) {
-        const S* const key = key_at(k, j + x, seen);
-        vec<T> first{}, second{};
-        for (int64_t d = 0; d < pairs; d += 2 * width) {
-          const vec_pair<T> part = load_pair(key + d);
-          first += load(query + d) * part.first;
-          second += load(query + d + width) * part.second;
-        }
-        sums[x] = first + second;
-      }
-      for (int64_t d = pairs; d < n_.D; d += width)
-#pragma GCC unroll 16
-        for (int x = 0; x < width; ++x)
-          sums[x] += load(query + d) * load_n(key_at(k, j + x, seen) + d, n_.D - d);
-      store(scores + j, sum_of_each(sums));
-    }
-  }
-
-  // Past the last key, it again.
-  static const S* key_at(View<S> k, int64_t j, Range seen) {
-    return k.at(std::min(j, seen.end - 1), 0).data;
-  }
-
-  // out += the values of the keys `mine`, weighed.
-  void add_values(const T* weights, View<S> v, Range mine, T* out) const {
-    int64_t d = add_pairs<kPairs>(weights, v, mine, 0, out);
-    for (; d < n_.D_v; d += lanes<T>) {
-      vec<T> sum{};
-      for (int64_t j = mine.begin; j < mine.end; ++j)
-        sum += broadcast(weights[j]) * load_n(v.at(j, d).data, n_.D_v - d);
-      store(out + d, load(out + d) + sum);
-    }
-  }
-
-  // The same for whole pairs of registers from column d on, kCount at a time and then fewer.
-  // Returns the first column that is left.
-  template <int kCount>
-  int64_t add_pairs(const T* weights, View<S> v, Range mine, int64_t d, T* out) const {
-    constexpr int64_t width = lanes<T>;
-    for (; d + 2 * kCount * width <= n_.D_v; d += 2 * kCount * width) {
-      vec<T> sums[2 * kCount] = {};
-      for (int64_t j = mine.begin; j < mine.end; ++j) {
-        const S* const row = v.at(j, d).data;
-        const vec<T> weight = broadcast(weights[j]);
-#pragma GCC unroll 4
-        for (int x = 0; x < kCount; ++x) {
-          const vec_pair<T> part = load_pair(row + 2 * x * width);
-          sums[2 * x] += weight * part.first;
-          sums[2 * x + 1] += weight * part.second;
-        }
-      }
-      for (int x = 0; x < 2 * kCount; ++x)
-        store(out + d + x * width, load(out + d + x * width) + sums[x]);
-    }
-    if constexpr (kCount > 1) return add_pairs<kCount / 2>(weights, v, mine, d, out);
-    return d;
-  }
-
   const AttentionForward<S>& p_;
   const AttentionSizes& n_;
   const int64_t group_, rows_, spans_;  // rows: queries by heads of a group
@@ -249,9 +160,9 @@ class Few {
 template <class S>
 bool are_few(int threads, const AttentionForward<S>& p) {
   const AttentionSizes& n = p.sizes;
-  if (p.rows.top || n.N_kv == 0) return false;
-  const int64_t rows = n.N / n.N_kv * longest_queries(n, p.packing);
-  return rows <= (n.B * n.N_kv < threads ? kFewRowsOfFewHeads : kFewRows<S>);
+  if (p.rows.top) return are_few_backward<S>(n, p.packing, p.rule);
+  return n.N_kv > 0 && rows_of_a_head(n, p.packing) <=
+                           (n.B * n.N_kv < threads ? kFewRowsOfFewHeads : kFewRows<S>);
 }
 
 template <class S>

@@ -267,12 +267,25 @@ class Items {
   std::atomic<int64_t> next_{0};
 };
 
-// Forward for so few queries that to pack keys and values would cost more than it saves; without
-// what backward needs, which would make scores in another order of additions.
+// Queries by heads that share a head of K and V, of the longest sequence.
+inline int64_t rows_of_a_head(const AttentionSizes& n, const AttentionPacking& packing) {
+  return n.N / std::max<int64_t>(1, n.N_kv) * longest_queries(n, packing);
+}
+
+// Forward for so few queries that to pack keys and values would cost more than it saves. What the
+// backward pass weighs once more must be scores of the same order of additions: a forward pass that
+// leaves it rows goes this way only where the backward pass will.
 template <class S>
 bool are_few(int threads, const AttentionForward<S>& p);
 template <class S>
 void attend_few(int threads, const AttentionForward<S>& p);
+
+// Backward for as few.
+template <class S>
+bool are_few_backward(const AttentionSizes& n, const AttentionPacking& packing,
+                      const AttentionRule<S>& rule);
+template <class S>
+void attend_few_backward(int threads, const AttentionBackward<S>& p);
 
 // Forward for queries in panels, where few lanes of these stay empty and keys are packed for many.
 template <class S>

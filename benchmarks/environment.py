@@ -1,0 +1,42 @@
+"""What a benchmark runs in, the same for every implementation.
+
+The other libraries are held to the instruction set that is forced on ours, and the C library to
+memory that it has. Left to itself, glibc gives large blocks back to the system, depending on which
+one was freed last, and takes pages for the next result anew, one fault every 4 KB. That is up to a
+third of the time of a small op's training step, and falls to whoever is next in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+#: What torch's own kernels, MKL and oneDNN (in torch and in OpenVINO) read as they are loaded. ONNX
+#: Runtime takes what the processor has and knows no such variable.
+LIMITS = {
+    "baseline": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    },
+}
+
+#: What glibc reads as a program starts, in bytes: no free block goes back to the system, and blocks
+#: up to the largest size that glibc would come to by itself are kept.
+MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
+
+def hold() -> None:
+    """Starts this program again in `MEMORY`, and in `LIMITS` where PYKERNELS_ISA forces one of
+    them.
+
+    torch is loaded by then, and reads them no second time.
+    """
+    wanted = MEMORY | LIMITS.get(os.environ.get("PYKERNELS_ISA", ""), {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, sys.orig_argv, os.environ | wanted)
