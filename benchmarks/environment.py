@@ -2,8 +2,8 @@
 
 The other libraries are held to the instruction set that is forced on ours, and the C library to
 memory that it has. Left to itself, glibc gives large blocks back to the system, depending on which
-one was freed last, and takes pages for the next result anew, one fault every 4 KB. That is up to a
-third of the time of a small op's training step, and falls to whoever is next in turn.
+was freed last, and the next result takes its pages anew, one fault every 4 KB: in a training step
+of small tensors a good part of the time, and it falls to whoever is next in turn.
 """
 
 from __future__ import annotations

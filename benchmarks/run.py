@@ -14,7 +14,8 @@ the measurement can only lower it, so the share is never flattered.
 The scratch is what our C++ kernels take beside inputs, outputs and what is kept for the backward
 pass, at its most during one call. Geometric means over the shapes of an op close the table.
 
-With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too (`instruction_set.py`).
+With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too, and memory that is given back stays in
+the process (`environment.py`).
 
 The peers (`peers.py`: ONNX Runtime and OpenVINO; recurrent layers and attention, forward) have a
 process each and take part in the turns; one that is wrong by the same rule, or not installed, is

@@ -5,13 +5,14 @@ import functools
 import gc
 import itertools
 import os
+import platform
 import subprocess
 import sys
 
 import decoding
+import environment
 import errors
 import gpu
-import instruction_set
 import numpy as np
 import overhead
 import peers
@@ -124,17 +125,38 @@ def test_rows_of_a_second_run_replace_those_of_the_first(tmp_path):
     assert [row["ms"] for row in records.read(path)] == ["1", "3"]
 
 
-@pytest.mark.parametrize("isa", instruction_set.LIMITS)
+def held(program, **variables):
+    """What a program prints that can import the benchmarks."""
+    variables = {**os.environ, **variables, "PYTHONPATH": str(records.HERE)}
+    command = [sys.executable, "-c", program]
+    return subprocess.check_output(command, env=variables, text=True).strip()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_was_given_back_is_kept():
+    """A large block comes from the heap and not from the system, and the heap does not shrink."""
+    program = """
+import ctypes, environment
+environment.hold()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+before, block = libc.sbrk(0), libc.malloc(ctypes.c_size_t(2**24))
+grown = libc.sbrk(0)
+libc.free(ctypes.c_void_p(block))
+print(grown - before >= 2**24, libc.sbrk(0) == grown)
+"""
+    assert held(program) == "True True"
+
+
+@pytest.mark.parametrize("isa", environment.LIMITS)
 def test_others_are_held_to_the_instruction_set_of_ours(isa):
     program = (
-        "import torch, instruction_set; instruction_set.hold();"
+        "import torch, environment; environment.hold();"
         "print(torch.backends.cpu.get_cpu_capability())"
     )
-    environment = {**os.environ, "PYKERNELS_ISA": isa, "PYTHONPATH": str(records.HERE)}
-    shown = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    assert shown.strip().lower() == instruction_set.LIMITS[isa]["ATEN_CPU_CAPABILITY"]
+    assert (
+        held(program, PYKERNELS_ISA=isa).lower() == environment.LIMITS[isa]["ATEN_CPU_CAPABILITY"]
+    )
 
 
 def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
