@@ -236,6 +236,8 @@ class Backward {
     const int64_t keys = std::min(kBackwardKeys, n.S_k - j0);
     if (keys <= 0) return;
     const S* const k = p_.k.at(b, g, j0);
+    fetch_rows(k, p_.k.row, keys, n_.D);
+    fetch_rows(p_.v.at(b, g, j0), p_.v.row, keys, n_.D_v);
     pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, tile.keys_t);
     pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, tile.values_t);
     pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, tile.keys_scaled);

@@ -78,7 +78,8 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
-    if (!p_.pages.table) fetch_values(b, g, {all.begin, std::min(all.begin + kKeyBlock, all.end)});
+    if (!p_.pages.table)
+      fetch_rows(p_.v.at(b, g, all.begin), p_.v.row, std::min(kKeyBlock, all.size()), n_.D_v);
     // Measured from 0, an only key's weight times the inverse of their sum need not be 1.
     const bool alone = std::min(n.S_k, n.last - n.first + 1) == 1;
     const bool bounded =
@@ -193,14 +194,6 @@ class Panels {
       if (k.row == n_.D && !p_.pages.table) return k.data;
     copy_rows(k.data, k.row, count, n_.D, copy);
     return copy;
-  }
-
-  // Asks for values that will be packed: a tile reads a part of every row, and rows lie too far
-  // apart for the processor to fetch ahead by itself.
-  void fetch_values(int64_t b, int64_t g, Range keys) const {
-    for (int64_t j = keys.begin; j < keys.end; ++j)
-      for (int64_t d = 0; d < n_.D_v; d += kCacheLine / int64_t(sizeof(S)))
-        prefetch(p_.v.at(b, g, j) + d);
   }
 
   // scores [count, kWidth] = the products of keys [count, D] with a panel of queries [D, kWidth].

@@ -217,6 +217,15 @@ void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T
     for (int64_t d = 0; d < columns; d += lanes<T>) store(to + d, load_n(from + d, columns - d));
 }
 
+// Asks for rows that will be packed: a panel is made of a part of each, too far apart for the
+// processor to fetch ahead by itself.
+template <class S>
+void fetch_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t d = 0; d < columns; d += kCacheLine / int64_t(sizeof(S)))
+      prefetch(from + r * from_row + d);
+}
+
 // Rows [j0, j0 + count) of head g of k or v: where they lie, or put together from their pages in
 // `to`, [count, width].
 template <class S>
