@@ -112,7 +112,7 @@ FEW_WITH_GRADIENTS = [
     for name, rule in {
         "plain": {},
         "narrow": {"d_v": 5},
-        "wide": {"d_v": 37, "layout": "offset"},
+        "odd": {"d_v": 37, "layout": "offset"},
         "one-span": {"s_k": 300, "is_causal": True, "causal_alignment": "bottom-right"},
         "large-scores": {"gain": 15.0},
         "causal": {"is_causal": True, "causal_alignment": "top-left"},
@@ -136,8 +136,12 @@ FEW_WITH_GRADIENTS = [
 ]
 
 
+#: Columns for every number of registers at a time, and some that are left.
+WIDE = AttentionSpec("attention-few-wide", "", *(1, 2, 1, 300), s_k=600, d_v=150)
+
+
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("spec", FEW_WITH_GRADIENTS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*FEW_WITH_GRADIENTS, WIDE], ids=lambda spec: spec.name)
 def test_few_queries_with_gradients(spec, dtype):
     check(spec, "cpp", dtype)
 
@@ -211,7 +215,7 @@ def test_few_keys(spec, dtype):
         check(spec, "cpp", dtype, seed=seed)
 
 
-@pytest.mark.parametrize("S", [7, 200])
+@pytest.mark.parametrize("S", [1, 3, 7, 200])
 @pytest.mark.parametrize("dtype", ALL)
 def test_one_key(dtype, S):
     """Its value comes out as it is, and nothing about the query or the key changes that."""
@@ -397,12 +401,14 @@ def test_scratch_is_tiles_alone(dtype, threads):
     assert held[5] == held[1]
 
 
+@pytest.mark.parametrize(("S_q", "S_k"), [(700, 700), (2, 2100)])
 @pytest.mark.parametrize("window", [None, (150, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_do_not_depend_on_the_number_of_threads(dtype, window, threads):
+def test_gradients_do_not_depend_on_the_number_of_threads(dtype, window, S_q, S_k, threads):
     """Threads add to the dq of one head in one order: fewer heads than threads, several blocks."""
     need(find("attention-plain"), "cpp", dtype)
-    q, k, v = (torch.randn(1, heads, 700, 24).to(dtype).requires_grad_() for heads in (4, 2, 2))
+    sizes = ((4, S_q), (2, S_k), (2, S_k))
+    q, k, v = (torch.randn(1, *size, 24).to(dtype).requires_grad_() for size in sizes)
     out = functional.attention(
         q, k, v, is_causal=window is not None, window=window, enable_gqa=True, backend="cpp"
     )
@@ -462,6 +468,20 @@ def test_nan_shows_in_the_rows_that_see_it(backend, S):
         unseen = [i for i in range(S) if i not in sees]
         torch.testing.assert_close(out[0, 1, unseen], expected[0, 1, unseen])
         torch.testing.assert_close(out[0, 0], expected[0, 0])
+
+
+def test_what_no_query_sees_gets_no_gradient_of_nan():
+    """Few queries, whose keys lie in several spans: NaN in what is behind the window."""
+    q, k, v = (torch.randn(1, 2, S, 24) for S in (2, 1300, 1300))
+    q[0, 0, 1, 3] = k[0, 1, 1299, 5] = v[0, 1, 1299, 5] = torch.nan
+    given = [t.requires_grad_() for t in (q, k, v)]
+    out = functional.attention(*given, window=(5, 2), backend="cpp")
+    dq, dk, dv = torch.autograd.grad(out, given, torch.randn_like(out))
+    for grad in (dk, dv):
+        assert grad[0, 0, :4].isnan().any()
+        assert not grad[0, :, 4:].any()
+        assert grad[0, 1].isfinite().all()
+    assert dq[0, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -107,6 +107,7 @@ NAMES = [
         "sinks-learned",
         "alibi-all",
         "s257-causal",
+        "few-spans",
     )
 ]
 

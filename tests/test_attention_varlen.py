@@ -23,7 +23,7 @@ from cases import (
     some,
 )
 
-from pykernels import functional
+from pykernels import _backends, functional
 from pykernels.testing import ATTENTION_VARLEN_SPECS, AttentionVarlenSpec, evaluate
 from pykernels.testing.specs import find
 
@@ -54,6 +54,26 @@ def test_few_queries(rest, dtype):
         *("attention_varlen-few", "", (1, 2, 1, 0, 2), 4, 20, (600, 70, 0, 3, 1100)), n_kv=2, **rest
     )
     check(spec, "cpp", dtype)
+
+
+def test_scratch_of_a_few_queries_goes_by_the_keys_there_are(threads):
+    """One long sequence among short ones: its spans are not theirs."""
+    threads(1)
+    extension = _backends.load_extension()
+    peaks = []
+    for others in (0, 400):
+        starts = torch.arange(others + 2)
+        keys = torch.cat([torch.zeros(1, dtype=torch.int64), 20000 + starts[: others + 1]])
+        q = torch.randn(others + 1, 4, 64, requires_grad=True)
+        k, v = (torch.randn(20000 + others, 4, 64, requires_grad=True) for _ in range(2))
+        extension.scratch_peak()
+        out = functional.attention_varlen(q, k, v, starts, keys, backend="cpp")
+        peaks.append(extension.scratch_peak())
+        out.sum().backward()
+        peaks.append(extension.scratch_peak())
+    part = 4 * 2 * 64  # bytes of a row of a span, padded
+    assert peaks[2] - peaks[0] <= 400 * 4 * part
+    assert peaks[3] - peaks[1] <= 400 * 4 * part
 
 
 @pytest.mark.parametrize("dtype", ALL)

@@ -24,15 +24,15 @@ class Few {
 
  public:
   Few(int threads, const AttentionForward<S>& p)
-      : p_(p), n_(p.sizes), group_(n_.N / n_.N_kv), rows_(group_ * longest_queries(n_, p.packing)),
-        spans_(std::max<int64_t>(1, ceil_div(longest_keys(), kSpan))),
-        depth_(round_up(n_.D, lanes<T>)), width_(round_up(n_.D_v, lanes<T>)),
+      : p_(p), n_(p.sizes), group_(n_.N / n_.N_kv), rows_(rows_of_a_head(n_, p.packing)),
+        spans_(n_, p.packing, kSpan), depth_(round_up(n_.D, lanes<T>)),
+        width_(round_up(n_.D_v, lanes<T>)),
         per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * kScoreRow) +
-                    Arena<T>::padded(kFewKeys)),
+                    Arena<T>::padded(kFewKeys) + Arena<T>::padded(width_)),
         scratch_(threads * per_thread_), parts_(items() * rows_ * part_size()),
         gathered_(p.pages.table ? threads * kFewKeys * std::max(n_.D, n_.D_v) : 0) {}
 
-  int64_t items() const { return n_.B * n_.N_kv * spans_; }
+  int64_t items() const { return spans_.items(); }
 
   // One span of the keys of one head of one sequence.
   void run(const Team& team, int64_t item) const {
@@ -42,13 +42,13 @@ class Few {
     T* const keep = arena.take(kFewKeys);
     S* const gathered =
         gathered_.get() + (p_.pages.table ? team.rank * kFewKeys * std::max(n_.D, n_.D_v) : 0);
-    const int64_t b = item / spans_ / n_.N_kv, g = item / spans_ % n_.N_kv;
+    const auto [b, g, begin] = spans_.place(item);
     const AttentionSizes n = sequence(n_, p_.packing, b);
     const T rate = score_unit(n_, p_.rule) * T(kLog2E);
-    const int64_t begin = item % spans_ * kSpan, rows = group_ * n.S_q;
+    const int64_t rows = group_ * n.S_q;
 
     for (int64_t r = 0; r < rows; ++r) {
-      in_order(p_.q.at(b, head(n, g, r), r % n.S_q), n.D, queries + r * depth_);
+      to_pairs(p_.q.at(b, head(n, g, r), r % n.S_q), n.D, queries + r * depth_);
       Part part = part_of(item, r);
       *part.maximum = -kInfinity<T>;
       *part.sum = 0;
@@ -61,7 +61,7 @@ class Few {
       if (seen.size() == 0) continue;
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, keys, n.D, gathered);
       for (int64_t r = 0; r < rows; ++r)
-        multiply_keys(queries + r * depth_, k, n.D, seen, scores + r * kScoreRow);
+        multiply_rows(queries + r * depth_, k, n.D, seen, scores + r * kScoreRow);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, keys, n.D_v, gathered);
       for (int64_t r = 0; r < rows; ++r) {
         T* const row = scores + r * kScoreRow;
@@ -93,33 +93,35 @@ class Few {
   void finish(const Team& team) const {
     const T unit = score_unit(n_, p_.rule), rate = unit * T(kLog2E);
     const Range all = team.share(n_.B * n_.N_kv * rows_);
+    T* const total = scratch_.get() + team.rank * per_thread_;
     for (int64_t at = all.begin; at < all.end; ++at) {
       const int64_t b = at / rows_ / n_.N_kv, g = at / rows_ % n_.N_kv, r = at % rows_;
       const AttentionSizes n = sequence(n_, p_.packing, b);
       if (r >= group_ * n.S_q) continue;
-      const int64_t h = head(n, g, r), i = r % n.S_q, first = at / rows_ * spans_;
+      const int64_t h = head(n, g, r), i = r % n.S_q;
+      const Range spans = spans_.of(b, g);
       T top = p_.rule.sinks ? T(widen(p_.rule.sinks[h])) : -kInfinity<T>;
       const T sink = top;
-      for (int64_t s = 0; s < spans_; ++s) {
-        const T maximum = *part_of(first + s, r).maximum;
+      for (int64_t s = spans.begin; s < spans.end; ++s) {
+        const T maximum = *part_of(s, r).maximum;
         top = maximum > top || maximum != maximum ? maximum : top;
       }
       T sum = sink == -kInfinity<T> ? T(0) : power((sink - top) * rate);
       S* const out = p_.out.at(b, h, i);
-      T* const total = part_of(first, r).out;
-      for (int64_t s = 0; s < spans_; ++s) {
-        const Part part = part_of(first + s, r);
+      std::fill(total, total + width_, T(0));
+      for (int64_t s = spans.begin; s < spans.end; ++s) {
+        const Part part = part_of(s, r);
         const T factor =
             *part.maximum == -kInfinity<T> ? T(0) : power((*part.maximum - top) * rate);
         sum += *part.sum * factor;
         for (int64_t d = 0; d < width_; d += lanes<T>) {
           const vec<T> scaled = load(part.out + d) * factor;
-          store(total + d, s ? load(total + d) + scaled : scaled);
+          store(total + d, s > spans.begin ? load(total + d) + scaled : scaled);
         }
       }
       const T inverse = sum > 0 || sum != sum ? 1 / sum : T(0);
       scale_row(total, width_, inverse);
-      out_of_order(total, n.D_v, out);
+      from_pairs(total, n.D_v, out);
       const int64_t row = row_of(n_, p_.packing, b, h, i);
       if (p_.lse) p_.lse[row] = top * unit + std::log(sum);
       if (!p_.rows.top) continue;
@@ -130,7 +132,7 @@ class Few {
 
  private:
   // What one span gives one row: as if there were no other keys, but for the division by the sum.
-  // As queries are, `out` is in the order of load_pair, as far as there are whole pairs.
+  // As queries are, `out` is in pairs.
   struct Part {
     T *maximum, *sum, *out;
   };
@@ -140,7 +142,6 @@ class Few {
     return {at + width_, at + width_ + 1, at};
   }
 
-  int64_t longest_keys() const { return p_.packing.queries ? p_.packing.longest_k : n_.S_k; }
   int64_t head(const AttentionSizes& n, int64_t g, int64_t r) const {
     return g * group_ + r / n.S_q;
   }
@@ -148,8 +149,9 @@ class Few {
 
   const AttentionForward<S>& p_;
   const AttentionSizes& n_;
-  const int64_t group_, rows_, spans_;  // rows: queries by heads of a group
-  const int64_t depth_, width_;         // D and D_v in whole registers
+  const int64_t group_, rows_;  // rows: queries by heads of a group
+  const Spans spans_;
+  const int64_t depth_, width_;  // D and D_v in whole registers
   const int64_t per_thread_;
   const Scratch<T> scratch_, parts_;
   const Scratch<S> gathered_;

@@ -1,6 +1,9 @@
 // What the passes of a few queries share: keys and values are read as they lie, row after row.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "attention_tiles.h"
 
 namespace pykernels {
@@ -12,9 +15,41 @@ constexpr int64_t kFewKeys = 512;
 // Pairs of registers of sums over rows at a time.
 constexpr int kPairs = 4;
 
+// The spans of the keys of all sequences, and heads of K and V, each of which is one item: those of
+// a sequence's head lie side by side, and a sequence without keys has none.
+class Spans {
+ public:
+  // Of `length` keys.
+  Spans(const AttentionSizes& all, const AttentionPacking& packing, int64_t length)
+      : heads_(all.N_kv), length_(length), first_(all.B + 1) {
+    for (int64_t b = 0; b < all.B; ++b)
+      first_[b + 1] = first_[b] + heads_ * ceil_div(sequence(all, packing, b).S_k, length);
+  }
+
+  int64_t items() const { return first_.back(); }
+  // Those of head g of sequence b.
+  Range of(int64_t b, int64_t g) const {
+    const int64_t each = (first_[b + 1] - first_[b]) / heads_;
+    return {first_[b] + g * each, first_[b] + (g + 1) * each};
+  }
+
+  struct Place {
+    int64_t b, g, first_key;
+  };
+  Place place(int64_t item) const {
+    const int64_t b = std::upper_bound(first_.begin(), first_.end(), item) - first_.begin() - 1;
+    const int64_t each = (first_[b + 1] - first_[b]) / heads_, at = item - first_[b];
+    return {b, at / each, at % each * length_};
+  }
+
+ private:
+  const int64_t heads_, length_;
+  std::vector<int64_t> first_;  // [B + 1]: the first item of each sequence
+};
+
 // A row, widened, in the order of load_pair as far as there are whole pairs.
 template <class S, class T = compute_t<S>>
-void in_order(const S* from, int64_t count, T* to) {
+void to_pairs(const S* from, int64_t count, T* to) {
   int64_t d = 0;
   for (; d + 2 * lanes<T> <= count; d += 2 * lanes<T>) {
     const vec_pair<T> part = load_pair(from + d);
@@ -26,18 +61,18 @@ void in_order(const S* from, int64_t count, T* to) {
 
 // And back.
 template <class S, class T = compute_t<S>>
-void out_of_order(const T* from, int64_t count, S* to) {
+void from_pairs(const T* from, int64_t count, S* to) {
   int64_t d = 0;
   for (; d + 2 * lanes<T> <= count; d += 2 * lanes<T>)
     store_pair(to + d, {load(from + d), load(from + d + lanes<T>)});
   for (; d < count; d += lanes<T>) store_n(to + d, load(from + d), count - d);
 }
 
-// The products of a row in order with the rows `seen` of a block, in whole registers of these. Each
+// The products of a row in pairs with the rows `seen` of a block, in whole registers of these. Each
 // is read to its end before the next: the processor fetches ahead of reads that go on in order. To
 // take a column of many rows at a time spares loads of the one, and all but stops that.
 template <class S, class T = compute_t<S>>
-void multiply_keys(const T* one, View<S> rows, int64_t columns, Range seen, T* products) {
+void multiply_rows(const T* one, View<S> rows, int64_t columns, Range seen, T* products) {
   constexpr int width = lanes<T>;
   const auto row_at = [&](int64_t j) { return rows.at(std::min(j, seen.end - 1), 0).data; };
   const int64_t pairs = columns / (2 * width) * (2 * width);
@@ -86,7 +121,7 @@ int64_t add_pairs(const T* weights, View<S> rows, int64_t columns, Range mine, i
   return d;
 }
 
-// out, in order, += the rows `mine`, weighed; in sums of kChain rows.
+// out, in pairs, += the rows `mine`, weighed; in sums of kChain rows.
 template <class S, class T = compute_t<S>>
 void add_rows(const T* weights, View<S> rows, int64_t columns, Range mine, T* out) {
   for (int64_t j0 = mine.begin; j0 < mine.end; j0 += kChain) {

@@ -19,14 +19,14 @@ class FewBackward {
 
  public:
   FewBackward(int threads, const AttentionBackward<S>& p)
-      : p_(p), n_(p.sizes), rows_(rows_of_a_head(n_, p.packing)),
-        spans_(ceil_div(p.packing.queries ? p.packing.longest_k : n_.S_k, kFewKeys)),
-        depth_(round_up(n_.D, lanes<T>)), width_(round_up(n_.D_v, lanes<T>)),
+      : p_(p), n_(p.sizes), group_(n_.N / n_.N_kv), rows_(rows_of_a_head(n_, p.packing)),
+        spans_(n_, p.packing, kFewKeys), depth_(round_up(n_.D, lanes<T>)),
+        width_(round_up(n_.D_v, lanes<T>)),
         per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * width_) +
                     Arena<T>::padded(rows_ * kLine) * 2),
         scratch_(threads * per_thread_), parts_(p.dq.data ? items() * rows_ * depth_ : 0) {}
 
-  int64_t items() const { return n_.B * n_.N_kv * spans_; }
+  int64_t items() const { return spans_.items(); }
 
   // One span of the keys of one head of one sequence.
   void run(const Team& team, int64_t item) const {
@@ -35,25 +35,23 @@ class FewBackward {
     T* const douts = arena.take(rows_ * width_);
     T* const weights = arena.take(rows_ * kLine);
     T* const dscores = arena.take(rows_ * kLine);
-    const int64_t b = item / spans_ / n_.N_kv, g = item / spans_ % n_.N_kv;
+    const auto [b, g, j0] = spans_.place(item);
     const AttentionSizes n = sequence(n_, p_.packing, b);
-    const int64_t j0 = item % spans_ * kFewKeys, count = std::min(kFewKeys, n.S_k - j0);
-    const int64_t rows = n.N / n.N_kv * n.S_q;
-    if (count <= 0) return;
-    const Range keys{j0, j0 + count}, seen = visible_keys(n, {0, n.S_q}, keys);
+    const int64_t rows = group_ * n.S_q;
+    const Range keys{j0, std::min(j0 + kFewKeys, n.S_k)}, seen = visible_keys(n, {0, n.S_q}, keys);
     const View<S> k{p_.k.at(b, g, j0), p_.k.row, 1}, v{p_.v.at(b, g, j0), p_.v.row, 1};
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t h = g * (n.N / n.N_kv) + r / n.S_q, i = r % n.S_q;
+      const int64_t h = head(n, g, r), i = r % n.S_q;
       T* const query = queries + r * depth_;
       T* const dout = douts + r * width_;
       T* const weight = weights + r * kLine;
       T* const dscore = dscores + r * kLine;
-      in_order(p_.q.at(b, h, i), n.D, query);
-      in_order(p_.dout.at(b, h, i), n.D_v, dout);
+      to_pairs(p_.q.at(b, h, i), n.D, query);
+      to_pairs(p_.dout.at(b, h, i), n.D_v, dout);
       alignas(kCacheLine) T delta[lanes<T>];
-      multiply_keys(dout, View<S>{p_.out.at(b, h, i), 0, 1}, n.D_v, {0, 1}, delta);
-      multiply_keys(query, k, n.D, seen, weight);
-      multiply_keys(dout, v, n.D_v, seen, dscore);
+      multiply_rows(dout, View<S>{p_.out.at(b, h, i), 0, 1}, n.D_v, {0, 1}, delta);
+      multiply_rows(query, k, n.D, seen, weight);
+      multiply_rows(dout, v, n.D_v, seen, dscore);
       weigh_row<kFewKeys>(p_, n, b, h, i, keys, delta, weight, dscore);
       if (!p_.dq.data) continue;
       T* const part = parts_.get() + (item * rows_ + r) * depth_;
@@ -61,9 +59,11 @@ class FewBackward {
       add_rows(dscore, k, n.D, seen, part);
     }
     if (p_.dk.data)
-      spread(dscores, queries, depth_, rows, count, n.D, T(n.scale), p_.dk.at(b, g, j0), p_.dk.row);
+      spread(dscores, queries, depth_, rows, seen, n.D, T(n.scale), p_.dk.at(b, g, j0), p_.dk.row,
+             keys.size());
     if (p_.dv.data)
-      spread(weights, douts, width_, rows, count, n.D_v, T(1), p_.dv.at(b, g, j0), p_.dv.row);
+      spread(weights, douts, width_, rows, seen, n.D_v, T(1), p_.dv.at(b, g, j0), p_.dv.row,
+             keys.size());
   }
 
   // After all items: this thread's share of the rows of dQ.
@@ -72,26 +72,36 @@ class FewBackward {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
     T* const sum = arena.take(depth_);
     for (int64_t at = all.begin; at < all.end; ++at) {
-      const int64_t head = at / rows_, b = head / n_.N_kv, g = head % n_.N_kv, r = at % rows_;
+      const int64_t b = at / rows_ / n_.N_kv, g = at / rows_ % n_.N_kv, r = at % rows_;
       const AttentionSizes n = sequence(n_, p_.packing, b);
-      if (r >= n.N / n.N_kv * n.S_q) continue;
+      if (r >= group_ * n.S_q) continue;
       std::fill(sum, sum + depth_, T(0));
-      for (int64_t s = 0; s < ceil_div(n.S_k, kFewKeys); ++s) {
-        const T* const part = parts_.get() + ((head * spans_ + s) * rows_ + r) * depth_;
+      const Range spans = spans_.of(b, g);
+      for (int64_t s = spans.begin; s < spans.end; ++s) {
+        const T* const part = parts_.get() + (s * rows_ + r) * depth_;
         for (int64_t d = 0; d < depth_; d += lanes<T>)
           store(sum + d, load(sum + d) + load(part + d));
       }
       scale_row(sum, depth_, T(n.scale));
-      out_of_order(sum, n.D, p_.dq.at(b, g * (n.N / n.N_kv) + r / n.S_q, r % n.S_q));
+      from_pairs(sum, n.D, p_.dq.at(b, head(n, g, r), r % n.S_q));
     }
   }
 
  private:
-  // to[j] = factor times the sum over the rows of weights[r, j] from[r], for `count` keys.
-  static void spread(const T* weights, const T* from, int64_t from_row, int64_t rows, int64_t count,
-                     int64_t columns, T factor, S* to, int64_t to_row) {
+  int64_t head(const AttentionSizes& n, int64_t g, int64_t r) const {
+    return g * group_ + r / n.S_q;
+  }
+
+  // Row j of `to`, [count, columns], becomes factor times the sum over the rows of
+  // weights[r, j] from[r], which are in pairs; zeros where j is not `seen`.
+  static void spread(const T* weights, const T* from, int64_t from_row, int64_t rows, Range seen,
+                     int64_t columns, T factor, S* to, int64_t to_row, int64_t count) {
     constexpr int64_t width = lanes<T>;
     for (int64_t j = 0; j < count; ++j, to += to_row) {
+      if (j < seen.begin || j >= seen.end) {
+        std::fill_n(to, columns, S{});
+        continue;
+      }
       const auto sum = [&](int64_t d) {
         vec<T> total{};
         for (int64_t r = 0; r < rows; ++r)
@@ -106,11 +116,12 @@ class FewBackward {
 
   const AttentionBackward<S>& p_;
   const AttentionSizes& n_;
-  const int64_t rows_, spans_;   // rows: queries by heads of a group
+  const int64_t group_, rows_;  // rows: queries by heads of a group
+  const Spans spans_;
   const int64_t depth_, width_;  // D and D_v in whole registers
   const int64_t per_thread_;
   const Scratch<T> scratch_;
-  const Scratch<T> parts_;  // [items, rows, depth]: of dQ, in the order of load_pair
+  const Scratch<T> parts_;  // [items, rows, depth]: of dQ, in pairs
 };
 
 }  // namespace
@@ -118,7 +129,8 @@ class FewBackward {
 template <class S>
 bool are_few_backward(const AttentionSizes& n, const AttentionPacking& packing,
                       const AttentionRule<S>& rule) {
-  // Gradients of a mask or of sinks are sums over queries, keys and heads.
+  // Gradients of an additive mask and of sinks are made with packed keys. Whether they are wanted
+  // is not known yet when the forward pass asks: it goes by what could have one.
   return n.N_kv > 0 && rule.mask.kind != AttentionMask::kAdditive && !rule.sinks &&
          rows_of_a_head(n, packing) <= kFewRowsBackward;
 }

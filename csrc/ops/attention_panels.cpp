@@ -78,6 +78,8 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
+    // The first values; by the next block the keys before it have taken far longer. Pages are
+    // copied row by row.
     if (!p_.pages.table)
       fetch_rows(p_.v.at(b, g, all.begin), p_.v.row, std::min(kKeyBlock, all.size()), n_.D_v);
     // Measured from 0, an only key's weight times the inverse of their sum need not be 1.
@@ -388,7 +390,7 @@ class Panels {
 template <class S>
 bool fill_panels(const AttentionForward<S>& p) {
   const AttentionSizes& n = p.sizes;
-  const int64_t rows = n.N / std::max<int64_t>(1, n.N_kv) * longest_queries(n, p.packing);
+  const int64_t rows = rows_of_a_head(n, p.packing);
   constexpr int64_t width = kPanel<compute_t<S>>;
   return rows >= 4 * width && (round_up(rows, width) - rows) * 16 <= rows;
 }

@@ -289,7 +289,7 @@ bool are_few(int threads, const AttentionForward<S>& p);
 template <class S>
 void attend_few(int threads, const AttentionForward<S>& p);
 
-// Backward for as few.
+// Backward for few; other limits hold there.
 template <class S>
 bool are_few_backward(const AttentionSizes& n, const AttentionPacking& packing,
                       const AttentionRule<S>& rule);

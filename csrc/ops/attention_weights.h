@@ -6,8 +6,8 @@
 namespace pykernels {
 
 // Brings the products of query i with `keys` and its row of dP, in whole registers, to P, of which
-// dV is made, and dS = P * (dP - delta + dlse). Both get zeros where the query does not see; no
-// more keys than kKeys.
+// dV is made, and dS = P * (dP - delta + dlse). Both get zeros where the query does not see,
+// whatever was there; no more keys than kKeys.
 //
 // Of few keys dP and delta are nearly equal, and what they were rounded by would show. So a query
 // whose keys are all here gets its delta here, of these very dP: delta = sum P dP. That of others
@@ -46,10 +46,10 @@ void weigh_row(const AttentionBackward<S>& p, const AttentionSizes& n, int64_t b
     }
     // All weights add up to 1, but for roundings; a sink's is not among these.
     const T sum = p.rule.sinks ? T(1) : reduce_add(total);
-    const T here = sum > 0 ? reduce_add(products) / sum : T(0);
-    if (p.dsinks) *delta = here;
+    const T own = sum > 0 ? reduce_add(products) / sum : T(0);
+    if (p.dsinks) *delta = own;
     for (int64_t j = 0; j < mine.end; j += lanes<T>)
-      store(dscore + j, load(weight + j) * (load(dscore + j) - here + dlse));
+      store(dscore + j, load(weight + j) * (load(dscore + j) - own + dlse));
   } else {
     const T shift = *delta - dlse;
     for (int64_t j = 0; j < mine.end; j += lanes<T>)
@@ -64,6 +64,7 @@ void weigh_row(const AttentionBackward<S>& p, const AttentionSizes& n, int64_t b
   if (n.softcap > 0)
     for (int64_t j = mine.begin / lanes<T> * lanes<T>; j < mine.end; j += lanes<T>)
       store(dscore + j, load(dscore + j) * load(growth + j));
+  std::fill(weight, weight + mine.begin, T(0));
   std::fill(dscore, dscore + mine.begin, T(0));
   fill(weight, mine.end, keys.size(), T(0));
   fill(dscore, mine.end, keys.size(), T(0));
