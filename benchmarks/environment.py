@@ -1,9 +1,9 @@
 """What a benchmark runs in, the same for every implementation.
 
-The other libraries are held to the instruction set that is forced on ours, and the C library to
-memory that it has. Left to itself, glibc gives large blocks back to the system, depending on which
-was freed last, and the next result takes its pages anew, one fault every 4 KB: in a training step
-of small tensors a good part of the time, and it falls to whoever is next in turn.
+The other libraries, as far as they can be, are held to the instruction set that is forced on ours,
+and the C library to memory that it has. Left to itself, glibc gives large blocks back to the
+system, depending on which was freed last, and the next result takes its pages anew, one fault every
+4 KB: in a training step of small tensors a good part of the time, and it falls to whoever is next.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python benchmarks/errors.py --op rnn --dtype bfloat16
 
 One row an output or gradient; the exit code is 1 where the tolerance rule is broken. The large
-shapes are left out in float64: over sums of thousands the truth's own rounding would be measured.
+shapes are left out in float64: the exact products of the truth would take long.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Inputs are as small as can be, on one thread. The overhead is all that a call of the public function
 takes but the time of the C++ function under it, which is timed on the very arguments of the call
-(of packed sequences and targets it reads and checks the places, too):
+(which includes to read and check the places of packed sequences and targets):
 without gradients, with gradients (the call is recorded for autograd), and in training, where the
 backward of the op's autograd Function is added, called as torch's engine calls it. What the engine
 adds to any backward pass is not the op's: the whole with it stands beside, and stock torch's

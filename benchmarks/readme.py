@@ -115,6 +115,7 @@ def render(text: str) -> str:
     """`text` with every block filled."""
     blocks = {
         "support": support,
+        "means": means,
         "speed": speed,
         "decoding": decoding,
         "overhead": overhead,
@@ -176,6 +177,17 @@ def dtypes(module: ModuleType | None) -> str:
 
 def yes(served: bool) -> str:
     return "yes" if served else "no"
+
+
+def means() -> str:
+    """The geometric means of the newest kept speeds."""
+    path = records.newest("speed")
+    if path is None:
+        return NO_RESULTS
+    lines = row("op", "dtype", "pass", "shapes", "torch / ours", "best peer / ours", first=True)
+    for group, (count, torchs, bests) in sorted(records.means(records.read(path)).items()):
+        lines += row(*group, count, f"{torchs:.2f}", f"{bests:.2f}")
+    return "\n".join(lines)
 
 
 def speed() -> str:

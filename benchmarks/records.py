@@ -6,6 +6,7 @@ import csv
 import datetime
 import os
 import re
+import statistics
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -96,3 +97,22 @@ def merge(path: Path, rows: Iterable[Row], key: Iterable[str]) -> None:
         writer = csv.DictWriter(lines, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())
+
+
+def means(rows: list[Row]) -> dict[tuple[str, ...], tuple[int, float, float]]:
+    """How many times as fast ours is, by geometric mean, for each op, dtype and pass.
+
+    The number of shapes, and the means over them against torch and against the best peer.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row["implementation"] == "ours":
+            groups.setdefault((row["op"], row["dtype"], row["pass"]), []).append(row)
+
+    def mean(each: list[Row], ratio: str) -> float:
+        return statistics.geometric_mean(float(row[ratio]) for row in each)
+
+    return {
+        group: (len(each), mean(each, "times_torch"), mean(each, "times_best_peer"))
+        for group, each in groups.items()
+    }

@@ -14,8 +14,8 @@ the measurement can only lower it, so the share is never flattered.
 The scratch is what our C++ kernels take beside inputs, outputs and what is kept for the backward
 pass, at its most during one call. Geometric means over the shapes of an op close the table.
 
-With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too, and memory that is given back stays in
-the process (`environment.py`).
+With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too, but for ONNX Runtime, which takes what
+the processor has; and memory that is given back stays in the process (`environment.py`).
 
 The peers (`peers.py`: ONNX Runtime and OpenVINO; recurrent layers and attention, forward) have a
 process each and take part in the turns; one that is wrong by the same rule, or not installed, is
@@ -33,7 +33,6 @@ held against the rate of a copy.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -368,17 +367,9 @@ def table(rows: list[records.Row]) -> Table:
 
 def means(rows: list[records.Row]) -> Iterator[str]:
     """A line for each op, dtype and pass: how many times as fast ours is, by geometric mean."""
-    groups: dict[tuple[str, ...], list[records.Row]] = {}
-    for row in rows:
-        if row["implementation"] == "ours":
-            groups.setdefault((row["op"], row["dtype"], row["pass"]), []).append(row)
-    for group, each in groups.items():
-        torchs, bests = (
-            statistics.geometric_mean(float(row[ratio]) for row in each)
-            for ratio in ("times_torch", "times_best_peer")
-        )
+    for group, (count, torchs, bests) in records.means(rows).items():
         yield (
-            f"{' '.join(group)}, mean of {len(each)}: {torchs:.2f} times as fast as torch, "
+            f"{' '.join(group)}, mean of {count}: {torchs:.2f} times as fast as torch, "
             f"{bests:.2f} as the best peer"
         )
 

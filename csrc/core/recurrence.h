@@ -84,7 +84,7 @@ class StepShare {
   bool alone_;
 };
 
-// Floats that pack_gates writes for `gates` gates of `units` units.
+// Values that pack_gates writes for `gates` gates of `units` units.
 template <class T>
 PK_INLINE int64_t gates_size(int64_t gates, int64_t units, int64_t depth) {
   return ceil_div(units, kPanel<T>) * gates * depth * kPanel<T>;
@@ -97,7 +97,7 @@ PK_INLINE int64_t gate_at(int64_t gates, int64_t unit) {
   return (unit - in_block) * gates + in_block;
 }
 
-// Floats from one row of kept gates to the next: as many in every build, whose blocks differ, since
+// Values from one row of kept gates to the next: as many in every build, whose blocks differ, since
 // who makes room for them may not know which one will run (pykernels/cpp/_recurrent.py).
 template <class T>
 PK_INLINE int64_t kept_row(int64_t gates, int64_t units) {

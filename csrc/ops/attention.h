@@ -48,7 +48,9 @@ struct AttentionPages {
 template <class T>
 struct AttentionRows {
   // In the forward pass nullptr, both, if there will be no backward.
-  T* top;      // near the largest score; +inf in a row that sees no key
+  // What scores are measured from: near the largest, 0 where all are small, or of the log-sum-exp;
+  // +inf in a row that sees no key.
+  T* top;
   T* inverse;  // of the sum of the row's powers
 };
 

@@ -206,8 +206,8 @@ class Backward {
     for (int x = 0; x < kPanelVecs; ++x) store_n(to + x * lanes<T>, total[x], count - x * lanes<T>);
   }
 
-  // A sink's value is 0, so that its score gets P * (0 - delta + dlse) from each query. Of signs of
-  // either kind: what a sum in float32 rounds would show beside what is left.
+  // A sink's value is 0, so that its score gets P * (0 - delta + dlse) from each query. In double,
+  // as terms of either sign cancel.
   double sink_gradient(int64_t b, int64_t h, int64_t queries, const T* delta) const {
     const double sink = widen(p_.rule.sinks[h]);
     double sum = 0;

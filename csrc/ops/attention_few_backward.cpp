@@ -1,7 +1,7 @@
 // The gradient of attention for a few queries, as where one learned query pools a sequence: keys
-// and values are read as they lie, a row of dK and dV is written as soon as its weights are known,
-// and time is what that takes. Each span of keys has a part of dQ; they are added up in order, so
-// that the number of threads changes nothing.
+// and values are read as they lie, rows of dK and dV are written span by span, and time is what
+// that takes. Each span of keys has a part of dQ; they are added up in order, so that the number of
+// threads changes nothing.
 #include "attention_few.h"
 #include "attention_weights.h"
 

@@ -1,3 +1,5 @@
+// Attention of neither few queries nor such as fill panels: see attention_forward.
+//
 // T. Dao, "FlashAttention-2" (2023), for caches instead of shared memory: scores exist for a few
 // query rows by one block of keys, and the softmax is rescaled as the row maximum grows. The scale
 // joins in where a score becomes a weight, 2^((score - top) * scale * log2(e)): rounded near zero,

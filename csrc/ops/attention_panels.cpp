@@ -23,7 +23,7 @@ constexpr double kBound = 40;
 // Powers of two by which a score may exceed the level that weights are measured from.
 constexpr int kHeadroom = 4;
 
-// Queries by heads that no item is cut shorter than, lest the packing of its keys show.
+// Queries by heads that no item is cut shorter than, lest the packing of its values show.
 constexpr int64_t kFewestRows = 256;
 
 // One item is a chunk of queries of all heads that share one head of K and V: `group` heads by

@@ -39,13 +39,13 @@ inline AttentionSizes sequence(const AttentionSizes& all, const AttentionPacking
   return n;
 }
 
-// Where what is kept by query has query i of sequence b, and how many there are of all.
+// Where what is kept by query has query i of sequence b.
 PK_INLINE int64_t row_of(const AttentionSizes& all, const AttentionPacking& packing, int64_t b,
                          int64_t h, int64_t i) {
   return packing.queries ? h * all.S_q + packing.queries[b] + i : (b * all.N + h) * all.S_q + i;
 }
 
-// A longest sequence's queries.
+// The queries of the longest sequence.
 inline int64_t longest_queries(const AttentionSizes& all, const AttentionPacking& packing) {
   return packing.queries ? packing.longest_q : all.S_q;
 }
@@ -62,7 +62,8 @@ PK_INLINE bool all_visible(const AttentionSizes& n, Range queries, Range keys) {
   return queries.end - 1 + n.first <= keys.begin && keys.end <= queries.begin + 1 + n.last;
 }
 
-// Whether the scale may wait until a score becomes a weight: -inf must stay -inf under it.
+// Whether the scale may wait until a score becomes a weight: nothing is added to scaled scores or
+// made of them before, and -inf stays -inf under it.
 template <class S, class T = compute_t<S>>
 bool scale_waits(const AttentionSizes& n, const AttentionRule<S>& rule) {
   return rule.mask.kind != AttentionMask::kAdditive && n.softcap == 0 && !rule.sinks &&
@@ -296,7 +297,8 @@ bool are_few_backward(const AttentionSizes& n, const AttentionPacking& packing,
 template <class S>
 void attend_few_backward(int threads, const AttentionBackward<S>& p);
 
-// Forward for queries in panels, where few lanes of these stay empty and keys are packed for many.
+// Forward for queries in panels, where few lanes of these stay empty and values are packed for
+// many.
 template <class S>
 bool fill_panels(const AttentionForward<S>& p);
 template <class S>

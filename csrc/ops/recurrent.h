@@ -2,7 +2,8 @@
 // cell.
 //
 // Forward, the input product W_ih x_t of many steps at once, then the steps. Backward, the steps,
-// then the large products dx, dW_ih, dW_hh over all steps at once.
+// then the large products dx, dW_ih, dW_hh over all steps at once; dx of a linked pass after each
+// few.
 #pragma once
 
 #include <cstring>
@@ -147,7 +148,7 @@ void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, 
   }
 }
 
-// Values between two rows of gates in blocks, `gates` cache lines to a block: at least `size`, and
+// Values between two rows of gates in blocks, `gates` panels to a block: at least `size`, and
 // such that the rows of a step do not all compete for the same few places in the first-level cache,
 // as rows a multiple of 2 KB apart do.
 template <class T>

@@ -125,8 +125,8 @@ def check_truth(spec: Spec, device: str = "cpu") -> None:
 def floor(spec: Spec, dtype: torch.dtype) -> dict[str, float]:
     """What stock torch's error counts as at least, by name, in relation to max|truth|.
 
-    Zero but in float64, whose truth is no more exact than the results: there float32's error says
-    how a rounding grows in this formula, and counts in units of float64.
+    Zero but in float64, of which stock torch's error is a matter of luck: there float32's error
+    says how a rounding grows in this formula, and counts in units of float64.
     """
     if dtype != torch.float64:
         return dict.fromkeys(truth(spec, dtype), 0.0)

@@ -6,9 +6,9 @@
 same input; |.| is the largest absolute difference over the tensor. No test or benchmark brings a
 looser bound.
 
-In float64 the truth is made of the same products as stock torch's result, and |stock - truth| says
-little, often 0. There `evaluate.floor` gives the error that stock torch makes in float32 on the
-same numbers, in units of the dtype, and the larger of the two counts.
+In float64 the truth's products are exact (`exact`), and |stock - truth| may be small by luck. There
+`evaluate.floor` gives the error that stock torch makes in float32 on the same numbers, in units of
+the dtype, and the larger of the two counts.
 """
 
 from __future__ import annotations
