@@ -13,7 +13,7 @@ import torch
 from pykernels import __version__, _backends
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
-_OPS = ("rnn", "gru", "lstm", "attention", "linear_cross_entropy")
+_OPS = ("rnn", "gru", "lstm", "attention", "attention_varlen", "linear_cross_entropy")
 
 
 def main() -> None:
