@@ -32,10 +32,9 @@ MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2*
 
 
 def hold() -> None:
-    """Starts this program again in `MEMORY`, and in `LIMITS` where PYKERNELS_ISA forces one of
-    them.
+    """Starts this program again in `MEMORY`, and in the `LIMITS` of PYKERNELS_ISA if that is set.
 
-    torch is loaded by then, and reads them no second time.
+    The C library and torch have started by then, and read them no second time.
     """
     wanted = MEMORY | LIMITS.get(os.environ.get("PYKERNELS_ISA", ""), {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):

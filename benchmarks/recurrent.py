@@ -17,6 +17,7 @@ not timed, and the exit code is 1. Turns and the share of the FMA floor are thos
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -412,10 +413,13 @@ def timed(case: Case, which: str, options: argparse.Namespace) -> list[records.R
 def weighed(case: Case, which: str, options: argparse.Namespace) -> list[records.Row]:
     """A row for each library; none where the system does not tell the peak."""
     found: dict[str, list[float]] = {name: [] for name in LIBRARIES}
+    # Memory as users find it: what is given back may leave the process.
+    usual = {name: value for name, value in os.environ.items() if name not in environment.MEMORY}
     for _ in range(1 if options.quick else 3):
         for name, library in LIBRARIES.items():
             command = [library, case.op, *case.shape.split("x"), str(options.threads)]
-            peak = subprocess.check_output([sys.executable, MEMORY, *command], text=True)
+            program = [sys.executable, MEMORY, *command]
+            peak = subprocess.check_output(program, env=usual, text=True)
             found[name] += [int(peak) / 1e6] if peak else []
     if not all(found.values()):
         return []

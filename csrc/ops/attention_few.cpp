@@ -20,14 +20,13 @@ constexpr int64_t kSpan = 1024;
 template <class S>
 class Few {
   using T = compute_t<S>;
-  static constexpr int64_t kScoreRow = kFewKeys + kRowPad;
 
  public:
   Few(int threads, const AttentionForward<S>& p)
       : p_(p), n_(p.sizes), group_(n_.N / n_.N_kv), rows_(rows_of_a_head(n_, p.packing)),
         spans_(n_, p.packing, kSpan), depth_(round_up(n_.D, lanes<T>)),
         width_(round_up(n_.D_v, lanes<T>)),
-        per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * kScoreRow) +
+        per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * kFewLine) +
                     Arena<T>::padded(kFewKeys) + Arena<T>::padded(width_)),
         scratch_(threads * per_thread_), parts_(items() * rows_ * part_size()),
         gathered_(p.pages.table ? threads * kFewKeys * std::max(n_.D, n_.D_v) : 0) {}
@@ -38,7 +37,7 @@ class Few {
   void run(const Team& team, int64_t item) const {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
     T* const queries = arena.take(rows_ * depth_);
-    T* const scores = arena.take(rows_ * kScoreRow);
+    T* const scores = arena.take(rows_ * kFewLine);
     T* const keep = arena.take(kFewKeys);
     S* const gathered =
         gathered_.get() + (p_.pages.table ? team.rank * kFewKeys * std::max(n_.D, n_.D_v) : 0);
@@ -48,7 +47,7 @@ class Few {
     const int64_t rows = group_ * n.S_q;
 
     for (int64_t r = 0; r < rows; ++r) {
-      to_pairs(p_.q.at(b, head(n, g, r), r % n.S_q), n.D, queries + r * depth_);
+      to_pairs(p_.q.at(b, head_of_row(n, g, r), r % n.S_q), n.D, queries + r * depth_);
       Part part = part_of(item, r);
       *part.maximum = -kInfinity<T>;
       *part.sum = 0;
@@ -61,11 +60,11 @@ class Few {
       if (seen.size() == 0) continue;
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, keys, n.D, gathered);
       for (int64_t r = 0; r < rows; ++r)
-        multiply_rows(queries + r * depth_, k, n.D, seen, scores + r * kScoreRow);
+        multiply_rows(queries + r * depth_, k, n.D, seen, scores + r * kFewLine);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, keys, n.D_v, gathered);
       for (int64_t r = 0; r < rows; ++r) {
-        T* const row = scores + r * kScoreRow;
-        const int64_t h = head(n, g, r), i = r % n.S_q;
+        T* const row = scores + r * kFewLine;
+        const int64_t h = head_of_row(n, g, r), i = r % n.S_q;
         const Range mine = visible_keys(n, {i, i + 1}, {j0, j0 + keys});
         if (mine.size() == 0) continue;
         finish_scores(n, p_.rule, b, h, i, j0, mine, row);
@@ -98,7 +97,7 @@ class Few {
       const int64_t b = at / rows_ / n_.N_kv, g = at / rows_ % n_.N_kv, r = at % rows_;
       const AttentionSizes n = sequence(n_, p_.packing, b);
       if (r >= group_ * n.S_q) continue;
-      const int64_t h = head(n, g, r), i = r % n.S_q;
+      const int64_t h = head_of_row(n, g, r), i = r % n.S_q;
       const Range spans = spans_.of(b, g);
       T top = p_.rule.sinks ? T(widen(p_.rule.sinks[h])) : -kInfinity<T>;
       const T sink = top;
@@ -142,9 +141,6 @@ class Few {
     return {at + width_, at + width_ + 1, at};
   }
 
-  int64_t head(const AttentionSizes& n, int64_t g, int64_t r) const {
-    return g * group_ + r / n.S_q;
-  }
   static T power(T x) { return exp2_softmax<T>(broadcast(x))[0]; }
 
   const AttentionForward<S>& p_;

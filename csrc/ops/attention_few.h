@@ -12,8 +12,16 @@ namespace pykernels {
 // order, and has to find out anew where they turn from keys to values and back: seldom, by this.
 constexpr int64_t kFewKeys = 512;
 
+// Values from one row of these to the next.
+constexpr int64_t kFewLine = kFewKeys + kRowPad;
+
 // Pairs of registers of sums over rows at a time.
 constexpr int kPairs = 4;
+
+// The head of row r, of the queries by heads that share head g of K and V.
+inline int64_t head_of_row(const AttentionSizes& n, int64_t g, int64_t r) {
+  return g * (n.N / n.N_kv) + r / n.S_q;
+}
 
 // The spans of the keys of all sequences, and heads of K and V, each of which is one item: those of
 // a sequence's head lie side by side, and a sequence without keys has none.

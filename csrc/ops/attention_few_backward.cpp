@@ -15,7 +15,6 @@ constexpr int64_t kFewRowsBackward = 4;
 template <class S>
 class FewBackward {
   using T = compute_t<S>;
-  static constexpr int64_t kLine = kFewKeys + kRowPad;  // values between two rows of weights
 
  public:
   FewBackward(int threads, const AttentionBackward<S>& p)
@@ -23,7 +22,7 @@ class FewBackward {
         spans_(n_, p.packing, kFewKeys), depth_(round_up(n_.D, lanes<T>)),
         width_(round_up(n_.D_v, lanes<T>)),
         per_thread_(Arena<T>::padded(rows_ * depth_) + Arena<T>::padded(rows_ * width_) +
-                    Arena<T>::padded(rows_ * kLine) * 2),
+                    Arena<T>::padded(rows_ * kFewLine) * 2),
         scratch_(threads * per_thread_), parts_(p.dq.data ? items() * rows_ * depth_ : 0) {}
 
   int64_t items() const { return spans_.items(); }
@@ -33,19 +32,19 @@ class FewBackward {
     Arena<T> arena(scratch_.get() + team.rank * per_thread_);
     T* const queries = arena.take(rows_ * depth_);
     T* const douts = arena.take(rows_ * width_);
-    T* const weights = arena.take(rows_ * kLine);
-    T* const dscores = arena.take(rows_ * kLine);
+    T* const weights = arena.take(rows_ * kFewLine);
+    T* const dscores = arena.take(rows_ * kFewLine);
     const auto [b, g, j0] = spans_.place(item);
     const AttentionSizes n = sequence(n_, p_.packing, b);
     const int64_t rows = group_ * n.S_q;
     const Range keys{j0, std::min(j0 + kFewKeys, n.S_k)}, seen = visible_keys(n, {0, n.S_q}, keys);
     const View<S> k{p_.k.at(b, g, j0), p_.k.row, 1}, v{p_.v.at(b, g, j0), p_.v.row, 1};
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t h = head(n, g, r), i = r % n.S_q;
+      const int64_t h = head_of_row(n, g, r), i = r % n.S_q;
       T* const query = queries + r * depth_;
       T* const dout = douts + r * width_;
-      T* const weight = weights + r * kLine;
-      T* const dscore = dscores + r * kLine;
+      T* const weight = weights + r * kFewLine;
+      T* const dscore = dscores + r * kFewLine;
       to_pairs(p_.q.at(b, h, i), n.D, query);
       to_pairs(p_.dout.at(b, h, i), n.D_v, dout);
       alignas(kCacheLine) T delta[lanes<T>];
@@ -83,15 +82,11 @@ class FewBackward {
           store(sum + d, load(sum + d) + load(part + d));
       }
       scale_row(sum, depth_, T(n.scale));
-      from_pairs(sum, n.D, p_.dq.at(b, head(n, g, r), r % n.S_q));
+      from_pairs(sum, n.D, p_.dq.at(b, head_of_row(n, g, r), r % n.S_q));
     }
   }
 
  private:
-  int64_t head(const AttentionSizes& n, int64_t g, int64_t r) const {
-    return g * group_ + r / n.S_q;
-  }
-
   // Row j of `to`, [count, columns], becomes factor times the sum over the rows of
   // weights[r, j] from[r], which are in pairs; zeros where j is not `seen`.
   static void spread(const T* weights, const T* from, int64_t from_row, int64_t rows, Range seen,
@@ -105,7 +100,7 @@ class FewBackward {
       const auto sum = [&](int64_t d) {
         vec<T> total{};
         for (int64_t r = 0; r < rows; ++r)
-          total += broadcast(weights[r * kLine + j]) * load(from + r * from_row + d);
+          total += broadcast(weights[r * kFewLine + j]) * load(from + r * from_row + d);
         return total * factor;
       };
       int64_t d = 0;
