@@ -10,9 +10,10 @@ namespace {
 // Query rows by keys of scores at a time, in the backward pass.
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
-// Where the mask ends within the keys of a tile, what its queries see is near a triangle: fewer of
-// them waste less of the rest.
-constexpr int64_t kEdgeRows = kBackwardRows / 4;
+
+// Rows of a product that leave out the same of what is masked: fewer leave out more, but the
+// processor does not foresee where their sums end.
+constexpr int64_t kEdgeRows = 2 * kTileRows;
 
 // With P the weights and delta_i = out_i . dout_i, one number a query:
 //
@@ -34,7 +35,7 @@ class Backward {
 
  public:
   Backward(int threads, const AttentionBackward<S>& p)
-      : p_(p), n_(p.sizes), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
+      : p_(p), n_(p.sizes), threads_(threads), group_(n_.N / std::max<int64_t>(1, n_.N_kv)),
         batches_(p.dmask.data && p.dmask.batch == 0 ? n_.B : 1),
         heads_(p.dmask.data && p.dmask.head == 0 ? n_.N_kv : 1), width_(round_up(n_.D, kPanel<T>)),
         v_width_(round_up(n_.D_v, kPanel<T>)),
@@ -64,7 +65,7 @@ class Backward {
     Tile tile;
     tile.keys_t = arena.take(kBackwardKeys * n_.D);
     tile.values_t = arena.take(kBackwardKeys * n_.D_v);
-    tile.keys_scaled = arena.take(kBackwardKeys * width_);
+    tile.keys = arena.take(kBackwardKeys * width_);
     tile.dk = arena.take(kBackwardKeys * width_);
     tile.dv = arena.take(kBackwardKeys * v_width_);
     Rows rows;
@@ -81,13 +82,13 @@ class Backward {
       const Set set = set_at(index);
       open(set, rows);
       state.opened.reach(1);
-      run_blocks(index, set, tile, rows);
-      end_part(index, set);
+      run_blocks(set, tile, rows);
+      end_part(set);
     }
     for (int64_t index = 0; index < sets_; ++index) {  // what others have begun
       if (states_[index].next_block.load() >= blocks_) continue;
       states_[index].opened.await(1);
-      run_blocks(index, set_at(index), tile, rows);
+      run_blocks(set_at(index), tile, rows);
     }
   }
 
@@ -107,8 +108,8 @@ class Backward {
 
   // What a block of keys is packed into, and its gradients.
   struct Tile {
-    T *keys_t, *values_t;  // K^T and V^T
-    T *keys_scaled, *dk, *dv;
+    T *keys_t, *values_t, *keys;  // K^T, V^T and K
+    T *dk, *dv;
   };
 
   // What a block of queries is packed into, and the two matrices of its scores.
@@ -125,22 +126,30 @@ class Backward {
     std::atomic<int64_t> next_block{0}, ended{0};
   };
 
-  // Sequences [b0, b0 + batches_) and heads of K and V [g0, g0 + heads_), and what their queries
-  // keep.
-  struct Set {
+  // Sequences [b0, b0 + batches_) and heads of K and V [g0, g0 + heads_).
+  struct Place {
     int64_t b0, g0;
+  };
+
+  // And what their queries keep.
+  struct Set : Place {
+    int64_t index;
     T* delta;  // [set_rows_]
     T* dq;     // [set_rows_, width_]
   };
 
-  Set set_at(int64_t index) const {
+  Place place_of(int64_t index) const {
     const int64_t wide = std::max<int64_t>(1, n_.N_kv / heads_);  // sets over the heads
-    const int64_t b0 = index / wide * batches_, g0 = index % wide * heads_;
+    return {index / wide * batches_, index % wide * heads_};
+  }
+
+  Set set_at(int64_t index) const {
+    const Place place = place_of(index);
     Arena<T> arena(kept_.get() + states_[index].slot * per_slot_);
     T* const delta = arena.take(set_rows_);
-    if (!p_.dq.data) return {b0, g0, delta, nullptr};
-    T* const there = reinterpret_cast<T*>(p_.dq.at(b0, g0 * group_, 0));
-    return {b0, g0, delta, in_place_ ? there : arena.take(set_rows_ * width_)};
+    if (!p_.dq.data) return {place, index, delta, nullptr};
+    T* const there = reinterpret_cast<T*>(p_.dq.at(place.b0, place.g0 * group_, 0));
+    return {place, index, delta, in_place_ ? there : arena.take(set_rows_ * width_)};
   }
 
   int64_t row_in(const Set& set, int64_t b, int64_t h, int64_t i) const {
@@ -158,34 +167,38 @@ class Backward {
   // Before any block of a set: delta, and a cleared dQ.
   void open(const Set& set, const Rows& rows) const {
     for_heads(set, [&](int64_t b, int64_t h, int64_t queries, int64_t row) {
-      if (set.dq) std::fill_n(set.dq + row * width_, queries * width_, T(0));
       if (single_) std::fill_n(set.delta + row, queries, T(0));  // for those that see no key
       for (int64_t i = 0; i < queries && !single_; i += kPanel<T>) {
         const int64_t count = std::min<int64_t>(kPanel<T>, queries - i);
+        const int64_t later = std::min<int64_t>(i + 2 * kPanel<T>, queries);
+        const int64_t more = std::min<int64_t>(kPanel<T>, queries - later);
+        fetch_rows(p_.dout.at(b, h, later), p_.dout.row, more, n_.D_v);
+        fetch_rows(p_.out.at(b, h, later), p_.out.row, more, n_.D_v);
         pack_panel(View<S>{p_.dout.at(b, h, i), 1, p_.dout.row}, n_.D_v, count, rows.douts);
         pack_panel(View<S>{p_.out.at(b, h, i), 1, p_.out.row}, n_.D_v, count, rows.dout_panels);
         multiply_lanes(rows.douts, rows.dout_panels, count, set.delta + row + i);
       }
+      if (set.dq) std::fill_n(set.dq + row * width_, queries * width_, T(0));
     });
   }
 
   // The blocks of a set that are left.
-  void run_blocks(int64_t index, const Set& set, const Tile& tile, const Rows& rows) const {
-    for (int64_t block; (block = states_[index].next_block.fetch_add(1)) < blocks_;) {
-      run(index, block, set, tile, rows);
-      end_part(index, set);
+  void run_blocks(const Set& set, const Tile& tile, const Rows& rows) const {
+    for (int64_t block; (block = states_[set.index].next_block.fetch_add(1)) < blocks_;) {
+      run(block, set, tile, rows);
+      end_part(set);
     }
   }
 
   // One block of a set has ended, or what its first thread had to do: the last to end brings what
   // is kept by query to where it is wanted.
-  void end_part(int64_t index, const Set& set) const {
-    if (states_[index].ended.fetch_add(1) < blocks_) return;
+  void end_part(const Set& set) const {
+    if (states_[set.index].ended.fetch_add(1) < blocks_) return;
     if (!p_.dsinks && (in_place_ || !p_.dq.data)) return;
     for_heads(set, [&](int64_t b, int64_t h, int64_t queries, int64_t row) {
       if (p_.dsinks) sinks_.get()[b * n_.N + h] = sink_gradient(b, h, queries, set.delta + row);
       if (in_place_ || !p_.dq.data) return;
-      write(set.dq + row * width_, queries, n_.D, width_, T(1), p_.dq.at(b, h, 0), p_.dq.row);
+      write(set.dq + row * width_, queries, n_.D, width_, p_.dq.at(b, h, 0), p_.dq.row);
     });
   }
 
@@ -220,8 +233,8 @@ class Backward {
   }
 
   // One block of the keys of all heads of a set.
-  void run(int64_t index, int64_t block, const Set& set, const Tile& tile, const Rows& rows) const {
-    Progress* const done = done_.get() + index * blocks_ + block;
+  void run(int64_t block, const Set& set, const Tile& tile, const Rows& rows) const {
+    Progress* const done = done_.get() + set.index * blocks_ + block;
     for (int64_t b = set.b0; b < set.b0 + batches_; ++b)
       for (int64_t g = set.g0; g < set.g0 + heads_; ++g)
         run_head(b, g, block * kBackwardKeys, set, tile, rows, block ? done - 1 : nullptr, done);
@@ -233,73 +246,159 @@ class Backward {
   void run_head(int64_t b, int64_t g, int64_t j0, const Set& set, const Tile& tile,
                 const Rows& rows, const Progress* before, Progress* done) const {
     const AttentionSizes n = sequence(n_, p_.packing, b);
-    const int64_t keys = std::min(kBackwardKeys, n.S_k - j0);
-    if (keys <= 0) return;
-    const S* const k = p_.k.at(b, g, j0);
-    fetch_rows(k, p_.k.row, keys, n_.D);
-    fetch_rows(p_.v.at(b, g, j0), p_.v.row, keys, n_.D_v);
-    pack_alone<T>(View<S>{k, 1, p_.k.row}, n_.D, keys, tile.keys_t);
-    pack_alone<T>(View<S>{p_.v.at(b, g, j0), 1, p_.v.row}, n_.D_v, keys, tile.values_t);
-    pack_alone<T>(View<S>{k, p_.k.row, 1}, keys, n_.D, tile.keys_scaled);
-    scale_row(tile.keys_scaled, keys * width_, T(n_.scale));
-    std::fill(tile.dk, tile.dk + keys * width_, T(0));
-    std::fill(tile.dv, tile.dv + keys * v_width_, T(0));
+    const Range keys{j0, std::min(j0 + kBackwardKeys, n.S_k)};
+    if (keys.size() <= 0) return;
+    const View<S> k{p_.k.at(b, g, j0), p_.k.row, 1}, v{p_.v.at(b, g, j0), p_.v.row, 1};
+    fetch_rows(k.data, k.row, keys.size(), n.D);
+    fetch_rows(v.data, v.row, keys.size(), n.D_v);
+    pack_alone<T>(k.transposed(), n.D, keys.size(), tile.keys_t);
+    pack_alone<T>(v.transposed(), n.D_v, keys.size(), tile.values_t);
+    pack_alone<T>(k, keys.size(), n.D, tile.keys);
+    std::fill_n(tile.dk, keys.size() * width_, T(0));
+    std::fill_n(tile.dv, keys.size() * v_width_, T(0));
+    Ahead ahead;
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-      // The queries that see any of these keys: the later the block, the later they begin and end.
-      const int64_t end = std::min(n.S_q, j0 + keys - n.first);
-      for (int64_t i0 = std::max<int64_t>(0, j0 - n.last), count; i0 < end; i0 += count) {
-        const bool edge = visible_keys(n, {i0, i0 + 1}, {j0, j0 + keys}).size() < keys;
-        count = std::min(edge ? kEdgeRows : kBackwardRows, end - i0);
-        Range seen = visible_keys(n, {i0, i0 + count}, {j0, j0 + keys});
-        seen.begin -= seen.begin % kPanel<T>;
+      const Range all = visible_queries(n, {0, n.S_q}, keys);
+      const int64_t step = even_tile(all.size());
+      for (int64_t i0 = all.begin; i0 < all.end; i0 += step) {
+        const Range queries{i0, std::min(i0 + step, all.end)};
         const int64_t row = row_in(set, b, h, i0);
-        weights(n, b, h, i0, count, j0, seen, tile.keys_t, tile.values_t, set.delta + row, rows);
+        T* const dq = set.dq ? set.dq + row * width_ : nullptr;
+        ahead.clear();
+        if (dq && blocks_ > 1) ahead.add(dq, width_, queries.size(), n.D);
+        if (queries.end < all.end) {
+          add_queries(b, h, {queries.end, std::min(queries.end + step, all.end)}, &ahead);
+        } else {
+          if (p_.dk.data) ahead.add(p_.dk.at(b, g, j0), p_.dk.row, keys.size(), n.D);
+          if (p_.dv.data) ahead.add(p_.dv.at(b, g, j0), p_.dv.row, keys.size(), n.D_v);
+          add_block(set.index + threads_, b, g, {keys.end, n.S_k}, &ahead);
+        }
+        ahead.divide(queries.size());
+        weights(n, b, h, queries, keys, tile, set.delta + row, rows, &ahead);
         if (p_.dv.data)
-          multiply(seen.size(), n_.D_v, count, rows.weights, 1, kTileLine, rows.dout_panels, count,
-                   true, tile.dv + seen.begin * v_width_, v_width_);
+          spread(n, queries, keys, rows.weights, rows.dout_panels, n.D_v, tile.dv, v_width_);
         if (p_.dk.data)
-          multiply(seen.size(), n_.D, count, rows.dscores, 1, kTileLine, rows.query_panels, count,
-                   true, tile.dk + seen.begin * width_, width_);
-        if (!p_.dq.data) continue;
-        if (before) before->await(row + count);
-        multiply(count, n_.D, seen.size(), rows.dscores, kTileLine, 1,
-                 tile.keys_scaled + seen.begin * kPanel<T>, keys, true, set.dq + row * width_,
-                 width_);
-        done->reach(row + count);
+          spread(n, queries, keys, rows.dscores, rows.query_panels, n.D, tile.dk, width_);
+        if (!dq) continue;
+        if (before) before->await(row + queries.size());
+        gather(n, queries, keys, rows.dscores, tile.keys, dq);
+        done->reach(row + queries.size());
       }
     }
-    if (p_.dk.data) write(tile.dk, keys, n_.D, width_, T(n_.scale), p_.dk.at(b, g, j0), p_.dk.row);
-    if (p_.dv.data) write(tile.dv, keys, n_.D_v, v_width_, T(1), p_.dv.at(b, g, j0), p_.dv.row);
+    if (p_.dk.data) write(tile.dk, keys.size(), n.D, width_, p_.dk.at(b, g, j0), p_.dk.row);
+    if (p_.dv.data) write(tile.dv, keys.size(), n.D_v, v_width_, p_.dv.at(b, g, j0), p_.dv.row);
   }
 
-  // P and dS of queries [i0, i0 + count) by the keys j0 + `seen`.
-  void weights(const AttentionSizes& n, int64_t b, int64_t h, int64_t i0, int64_t count, int64_t j0,
-               Range seen, const T* keys_t, const T* values_t, T* deltas, const Rows& rows) const {
-    const View<S> q{p_.q.at(b, h, i0), p_.q.row, 1};
-    const View<S> dout{p_.dout.at(b, h, i0), p_.dout.row, 1};
-    copy_rows(q.data, q.row, count, n_.D, rows.queries);
-    copy_rows(dout.data, dout.row, count, n_.D_v, rows.douts);
+  // Queries a tile, of so many: as even as can be.
+  static int64_t even_tile(int64_t queries) {
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(queries, kBackwardRows));
+    return round_up(ceil_div(queries, tiles), kTileRows);
+  }
+
+  // P and dS of some queries by a block of keys.
+  void weights(const AttentionSizes& n, int64_t b, int64_t h, Range queries, Range keys,
+               const Tile& tile, T* deltas, const Rows& rows, Ahead* ahead) const {
+    const int64_t count = queries.size();
+    const View<S> q{p_.q.at(b, h, queries.begin), p_.q.row, 1};
+    const View<S> dout{p_.dout.at(b, h, queries.begin), p_.dout.row, 1};
     pack_alone<T>(q, count, n_.D, rows.query_panels);
     pack_alone<T>(dout, count, n_.D_v, rows.dout_panels);
-    multiply_in_chains(count, seen.size(), n_.D, rows.queries, keys_t + seen.begin * n_.D,
-                       rows.weights, kTileLine);
-    multiply_in_chains(count, seen.size(), n_.D_v, rows.douts, values_t + seen.begin * n_.D_v,
-                       rows.dscores, kTileLine);
-    const int64_t first = j0 + seen.begin;
-    for (int64_t r = 0; r < count; ++r)
-      weigh_row<kBackwardKeys>(p_, n, b, h, i0 + r, {first, first + seen.size()}, deltas + r,
+    score(n, queries, keys, widened(q, count, n.D, rows.queries), tile.keys_t, n.D, rows.weights);
+    score(n, queries, keys, widened(dout, count, n.D_v, rows.douts), tile.values_t, n.D_v,
+          rows.dscores);
+    for (int64_t r = 0; r < count; ++r) {
+      ahead->ask();
+      weigh_row<kBackwardKeys>(p_, n, b, h, queries.begin + r, keys, deltas + r,
                                rows.weights + r * kTileLine, rows.dscores + r * kTileLine);
+    }
   }
 
-  static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, T factor, S* to,
+  // What a tile of queries reads.
+  void add_queries(int64_t b, int64_t h, Range queries, Ahead* ahead) const {
+    ahead->add(p_.q.at(b, h, queries.begin), p_.q.row, queries.size(), n_.D);
+    ahead->add(p_.dout.at(b, h, queries.begin), p_.dout.row, queries.size(), n_.D_v);
+  }
+
+  // What a block of keys begins with: of those that are `left`, or else of set `next`. Threads take
+  // sets in turn, which makes it likely this one's next.
+  void add_block(int64_t next, int64_t b, int64_t g, Range left, Ahead* ahead) const {
+    if (left.size() > 0) return add_keys(b, g, left, ahead);
+    if (next >= sets_) return;
+    const Place place = place_of(next);
+    const AttentionSizes n = sequence(n_, p_.packing, place.b0);
+    const Range keys{0, std::min(kBackwardKeys, n.S_k)};
+    const Range queries = visible_queries(n, {0, n.S_q}, keys);
+    const int64_t end = std::min(queries.begin + even_tile(queries.size()), queries.end);
+    add_keys(place.b0, place.g0, keys, ahead);
+    add_queries(place.b0, place.g0 * group_, {queries.begin, end}, ahead);
+  }
+
+  void add_keys(int64_t b, int64_t g, Range keys, Ahead* ahead) const {
+    const int64_t count = std::min(kBackwardKeys, keys.size());
+    ahead->add(p_.k.at(b, g, keys.begin), p_.k.row, count, n_.D);
+    ahead->add(p_.v.at(b, g, keys.begin), p_.v.row, count, n_.D_v);
+  }
+
+  // Of the products below, only what the mask leaves: all at once where it leaves everything, else
+  // the parts of each panel or row of tiles.
+
+  // to [queries, keys] = the products of rows with keys packed in panels.
+  static void score(const AttentionSizes& n, Range queries, Range keys, const T* from,
+                    const T* panels, int64_t depth, T* to) {
+    const int64_t step = all_visible(n, queries, keys) ? keys.size() : kPanel<T>;
+    for (int64_t j = 0; j < keys.size(); j += step) {
+      const int64_t count = std::min(step, keys.size() - j);
+      const Range seen = visible_queries(n, queries, {keys.begin + j, keys.begin + j + count});
+      multiply_in_chains(seen.size(), count, depth, from + seen.begin * depth, panels + j * depth,
+                         to + seen.begin * kTileLine + j, kTileLine);
+    }
+  }
+
+  // to [keys, columns] += what each key has from the queries that see it, packed in panels.
+  static void spread(const AttentionSizes& n, Range queries, Range keys, const T* weights,
+                     const T* panels, int64_t columns, T* to, int64_t to_row) {
+    for_parts(all_visible(n, queries, keys), keys.size(), [&](int64_t j, int64_t count) {
+      const Range seen = visible_queries(n, queries, {keys.begin + j, keys.begin + j + count});
+      multiply(count, columns, seen.size(), weights + seen.begin * kTileLine + j, 1, kTileLine,
+               panels + seen.begin * kPanel<T>, queries.size(), true, to + j * to_row, to_row);
+    });
+  }
+
+  // dQ += dS K.
+  void gather(const AttentionSizes& n, Range queries, Range keys, const T* dscores, const T* panels,
+              T* dq) const {
+    for_parts(all_visible(n, queries, keys), queries.size(), [&](int64_t r, int64_t count) {
+      const Range seen = visible_keys(n, {queries.begin + r, queries.begin + r + count}, keys);
+      multiply(count, n.D, seen.size(), dscores + r * kTileLine + seen.begin, kTileLine, 1,
+               panels + seen.begin * kPanel<T>, keys.size(), true, dq + r * width_, width_);
+    });
+  }
+
+  // Runs body(row, count) for all rows at once, or for kEdgeRows at a time.
+  template <class Body>
+  static void for_parts(bool whole, int64_t rows, const Body& body) {
+    const int64_t step = whole ? rows : kEdgeRows;
+    for (int64_t r = 0; r < rows; r += step) body(r, std::min(step, rows - r));
+  }
+
+  // Rows in the dtype of the arithmetic, one right behind the other: as they lie, or copied.
+  static const T* widened(View<S> from, int64_t rows, int64_t columns, T* copy) {
+    if constexpr (std::is_same_v<S, T>)
+      if (from.row == columns) return from.data;
+    copy_rows(from.data, from.row, rows, columns, copy);
+    return copy;
+  }
+
+  static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, S* to,
                     int64_t to_row) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t d = 0; d < columns; d += lanes<T>)
-        store_n(to + i * to_row + d, load(from + i * from_row + d) * factor, columns - d);
+        store_n(to + i * to_row + d, load(from + i * from_row + d), columns - d);
   }
 
   const AttentionBackward<S>& p_;
   const AttentionSizes& n_;
+  const int threads_;
   const int64_t group_;
   const int64_t batches_, heads_;  // sequences and heads of K and V that one item goes through
   const int64_t width_, v_width_, blocks_;

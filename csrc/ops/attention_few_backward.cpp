@@ -58,11 +58,9 @@ class FewBackward {
       add_rows(dscore, k, n.D, seen, part);
     }
     if (p_.dk.data)
-      spread(dscores, queries, depth_, rows, seen, n.D, T(n.scale), p_.dk.at(b, g, j0), p_.dk.row,
-             keys.size());
+      spread(dscores, queries, depth_, rows, seen, n.D, p_.dk.at(b, g, j0), p_.dk.row, keys.size());
     if (p_.dv.data)
-      spread(weights, douts, width_, rows, seen, n.D_v, T(1), p_.dv.at(b, g, j0), p_.dv.row,
-             keys.size());
+      spread(weights, douts, width_, rows, seen, n.D_v, p_.dv.at(b, g, j0), p_.dv.row, keys.size());
   }
 
   // After all items: this thread's share of the rows of dQ.
@@ -81,16 +79,15 @@ class FewBackward {
         for (int64_t d = 0; d < depth_; d += lanes<T>)
           store(sum + d, load(sum + d) + load(part + d));
       }
-      scale_row(sum, depth_, T(n.scale));
       from_pairs(sum, n.D, p_.dq.at(b, head_of_row(n, g, r), r % n.S_q));
     }
   }
 
  private:
-  // Row j of `to`, [count, columns], becomes factor times the sum over the rows of
-  // weights[r, j] from[r], which are in pairs; zeros where j is not `seen`.
+  // Row j of `to`, [count, columns], becomes the sum over the rows of weights[r, j] from[r], which
+  // are in pairs; zeros where j is not `seen`.
   static void spread(const T* weights, const T* from, int64_t from_row, int64_t rows, Range seen,
-                     int64_t columns, T factor, S* to, int64_t to_row, int64_t count) {
+                     int64_t columns, S* to, int64_t to_row, int64_t count) {
     constexpr int64_t width = lanes<T>;
     for (int64_t j = 0; j < count; ++j, to += to_row) {
       if (j < seen.begin || j >= seen.end) {
@@ -101,7 +98,7 @@ class FewBackward {
         vec<T> total{};
         for (int64_t r = 0; r < rows; ++r)
           total += broadcast(weights[r * kFewLine + j]) * load(from + r * from_row + d);
-        return total * factor;
+        return total;
       };
       int64_t d = 0;
       for (; d + 2 * width <= columns; d += 2 * width) store_pair(to + d, {sum(d), sum(d + width)});

@@ -62,6 +62,7 @@ class Panels {
     const T unit = score_unit(n_, p_.rule);
     const bool ruled = !scale_waits(n_, p_.rule) || p_.rule.mask.kind != AttentionMask::kNone;
 
+    Ahead ahead;
     const Chunk chunk = chunks_[item];
     const int64_t b = chunk.head / n_.N_kv, g = chunk.head % n_.N_kv, i0 = chunk.queries.begin;
     const AttentionSizes n = sequence(n_, p_.packing, b);
@@ -118,6 +119,8 @@ class Panels {
       const T* const key_rows = widened(k, block, keys);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, block, n_.D_v, gathered);
       pack_rows<T>(v.transposed(), n_.D_v, block, values);
+      look_ahead(b, g, {j0 + block, all.end}, {i0, i0 + length}, item + team.size, &ahead);
+      ahead.divide(4 * ceil_div(rows, kWidth));
       for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
         // The queries of this panel: of one head, or of parts of several.
         const int64_t i = i0 + r0 % length, end = i + std::min(kWidth, rows - r0);
@@ -127,6 +130,7 @@ class Panels {
         const Range part{j0 + seen.begin, j0 + seen.end};
         const Panel panel{queries + r0 * n_.D, scores, out + r0 * n_.D_v, level + r0, sum + r0};
         const bool whole = all_visible(n, some, part);
+        ahead.ask();
         score(key_rows + seen.begin * n_.D, seen.size(), panel.queries, scores);
         if (ruled) {
           // Rules are about rows: they get them.
@@ -143,7 +147,9 @@ class Panels {
             for (int64_t j = 0; j < mine.begin; ++j) scores[j * kWidth + r] = -kInfinity<T>;
             for (int64_t j = mine.end; j < seen.size(); ++j) scores[j * kWidth + r] = -kInfinity<T>;
           });
+        ahead.ask();
         weigh(seen.size(), rate, bounded, whole, panel);
+        ahead.ask();
         if (p_.rule.dropout > 0)
           for_rows(r0, [&](int64_t r, int64_t h, int64_t i) {
             const Range mine = visible_keys(n, {i, i + 1}, part);
@@ -155,6 +161,7 @@ class Panels {
                         scores, 0, kWidth, true, panel.out + d * kWidth, kWidth, tiles,
                         height * block);
         });
+        ahead.ask();
       }
     }
     for (int64_t r0 = 0; r0 < rows; r0 += kWidth) {
@@ -188,6 +195,33 @@ class Panels {
     T* out;            // [D_v, kWidth]
     T *level, *sum;    // [kWidth]
   };
+
+  // What is wanted after a block of keys: those that are `left`, or else the start of item `next`
+  // and the outputs of `queries`. Threads take items in turn, which makes it likely this one's
+  // next.
+  void look_ahead(int64_t b, int64_t g, Range left, Range queries, int64_t next,
+                  Ahead* ahead) const {
+    ahead->clear();
+    if (left.size() > 0) return add_keys(b, g, left, ahead);
+    if (next < items()) {
+      const int64_t b = chunks_[next].head / n_.N_kv, g = chunks_[next].head % n_.N_kv;
+      const AttentionSizes n = sequence(n_, p_.packing, b);
+      const int64_t i = chunks_[next].queries.begin,
+                    end = std::min(chunks_[next].queries.end, n.S_q);
+      ahead->add(p_.q.at(b, g * group_, i), p_.q.row, std::min(kKeyBlock, end - i), n_.D);
+      add_keys(b, g, visible_keys(n, {i, end}, {0, n.S_k}), ahead);
+    }
+    for (int64_t h = g * group_; h < (g + 1) * group_; ++h)
+      ahead->add(p_.out.at(b, h, queries.begin), p_.out.row, queries.size(), n_.D_v);
+  }
+
+  // The first block of `keys`, where they lie one behind the other.
+  void add_keys(int64_t b, int64_t g, Range keys, Ahead* ahead) const {
+    if (p_.pages.table) return;
+    const int64_t count = std::min(kKeyBlock, keys.size());
+    ahead->add(p_.k.at(b, g, keys.begin), p_.k.row, count, n_.D);
+    ahead->add(p_.v.at(b, g, keys.begin), p_.v.row, count, n_.D_v);
+  }
 
   // Rows [count, D] of keys in the dtype of the arithmetic, one right behind the other: as they
   // lie, or copied. Those of pages lie where values will be next.

@@ -7,6 +7,7 @@
 
 #include "../core/gemm.h"
 #include "../core/philox.h"
+#include "../core/prefetch.h"
 #include "../core/vec_math.h"
 #include "attention.h"
 
@@ -54,6 +55,14 @@ inline int64_t longest_queries(const AttentionSizes& all, const AttentionPacking
 PK_INLINE Range visible_keys(const AttentionSizes& n, Range queries, Range keys) {
   const int64_t begin = std::max(keys.begin, queries.begin + n.first) - keys.begin;
   const int64_t end = std::min(keys.end, queries.end + n.last) - keys.begin;
+  return begin < end ? Range{begin, end} : Range{0, 0};
+}
+
+// The queries out of `queries` that see any of some keys, counted from queries.begin; empty if
+// none.
+PK_INLINE Range visible_queries(const AttentionSizes& n, Range queries, Range keys) {
+  const int64_t begin = std::max(queries.begin, keys.begin - n.last) - queries.begin;
+  const int64_t end = std::min(queries.end, keys.end - n.first) - queries.begin;
   return begin < end ? Range{begin, end} : Range{0, 0};
 }
 
@@ -216,15 +225,6 @@ template <class T, class S>
 void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += columns)
     for (int64_t d = 0; d < columns; d += lanes<T>) store(to + d, load_n(from + d, columns - d));
-}
-
-// Asks for rows that will be packed: a panel is made of a part of each, too far apart for the
-// processor to fetch ahead by itself.
-template <class S>
-void fetch_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < columns; d += kCacheLine / int64_t(sizeof(S)))
-      prefetch(from + r * from_row + d);
 }
 
 // Rows [j0, j0 + count) of head g of k or v: where they lie, or put together from their pages in
