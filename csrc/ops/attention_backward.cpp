@@ -164,7 +164,13 @@ class Backward {
         body(b, h, sequence(n_, p_.packing, b).S_q, row_in(set, b, h, 0));
   }
 
-  // Before any block of a set: delta, and a cleared dQ.
+  // The queries that see any of the first block of keys, which begins their rows of dQ.
+  static Range opening_queries(const AttentionSizes& n) {
+    if (n.S_k == 0) return {0, 0};
+    return visible_queries(n, {0, n.S_q}, {0, std::min(kBackwardKeys, n.S_k)});
+  }
+
+  // Before any block of a set: delta, and zeros in the rows of dQ that the first does not begin.
   void open(const Set& set, const Rows& rows) const {
     for_heads(set, [&](int64_t b, int64_t h, int64_t queries, int64_t row) {
       if (single_) std::fill_n(set.delta + row, queries, T(0));  // for those that see no key
@@ -178,7 +184,11 @@ class Backward {
         pack_panel(View<S>{p_.out.at(b, h, i), 1, p_.out.row}, n_.D_v, count, rows.dout_panels);
         multiply_lanes(rows.douts, rows.dout_panels, count, set.delta + row + i);
       }
-      if (set.dq) std::fill_n(set.dq + row * width_, queries * width_, T(0));
+      if (!set.dq) return;
+      const Range first = opening_queries(sequence(n_, p_.packing, b));
+      T* const dq = set.dq + row * width_;
+      std::fill_n(dq, first.begin * width_, T(0));
+      std::fill_n(dq + first.end * width_, (queries - first.end) * width_, T(0));
     });
   }
 
@@ -254,18 +264,21 @@ class Backward {
     pack_alone<T>(k.transposed(), n.D, keys.size(), tile.keys_t);
     pack_alone<T>(v.transposed(), n.D_v, keys.size(), tile.values_t);
     pack_alone<T>(k, keys.size(), n.D, tile.keys);
-    std::fill_n(tile.dk, keys.size() * width_, T(0));
-    std::fill_n(tile.dv, keys.size() * v_width_, T(0));
+    const Range all = visible_queries(n, {0, n.S_q}, keys);
+    const int64_t step = even_tile(all.size());
+    if (all.size() == 0) {
+      std::fill_n(tile.dk, keys.size() * width_, T(0));
+      std::fill_n(tile.dv, keys.size() * v_width_, T(0));
+    }
     Ahead ahead;
+    bool summed = false;  // whether dK and dV hold a tile's already
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-      const Range all = visible_queries(n, {0, n.S_q}, keys);
-      const int64_t step = even_tile(all.size());
       for (int64_t i0 = all.begin; i0 < all.end; i0 += step) {
         const Range queries{i0, std::min(i0 + step, all.end)};
         const int64_t row = row_in(set, b, h, i0);
         T* const dq = set.dq ? set.dq + row * width_ : nullptr;
         ahead.clear();
-        if (dq && blocks_ > 1) ahead.add(dq, width_, queries.size(), n.D);
+        if (dq) ahead.add(dq, width_, queries.size(), n.D);
         if (queries.end < all.end) {
           add_queries(b, h, {queries.end, std::min(queries.end + step, all.end)}, &ahead);
         } else {
@@ -276,12 +289,14 @@ class Backward {
         ahead.divide(queries.size());
         weights(n, b, h, queries, keys, tile, set.delta + row, rows, &ahead);
         if (p_.dv.data)
-          spread(n, queries, keys, rows.weights, rows.dout_panels, n.D_v, tile.dv, v_width_);
+          spread(n, queries, keys, rows.weights, rows.dout_panels, n.D_v, summed, tile.dv,
+                 v_width_);
         if (p_.dk.data)
-          spread(n, queries, keys, rows.dscores, rows.query_panels, n.D, tile.dk, width_);
+          spread(n, queries, keys, rows.dscores, rows.query_panels, n.D, summed, tile.dk, width_);
+        summed = true;
         if (!dq) continue;
         if (before) before->await(row + queries.size());
-        gather(n, queries, keys, rows.dscores, tile.keys, dq);
+        gather(n, queries, keys, rows.dscores, tile.keys, before, dq);
         done->reach(row + queries.size());
       }
     }
@@ -354,23 +369,25 @@ class Backward {
     }
   }
 
-  // to [keys, columns] += what each key has from the queries that see it, packed in panels.
+  // to [keys, columns] = what each key has from the queries that see it, packed in panels, or with
+  // `accumulate` += that.
   static void spread(const AttentionSizes& n, Range queries, Range keys, const T* weights,
-                     const T* panels, int64_t columns, T* to, int64_t to_row) {
+                     const T* panels, int64_t columns, bool accumulate, T* to, int64_t to_row) {
     for_parts(all_visible(n, queries, keys), keys.size(), [&](int64_t j, int64_t count) {
       const Range seen = visible_queries(n, queries, {keys.begin + j, keys.begin + j + count});
       multiply(count, columns, seen.size(), weights + seen.begin * kTileLine + j, 1, kTileLine,
-               panels + seen.begin * kPanel<T>, queries.size(), true, to + j * to_row, to_row);
+               panels + seen.begin * kPanel<T>, queries.size(), accumulate, to + j * to_row,
+               to_row);
     });
   }
 
-  // dQ += dS K.
+  // dQ = dS K, or with `accumulate` dQ += dS K.
   void gather(const AttentionSizes& n, Range queries, Range keys, const T* dscores, const T* panels,
-              T* dq) const {
+              bool accumulate, T* dq) const {
     for_parts(all_visible(n, queries, keys), queries.size(), [&](int64_t r, int64_t count) {
       const Range seen = visible_keys(n, {queries.begin + r, queries.begin + r + count}, keys);
       multiply(count, n.D, seen.size(), dscores + r * kTileLine + seen.begin, kTileLine, 1,
-               panels + seen.begin * kPanel<T>, keys.size(), true, dq + r * width_, width_);
+               panels + seen.begin * kPanel<T>, keys.size(), accumulate, dq + r * width_, width_);
     });
   }
 
