@@ -66,6 +66,8 @@ def test_gradcheck(spec, backend):
         [
             "attention-plain",
             "attention-causal-kv-longer",
+            "attention-causal-kv-longer-tiles",
+            "attention-window-tiles",
             "attention-gqa",
             "attention-mask-dead",
             "attention-sk0",
@@ -152,6 +154,7 @@ PANELS = [
     for name, rule in {
         "plain": {"d_v": 12},
         "grouped": {"n_kv": 2, "d_v": 37},
+        "no-values": {"d_v": 0, "is_causal": True},
         "large-scores": {"gain": 40.0},
         "huge-scores": {"gain": 1000.0},
         "causal": {"is_causal": True, "causal_alignment": "bottom-right", "n_kv": 1},
@@ -182,10 +185,31 @@ PANELS = [
 ]
 
 
+#: More rows to ask for ahead than are kept in mind.
+SHARED = AttentionSpec("attention-panels-shared", "", *(1, 8, 160, 20), s_k=420, n_kv=1)
+
+
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("spec", PANELS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*PANELS, SHARED], ids=lambda spec: spec.name)
 def test_panels_of_queries(spec, dtype):
     check(spec, "cpp", dtype)
+
+
+@pytest.mark.parametrize("window", [None, (30, 7)])
+def test_what_memory_held_before_changes_nothing(window):
+    """The pairs that a window leaves out are not computed: what lies there is an earlier call's."""
+
+    def gradients(fill=None):
+        q, k, v = (draw.clone() if fill is None else torch.full_like(draw, fill) for draw in draws)
+        given = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = functional.attention(*given, is_causal=True, window=window, backend="cpp")
+        return torch.autograd.grad(out, given, torch.ones_like(out))
+
+    draws = torch.randn(2, 3, 160, 20), torch.randn(2, 3, 300, 20), torch.randn(2, 3, 300, 20)
+    expected = gradients()
+    gradients(fill=math.nan)
+    for gradient, before in zip(gradients(), expected, strict=True):
+        assert torch.equal(gradient, before)
 
 
 #: Where dP and delta nearly cancel: no sum but theirs hides what they were rounded by.

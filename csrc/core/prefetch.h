@@ -32,8 +32,8 @@ class Ahead {
     lines_ += fit * lines;
   }
 
-  // Cuts what was added into so many shares.
-  void divide(int64_t shares) { share_ = ceil_div(lines_, std::max<int64_t>(1, shares)); }
+  // Cuts what was added into so many shares, at least one.
+  void divide(int64_t shares) { share_ = ceil_div(lines_, shares); }
 
   // Asks for the next share.
   void ask() {
@@ -47,7 +47,7 @@ class Ahead {
 
  private:
   static constexpr int kMostParts = 8;
-  // Of the 512 KB that the smallest second-level caches hold, beside what is being worked on.
+  // Of a second-level cache of 512 KB, as that of AMD's Zen, beside what is being worked on.
   static constexpr int64_t kMostLines = 192 * 1024 / kCacheLine;
 
   struct Part {

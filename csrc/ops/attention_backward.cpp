@@ -11,15 +11,15 @@ namespace {
 constexpr int64_t kBackwardRows = kVecRegisters == 32 ? 112 : 96;
 constexpr int64_t kBackwardKeys = 128;
 
-// Rows of a product that leave out the same of what is masked: fewer leave out more, but the
-// processor does not foresee where their sums end.
+// Rows of a product that are cut to what they see together: fewer are cut closer, but the processor
+// does not foresee where their sums end.
 constexpr int64_t kEdgeRows = 2 * kTileRows;
 
 // With P the weights and delta_i = out_i . dout_i, one number a query:
 //
 //   dV = P^T dout    dP = dout V^T    dS = P * (dP - delta + dlse)    dQ = dS K    dK = dS^T Q
 //
-// where dQ and dK take the scale.
+// where dS takes the scale, but not as the gradient of the mask.
 //
 // An item is a block of keys of one head of K and V. A thread takes the blocks of a head one after
 // the other, and when no head is left helps those that others are at: blocks of one head add to the
@@ -131,7 +131,12 @@ class Backward {
     int64_t b0, g0;
   };
 
-  // And what their queries keep.
+  // Keys from j0 on of head g of K and V of sequence b.
+  struct Block {
+    int64_t b, g, j0;
+  };
+
+  // A place, and what its queries keep.
   struct Set : Place {
     int64_t index;
     T* delta;  // [set_rows_]
@@ -176,10 +181,11 @@ class Backward {
       if (single_) std::fill_n(set.delta + row, queries, T(0));  // for those that see no key
       for (int64_t i = 0; i < queries && !single_; i += kPanel<T>) {
         const int64_t count = std::min<int64_t>(kPanel<T>, queries - i);
-        const int64_t later = std::min<int64_t>(i + 2 * kPanel<T>, queries);
-        const int64_t more = std::min<int64_t>(kPanel<T>, queries - later);
-        fetch_rows(p_.dout.at(b, h, later), p_.dout.row, more, n_.D_v);
-        fetch_rows(p_.out.at(b, h, later), p_.out.row, more, n_.D_v);
+        if (const int64_t later = i + 2 * kPanel<T>; later < queries) {
+          const int64_t more = std::min<int64_t>(kPanel<T>, queries - later);
+          fetch_rows(p_.dout.at(b, h, later), p_.dout.row, more, n_.D_v);
+          fetch_rows(p_.out.at(b, h, later), p_.out.row, more, n_.D_v);
+        }
         pack_panel(View<S>{p_.dout.at(b, h, i), 1, p_.dout.row}, n_.D_v, count, rows.douts);
         pack_panel(View<S>{p_.out.at(b, h, i), 1, p_.out.row}, n_.D_v, count, rows.dout_panels);
         multiply_lanes(rows.douts, rows.dout_panels, count, set.delta + row + i);
@@ -242,19 +248,34 @@ class Backward {
     return sum;
   }
 
+  // A block of the keys of the i-th head of K and V of a set.
+  Block head_of(const Place& set, int64_t i, int64_t j0) const {
+    return {set.b0 + i / heads_, set.g0 + i % heads_, j0};
+  }
+
+  // What likely follows a block: the next of its set, or the first of the set that is this thread's
+  // if all take one in turn, or, after the last, one without keys.
+  Block after(const Set& set, int64_t block) const {
+    if (block + 1 < blocks_) return head_of(set, 0, (block + 1) * kBackwardKeys);
+    const int64_t next = set.index + threads_, end = blocks_ * kBackwardKeys;
+    return next < sets_ ? head_of(place_of(next), 0, 0) : head_of(set, 0, end);
+  }
+
   // One block of the keys of all heads of a set.
   void run(int64_t block, const Set& set, const Tile& tile, const Rows& rows) const {
     Progress* const done = done_.get() + set.index * blocks_ + block;
-    for (int64_t b = set.b0; b < set.b0 + batches_; ++b)
-      for (int64_t g = set.g0; g < set.g0 + heads_; ++g)
-        run_head(b, g, block * kBackwardKeys, set, tile, rows, block ? done - 1 : nullptr, done);
+    const int64_t j0 = block * kBackwardKeys, heads = batches_ * heads_;
+    for (int64_t i = 0; i < heads; ++i)
+      run_head(head_of(set, i, j0), i + 1 < heads ? head_of(set, i + 1, j0) : after(set, block),
+               set, tile, rows, block ? done - 1 : nullptr, done);
     done->reach(std::numeric_limits<int64_t>::max());
   }
 
-  // The share of a block of keys, from j0 on, in the gradients of one head of K and V. A row of dQ
-  // is `before`'s, the item of the block before, until it has been there.
-  void run_head(int64_t b, int64_t g, int64_t j0, const Set& set, const Tile& tile,
+  // The share of a block of keys in the gradients of one head of K and V. A row of dQ is
+  // `before`'s, the item of the block before, until it has been there.
+  void run_head(const Block& block, const Block& next, const Set& set, const Tile& tile,
                 const Rows& rows, const Progress* before, Progress* done) const {
+    const auto [b, g, j0] = block;
     const AttentionSizes n = sequence(n_, p_.packing, b);
     const Range keys{j0, std::min(j0 + kBackwardKeys, n.S_k)};
     if (keys.size() <= 0) return;
@@ -280,11 +301,13 @@ class Backward {
         ahead.clear();
         if (dq) ahead.add(dq, width_, queries.size(), n.D);
         if (queries.end < all.end) {
-          add_queries(b, h, {queries.end, std::min(queries.end + step, all.end)}, &ahead);
+          add_tile(b, h, {queries.end, std::min(queries.end + step, all.end)}, &ahead);
+        } else if (h + 1 < (g + 1) * group_) {
+          add_tile(b, h + 1, all, &ahead);
         } else {
           if (p_.dk.data) ahead.add(p_.dk.at(b, g, j0), p_.dk.row, keys.size(), n.D);
           if (p_.dv.data) ahead.add(p_.dv.at(b, g, j0), p_.dv.row, keys.size(), n.D_v);
-          add_block(set.index + threads_, b, g, {keys.end, n.S_k}, &ahead);
+          add_block(next, &ahead);
         }
         ahead.divide(queries.size());
         weights(n, b, h, queries, keys, tile, set.delta + row, rows, &ahead);
@@ -296,7 +319,7 @@ class Backward {
         summed = true;
         if (!dq) continue;
         if (before) before->await(row + queries.size());
-        gather(n, queries, keys, rows.dscores, tile.keys, before, dq);
+        gather(n, queries, keys, rows.dscores, tile.keys, before != nullptr, dq);
         done->reach(row + queries.size());
       }
     }
@@ -328,34 +351,25 @@ class Backward {
     }
   }
 
-  // What a tile of queries reads.
-  void add_queries(int64_t b, int64_t h, Range queries, Ahead* ahead) const {
-    ahead->add(p_.q.at(b, h, queries.begin), p_.q.row, queries.size(), n_.D);
-    ahead->add(p_.dout.at(b, h, queries.begin), p_.dout.row, queries.size(), n_.D_v);
+  // What the first tile of these queries reads.
+  void add_tile(int64_t b, int64_t h, Range queries, Ahead* ahead) const {
+    const int64_t count = std::min(even_tile(queries.size()), queries.size());
+    ahead->add(p_.q.at(b, h, queries.begin), p_.q.row, count, n_.D);
+    ahead->add(p_.dout.at(b, h, queries.begin), p_.dout.row, count, n_.D_v);
   }
 
-  // What a block of keys begins with: of those that are `left`, or else of set `next`. Threads take
-  // sets in turn, which makes it likely this one's next.
-  void add_block(int64_t next, int64_t b, int64_t g, Range left, Ahead* ahead) const {
-    if (left.size() > 0) return add_keys(b, g, left, ahead);
-    if (next >= sets_) return;
-    const Place place = place_of(next);
-    const AttentionSizes n = sequence(n_, p_.packing, place.b0);
-    const Range keys{0, std::min(kBackwardKeys, n.S_k)};
-    const Range queries = visible_queries(n, {0, n.S_q}, keys);
-    const int64_t end = std::min(queries.begin + even_tile(queries.size()), queries.end);
-    add_keys(place.b0, place.g0, keys, ahead);
-    add_queries(place.b0, place.g0 * group_, {queries.begin, end}, ahead);
+  // What a block of keys begins with, if there is one.
+  void add_block(const Block& block, Ahead* ahead) const {
+    const AttentionSizes n = sequence(n_, p_.packing, block.b);
+    const Range keys{block.j0, std::min(block.j0 + kBackwardKeys, n.S_k)};
+    if (keys.size() <= 0) return;
+    ahead->add(p_.k.at(block.b, block.g, block.j0), p_.k.row, keys.size(), n_.D);
+    ahead->add(p_.v.at(block.b, block.g, block.j0), p_.v.row, keys.size(), n_.D_v);
+    add_tile(block.b, block.g * group_, visible_queries(n, {0, n.S_q}, keys), ahead);
   }
 
-  void add_keys(int64_t b, int64_t g, Range keys, Ahead* ahead) const {
-    const int64_t count = std::min(kBackwardKeys, keys.size());
-    ahead->add(p_.k.at(b, g, keys.begin), p_.k.row, count, n_.D);
-    ahead->add(p_.v.at(b, g, keys.begin), p_.v.row, count, n_.D_v);
-  }
-
-  // Of the products below, only what the mask leaves: all at once where it leaves everything, else
-  // the parts of each panel or row of tiles.
+  // Of the products below, only what the causal rule and the window leave: all at once where that
+  // is everything, else the parts of each panel or few rows.
 
   // to [queries, keys] = the products of rows with keys packed in panels.
   static void score(const AttentionSizes& n, Range queries, Range keys, const T* from,
@@ -396,14 +410,6 @@ class Backward {
   static void for_parts(bool whole, int64_t rows, const Body& body) {
     const int64_t step = whole ? rows : kEdgeRows;
     for (int64_t r = 0; r < rows; r += step) body(r, std::min(step, rows - r));
-  }
-
-  // Rows in the dtype of the arithmetic, one right behind the other: as they lie, or copied.
-  static const T* widened(View<S> from, int64_t rows, int64_t columns, T* copy) {
-    if constexpr (std::is_same_v<S, T>)
-      if (from.row == columns) return from.data;
-    copy_rows(from.data, from.row, rows, columns, copy);
-    return copy;
   }
 
   static void write(const T* from, int64_t rows, int64_t columns, int64_t from_row, S* to,

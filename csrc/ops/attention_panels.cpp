@@ -79,7 +79,7 @@ class Panels {
 
     const Range all = visible_keys(n, {i0, i0 + length}, {0, n.S_k});
     const T log_rate = unit * T(kLog2E);
-    // The first values; by the next block the keys before it have taken far longer. Pages are
+    // The first values; those of later blocks are asked for during the block before. Pages are
     // copied row by row.
     if (!p_.pages.table)
       fetch_rows(p_.v.at(b, g, all.begin), p_.v.row, std::min(kKeyBlock, all.size()), n_.D_v);
@@ -116,7 +116,9 @@ class Panels {
     for (int64_t j0 = all.begin; j0 < all.end; j0 += kKeyBlock) {
       const int64_t block = std::min(kKeyBlock, all.end - j0);
       const View<S> k = rows_of(p_.k, p_.pages, b, g, j0, block, n_.D, gathered);
-      const T* const key_rows = widened(k, block, keys);
+      // Those of pages lie where values will be next.
+      const T* const key_rows =
+          p_.pages.table ? copied(k, block, n_.D, keys) : widened(k, block, n_.D, keys);
       const View<S> v = rows_of(p_.v, p_.pages, b, g, j0, block, n_.D_v, gathered);
       pack_rows<T>(v.transposed(), n_.D_v, block, values);
       look_ahead(b, g, {j0 + block, all.end}, {i0, i0 + length}, item + team.size, &ahead);
@@ -203,16 +205,18 @@ class Panels {
                   Ahead* ahead) const {
     ahead->clear();
     if (left.size() > 0) return add_keys(b, g, left, ahead);
-    if (next < items()) {
-      const int64_t b = chunks_[next].head / n_.N_kv, g = chunks_[next].head % n_.N_kv;
-      const AttentionSizes n = sequence(n_, p_.packing, b);
-      const int64_t i = chunks_[next].queries.begin,
-                    end = std::min(chunks_[next].queries.end, n.S_q);
-      ahead->add(p_.q.at(b, g * group_, i), p_.q.row, std::min(kKeyBlock, end - i), n_.D);
-      add_keys(b, g, visible_keys(n, {i, end}, {0, n.S_k}), ahead);
-    }
+    if (next < items()) add_item(chunks_[next], ahead);
     for (int64_t h = g * group_; h < (g + 1) * group_; ++h)
       ahead->add(p_.out.at(b, h, queries.begin), p_.out.row, queries.size(), n_.D_v);
+  }
+
+  void add_item(const Chunk& chunk, Ahead* ahead) const {
+    const int64_t b = chunk.head / n_.N_kv, g = chunk.head % n_.N_kv, i = chunk.queries.begin;
+    const AttentionSizes n = sequence(n_, p_.packing, b);
+    const int64_t end = std::min(chunk.queries.end, n.S_q);
+    if (i >= end) return;
+    ahead->add(p_.q.at(b, g * group_, i), p_.q.row, std::min(kKeyBlock, end - i), n_.D);
+    add_keys(b, g, visible_keys(n, {i, end}, {0, n.S_k}), ahead);
   }
 
   // The first block of `keys`, where they lie one behind the other.
@@ -221,15 +225,6 @@ class Panels {
     const int64_t count = std::min(kKeyBlock, keys.size());
     ahead->add(p_.k.at(b, g, keys.begin), p_.k.row, count, n_.D);
     ahead->add(p_.v.at(b, g, keys.begin), p_.v.row, count, n_.D_v);
-  }
-
-  // Rows [count, D] of keys in the dtype of the arithmetic, one right behind the other: as they
-  // lie, or copied. Those of pages lie where values will be next.
-  const T* widened(View<S> k, int64_t count, T* copy) const {
-    if constexpr (std::is_same_v<S, T>)
-      if (k.row == n_.D && !p_.pages.table) return k.data;
-    copy_rows(k.data, k.row, count, n_.D, copy);
-    return copy;
   }
 
   // scores [count, kWidth] = the products of keys [count, D] with a panel of queries [D, kWidth].

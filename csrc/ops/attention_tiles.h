@@ -210,13 +210,17 @@ PK_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a
       });
 }
 
-// c = a b, with b packed in panels [depth, kPanel] and the sums made of several chains.
+// c = a b, with b packed in panels [depth, kPanel] and the sums made of several chains; zeros where
+// the depth is 0.
 template <class T>
 PK_INLINE void multiply_in_chains(int64_t rows, int64_t columns, int64_t depth, const T* a,
                                   const T* b, T* c, int64_t c_row) {
-  for (int64_t k = 0; k < depth; k += kChain)
+  int64_t k = 0;
+  do {
     multiply(rows, columns, std::min(kChain, depth - k), a + k, depth, 1, b + k * kPanel<T>, depth,
              k > 0, c, c_row);
+    k += kChain;
+  } while (k < depth);
 }
 
 // Rows [rows, columns], widened and contiguous, in whole registers: the next row covers what one
@@ -225,6 +229,21 @@ template <class T, class S>
 void copy_rows(const S* from, int64_t from_row, int64_t rows, int64_t columns, T* to) {
   for (int64_t r = 0; r < rows; ++r, from += from_row, to += columns)
     for (int64_t d = 0; d < columns; d += lanes<T>) store(to + d, load_n(from + d, columns - d));
+}
+
+// Rows in the dtype of the arithmetic, one right behind the other, in `copy`.
+template <class T, class S>
+const T* copied(View<S> rows, int64_t count, int64_t columns, T* copy) {
+  copy_rows(rows.data, rows.row, count, columns, copy);
+  return copy;
+}
+
+// The same, or these rows themselves where they lie so.
+template <class T, class S>
+const T* widened(View<S> rows, int64_t count, int64_t columns, T* copy) {
+  if constexpr (std::is_same_v<S, T>)
+    if (rows.row == columns) return rows.data;
+  return copied(rows, count, columns, copy);
 }
 
 // Rows [j0, j0 + count) of head g of k or v: where they lie, or put together from their pages in

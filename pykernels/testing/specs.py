@@ -1086,6 +1086,7 @@ ATTENTION_SPECS: list[AttentionSpec] = [
         "dv-narrower", "values narrower than keys", HOSTILE, (2, 2, 20, 24), d_v=5, is_causal=True
     ),
     _attention("dv1", "one value feature", HOSTILE, (1, 2, 19, 16), d_v=1),
+    _attention("dv0", "no value feature, only weights", HOSTILE, (1, 2, 19, 16), d_v=0),
     # --- heads
     _attention("gqa", "two query heads share a key head", TINY, (1, 4, 3, 3), n_kv=2),
     _attention(
