@@ -207,6 +207,7 @@ def test_what_memory_held_before_changes_nothing(window):
 
     draws = torch.randn(2, 3, 160, 20), torch.randn(2, 3, 300, 20), torch.randn(2, 3, 300, 20)
     expected = gradients()
+    assert all(gradient.any() for gradient in expected)
     gradients(fill=math.nan)
     for gradient, before in zip(gradients(), expected, strict=True):
         assert torch.equal(gradient, before)
