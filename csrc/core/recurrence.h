@@ -11,6 +11,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "units.h"
 
 namespace pykernels {
 
@@ -124,7 +125,7 @@ void pack_gates(const Team& team, View<S> w, int64_t gates, int64_t units, int64
                     to + (block * gates + gate) * depth * width);
 }
 
-// Runs body(row, unit, count, product) on every register of units in a tile of products. A call for
+// Runs body(row, unit, count, product) on every panel of units in a tile of products. A call for
 // each would cost as much as what it does, so all in it is inlined; and `body` is a copy, which the
 // compiler knows that nothing written through a pointer can change.
 template <class T, int kGates, class Body>
@@ -132,17 +133,14 @@ __attribute__((flatten)) void finish_tile(Range rows, Range blocks, int64_t unit
                                           const Body body) {
   constexpr int64_t width = kPanel<T>;
   for (int64_t row = rows.begin; row < rows.end; ++row)
-    for (int64_t block = blocks.begin; block < blocks.end; ++block, product += kGates * width) {
-      const int64_t unit = block * width;
-      for (int64_t x = 0; x < width && unit + x < units; x += lanes<T>)
-        body(row, unit + x, std::min<int64_t>(lanes<T>, units - unit - x), product + x);
-    }
+    for (int64_t block = blocks.begin; block < blocks.end; ++block, product += kGates * width)
+      body(row, block * width, std::min(width, units - block * width), product);
 }
 
 // left [rows, depth] times the packed gates of some blocks, then for each of `finish`, in turn
 //
-//   finish(row, unit, count, product)    on one register of units, of which `count` are valid;
-//                                        that of gate g is at product + g * kPanel
+//   finish(row, unit, count, product)    on one panel of units, of which `count` are valid; that
+//                                        of gate g is at product + g * kPanel
 //
 // over a tile of them before the next: where a cell is a long chain of operations, its parts are
 // short ones, and the processor reaches far enough ahead to run several side by side. Before the
@@ -162,8 +160,8 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
   const int64_t panel_size = depth * width;
   for (int64_t row = rows.begin; row < rows.end; row += kStepRows) {
     const int64_t count = std::min(kStepRows, rows.end - row);
-    // Few rows take several blocks at a time, for as many panels as their tile may have.
-    const int64_t group = count <= kTileRows ? panels_of(count) : 1;
+    // Few rows take several blocks at a time: as many panels as a tile of one row may have.
+    const int64_t group = std::min<int64_t>(4, kStepRows / count);
     for (int64_t done = 0; done < blocks.size(); done += group) {
       const int64_t wide = std::min(group, blocks.size() - done);
       const int64_t block = backwards ? blocks.end - done - wide : blocks.begin + done;

@@ -225,7 +225,8 @@ PK_INLINE void store(f16* p, vec<float> v) {
 #endif
 }
 
-// The first n lanes, 0 <= n <= lanes; the others load as zero and are not stored.
+// The first n lanes, all from n = lanes on and none below 1; the others load as zero and are not
+// stored.
 template <class S>
 PK_INLINE vec<compute_t<S>> load_n(const S* p, int64_t n) {
   constexpr int width = lanes<compute_t<S>>;

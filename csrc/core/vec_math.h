@@ -96,49 +96,53 @@ PK_INLINE vec<T> scale_by_power(vec<T> x, vec<int_of<T>> n) {
   return x * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
 
-// The nearest integer to x, as a float and as an integer.
-template <class T>
-struct Rounded {
-  vec<T> value;
-  vec<int_of<T>> integer;
-};
-
-template <class T>
-PK_INLINE Rounded<T> round_to_integer(vec<T> x) {
-  const vec<T> magic = broadcast(math_constants<T>::kRound);
-  const vec<T> shifted = x + magic;
-  return {shifted - magic, bit_cast<vec<int_of<T>>>(shifted) - bit_cast<vec<int_of<T>>>(magic)};
-}
-
-// exp(x) = 2^n (1 + tail): what exp and expm1 have in common.
-template <class T>
-struct Exponential {
-  vec<int_of<T>> n;
-  vec<T> tail;
-};
-
-template <class T>
-PK_INLINE Exponential<T> reduce_exp(vec<T> x) {
+// exp of several registers: x to exp(r) - 1, exp(x) = 2^n exp(r), and `power` to what has the low
+// bits of the integer n + `bias`. Step by step for all of them: their chains of operations hide
+// each other.
+template <class T, int N>
+PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
   using C = math_constants<T>;
-  const auto n = round_to_integer<T>(x * T(1.442695040888963407L));
-  const vec<T> r = (x - n.value * C::kLn2High) - n.value * C::kLn2Low;
-  return {n.integer, r + r * r * polynomial<T>(r, C::kExp)};
+  constexpr int terms = sizeof(C::kExp) / sizeof(T);
+  const vec<T> magic = broadcast(C::kRound + bias);
+  vec<T> n[N], y[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] = x[i] * T(1.442695040888963407L) + magic;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) power[i] = bit_cast<vec<int_of<T>>>(n[i]);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) n[i] -= magic;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] -= n[i] * C::kLn2High;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] -= n[i] * C::kLn2Low;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) y[i] = broadcast(C::kExp[0]);
+#pragma GCC unroll 16
+  for (int k = 1; k < terms; ++k)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::kExp[k];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] += x[i] * x[i] * y[i];
 }
 
 template <class T>
 PK_INLINE vec<T> exp(vec<T> x) {
   using C = math_constants<T>;
-  const auto e = reduce_exp<T>(min(broadcast(C::kExpHigh), max(broadcast(C::kExpLow), x)));
-  return scale_by_power<T>(1 + e.tail, e.n);
+  vec<T> tail[1] = {min(broadcast(C::kExpHigh), max(broadcast(C::kExpLow), x))};
+  vec<int_of<T>> n[1];
+  reduce_exp<T>(tail, n, T(0));
+  return scale_by_power<T>(1 + tail[0], n[0] - bit_cast<vec<int_of<T>>>(broadcast(C::kRound)));
 }
 
 template <class T>
 PK_INLINE vec<T> exp2(vec<T> x) {
   using C = math_constants<T>;
   x = min(broadcast(C::kExp2High), max(broadcast(C::kExp2Low), x));
-  const auto n = round_to_integer<T>(x);
-  const vec<T> r = x - n.value;
-  return scale_by_power<T>(1 + r * polynomial<T>(r, C::kExp2), n.integer);
+  const vec<T> magic = broadcast(C::kRound);
+  const vec<T> n = x + magic;
+  const vec<T> r = x - (n - magic);
+  return scale_by_power<T>(1 + r * polynomial<T>(r, C::kExp2),
+                           bit_cast<vec<int_of<T>>>(n) - bit_cast<vec<int_of<T>>>(magic));
 }
 
 // exp2 of several registers: x to 2^r, r = x - n and |r| <= 1/2, and `power` to what has the low
@@ -208,25 +212,56 @@ PK_INLINE vec<T> negative_magnitude(vec<T> x) {
 }
 
 // tanh |x| = -e / (e + 2) with e = exp(-2|x|) - 1: no cancellation at either end.
+template <class T, int N>
+PK_INLINE void tanh(vec<T> (&x)[N]) {
+  using C = math_constants<T>;
+  vec<T> e[N];
+  vec<int_of<T>> n[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    e[i] = max(broadcast(-2 * C::kTanhOne), 2 * negative_magnitude<T>(x[i]));
+  reduce_exp<T>(e, n, T(C::kBias));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    const vec<T> power = bit_cast<vec<T>>(n[i] << C::kMantissa);
+    e[i] = power * e[i] + (power - 1);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) e[i] = -e[i] / (e[i] + 2);
+  const auto sign = sign_bit<T>();
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    x[i] = bit_cast<vec<T>>((bit_cast<vec<int_of<T>>>(e[i]) & ~sign) |
+                            (bit_cast<vec<int_of<T>>>(x[i]) & sign));
+}
+
 template <class T>
 PK_INLINE vec<T> tanh(vec<T> x) {
-  using C = math_constants<T>;
-  const vec<T> y = max(broadcast(-2 * C::kTanhOne), 2 * negative_magnitude<T>(x));
-  const auto r = reduce_exp<T>(y);
-  const vec<T> power = power_of_two<T>(r.n);
-  const vec<T> e = power * r.tail + (power - 1);
-  const vec<T> magnitude = -e / (e + 2);
-  const auto sign = sign_bit<T>();
-  return bit_cast<vec<T>>((bit_cast<vec<int_of<T>>>(magnitude) & ~sign) |
-                          (bit_cast<vec<int_of<T>>>(x) & sign));
+  vec<T> one[1] = {x};
+  tanh<T>(one);
+  return one[0];
 }
 
 // 1 / (1 + exp(-x)); 0 from where exp(-x) is infinite, as the result is no normal number there.
+template <class T, int N>
+PK_INLINE void sigmoid(vec<T> (&x)[N]) {
+  using C = math_constants<T>;
+  vec<int_of<T>> n[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i)
+    x[i] = min(broadcast(C::kExpHigh), max(broadcast(-C::kSigmoidOne), -x[i]));
+  reduce_exp<T>(x, n, T(C::kBias));
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = 1 + (1 + x[i]) * bit_cast<vec<T>>(n[i] << C::kMantissa);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) x[i] = 1 / x[i];
+}
+
 template <class T>
 PK_INLINE vec<T> sigmoid(vec<T> x) {
-  using C = math_constants<T>;
-  const auto r = reduce_exp<T>(min(broadcast(C::kExpHigh), max(broadcast(-C::kSigmoidOne), -x)));
-  return 1 / (1 + (1 + r.tail) * power_of_two<T>(r.n));
+  vec<T> one[1] = {x};
+  sigmoid<T>(one);
+  return one[0];
 }
 
 }  // namespace pykernels

@@ -28,28 +28,30 @@ struct GruForwardCell {
     const T* const input = step.input + row * step.input_row + gate_at<T>(3, unit);
     const T* const bias = step.bias + gate_at<T>(4, unit);
     const auto sum = [&](int g) {
-      return load(input + g * next) + load(product + g * next) + load(bias + g * next);
+      return load_units(input + g * next) + load_units(product + g * next) +
+             load_units(bias + g * next);
     };
-    const vec<T> r = sigmoid<T>(sum(0)), z = sigmoid<T>(sum(1));
-    const vec<T> hn = load(product + 2 * next) + load(bias + 3 * next);
-    store(product, z);
-    store(product + next, load(input + 2 * next) + load(bias + 2 * next) + r * hn);
+    const Units<T> r = sigmoid(sum(0)), z = sigmoid(sum(1));
+    const Units<T> hn = load_units(product + 2 * next) + load_units(bias + 3 * next);
+    store_units(product, z);
+    store_units(product + next,
+                load_units(input + 2 * next) + load_units(bias + 2 * next) + r * hn);
     if (kept) {
       T* const to = kept + gate_at<T>(4, H, step.first + row, unit);
-      store(to, r);
-      store(to + next, z);
-      store(to + 3 * next, hn);
+      store_units(to, r);
+      store_units(to + next, z);
+      store_units(to + 3 * next, hn);
     }
   }
 
-  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
-                         const T* product) const {
+  PK_INLINE Units<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t count,
+                           const T* product) const {
     constexpr int64_t next = kPanel<T>;
     const T* const before = row < step.carried ? step.before : step.h0;
-    const vec<T> h = before ? load_n(before + row * H + unit, count) : vec<T>{};
-    const vec<T> z = load(product), n = tanh<T>(load(product + next));
-    if (kept) store(kept + gate_at<T>(4, H, step.first + row, unit) + 2 * next, n);
-    return (1 - z) * n + z * h;
+    const Units<T> h = before ? load_units(before + row * H + unit, count) : Units<T>{};
+    const Units<T> z = load_units(product), n = tanh(load_units(product + next));
+    if (kept) store_units(kept + gate_at<T>(4, H, step.first + row, unit) + 2 * next, n);
+    return one_minus(z) * n + z * h;
   }
 };
 
@@ -76,24 +78,24 @@ struct GruBackwardCell {
   }
 
   PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
-                       vec<T> dh, T* to) const {
+                       Units<T> dh, T* to) const {
     const T* const gate = gates_of(step, row, unit);
-    const vec<T> r = load(gate), z = load(gate + kPanel<T>);
-    const vec<T> n = load(gate + 2 * kPanel<T>), hn = load(gate + 3 * kPanel<T>);
+    const Units<T> r = load_units(gate), z = load_units(gate + kPanel<T>);
+    const Units<T> n = load_units(gate + 2 * kPanel<T>), hn = load_units(gate + 3 * kPanel<T>);
     const S* const before = row < step.n_before ? y + (step.before + row) * H
                             : h0                ? h0 + row * H
                                                 : nullptr;
-    const vec<T> h = before ? load_n(before + unit, count) : vec<T>{};
-    dh += load_n(carry + row * H + unit, count);
-    store_n(carry + row * H + unit, z * dh, count);
-    const vec<T> dn = dh * (1 - z) * (1 - n * n);
-    store_n(to, dn * hn * r * (1 - r), count);
-    store_n(to + H, dh * (h - n) * z * (1 - z), count);
-    store_n(to + 2 * H, dn * r, count);
-    store_n(to + 3 * H, dn, count);
+    const Units<T> h = before ? load_units(before + unit, count) : Units<T>{};
+    dh += load_units(carry + row * H + unit, count);
+    store_units(carry + row * H + unit, z * dh, count);
+    const Units<T> dn = dh * one_minus(z) * one_minus(n * n);
+    store_units(to, dn * hn * r * one_minus(r), count);
+    store_units(to + H, dh * (h - n) * z * one_minus(z), count);
+    store_units(to + 2 * H, dn * r, count);
+    store_units(to + 3 * H, dn, count);
   }
-  vec<T> rest(int64_t row, int64_t unit, int64_t count) const {
-    return load_n(carry + row * H + unit, count);
+  Units<T> rest(int64_t row, int64_t unit, int64_t count) const {
+    return load_units(carry + row * H + unit, count);
   }
   std::vector<DeltaPiece> pieces() const { return {{0, 2 * H, 0}, {3 * H, H, 2 * H}}; }
 };

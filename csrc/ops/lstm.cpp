@@ -40,27 +40,28 @@ struct LstmForwardCell {
     const T* const input = step.input + row * step.input_row + at;
     const T* const bias = step.bias + at;
     const auto sum = [&](int g) {
-      return load(input + g * next) + load(product + g * next) + load(bias + g * next);
+      return load_units(input + g * next) + load_units(product + g * next) +
+             load_units(bias + g * next);
     };
-    const vec<T> i = sigmoid<T>(sum(0)), f = sigmoid<T>(sum(1));
-    const vec<T> g = tanh<T>(sum(2)), o = sigmoid<T>(sum(3));
+    const Units<T> i = sigmoid(sum(0)), f = sigmoid(sum(1)), g = tanh(sum(2)), o = sigmoid(sum(3));
     T* const cell = c + row * H + unit;
-    const vec<T> now = f * load_n(cell, count) + i * g;
-    store_n(cell, now, count);
-    store(product, now);
-    store(product + next, o);
+    const Units<T> now = f * load_units(cell, count) + i * g;
+    store_units(cell, now, count);
+    store_units(product, now);
+    store_units(product + next, o);
     if (kept) {
       T* const to = kept + gate_at<T>(4, H, step.first + row, unit);
-      store(to, i);
-      store(to + next, f);
-      store(to + 2 * next, g);
-      store(to + 3 * next, o);
+      store_units(to, i);
+      store_units(to + next, f);
+      store_units(to + 2 * next, g);
+      store_units(to + 3 * next, o);
     }
-    if (cells) store_n(cells + (step.first + row) * H + unit, now, count);
+    if (cells) store_units(cells + (step.first + row) * H + unit, now, count);
   }
 
-  PK_INLINE vec<T> state(const ForwardStep<T>&, int64_t, int64_t, int64_t, const T* product) const {
-    return load(product + kPanel<T>) * tanh<T>(load(product));
+  PK_INLINE Units<T> state(const ForwardStep<T>&, int64_t, int64_t, int64_t,
+                           const T* product) const {
+    return load_units(product + kPanel<T>) * tanh(load_units(product));
   }
 };
 
@@ -86,26 +87,26 @@ struct LstmBackwardCell {
   }
 
   PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
-                       vec<T> dh, T* to) const {
+                       Units<T> dh, T* to) const {
     const int64_t at = (step.first + row) * H + unit;
     const T* const gate = gates_of(step, row, unit);
-    const vec<T> i = load(gate), f = load(gate + kPanel<T>);
-    const vec<T> g = load(gate + 2 * kPanel<T>), o = load(gate + 3 * kPanel<T>);
+    const Units<T> i = load_units(gate), f = load_units(gate + kPanel<T>);
+    const Units<T> g = load_units(gate + 2 * kPanel<T>), o = load_units(gate + 3 * kPanel<T>);
     const T* const before = row < step.n_before ? cells + (step.before + row) * H
                             : c0                ? c0 + row * H
                                                 : nullptr;
-    const vec<T> c = before ? load_n(before + unit, count) : vec<T>{};
-    const vec<T> th = tanh<T>(load_n(cells + at, count));
+    const Units<T> c = before ? load_units(before + unit, count) : Units<T>{};
+    const Units<T> th = tanh(load_units(cells + at, count));
     T* const cell = dc + row * H + unit;
-    vec<T> now = load_n(cell, count) + dh * o * (1 - th * th);
-    if (dcells) now += load_n(dcells + at, count);
-    store_n(cell, now * f, count);
-    store_n(to, now * g * i * (1 - i), count);
-    store_n(to + H, now * c * f * (1 - f), count);
-    store_n(to + 2 * H, now * i * (1 - g * g), count);
-    store_n(to + 3 * H, dh * th * o * (1 - o), count);
+    Units<T> now = load_units(cell, count) + dh * o * one_minus(th * th);
+    if (dcells) now += load_units(dcells + at, count);
+    store_units(cell, now * f, count);
+    store_units(to, now * g * i * one_minus(i), count);
+    store_units(to + H, now * c * f * one_minus(f), count);
+    store_units(to + 2 * H, now * i * one_minus(g * g), count);
+    store_units(to + 3 * H, dh * th * o * one_minus(o), count);
   }
-  vec<T> rest(int64_t, int64_t, int64_t) const { return vec<T>{}; }
+  Units<T> rest(int64_t, int64_t, int64_t) const { return {}; }
   std::vector<DeltaPiece> pieces() const { return {{0, 4 * H, 0}}; }
 };
 

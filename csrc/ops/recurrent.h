@@ -239,7 +239,7 @@ struct ForwardStep {
 //   void gates(step, row, unit, count, product)
 //                            those of some units that do not wait for another; `product` is
 //                            W_hh h_{t-1} of their gates, kPanel apart, and may be written to
-//   vec<T> state(step, row, unit, count, product)
+//   Units<T> state(step, row, unit, count, product)
 //                            then their state, before a projection, of what `gates` has left
 template <class S, class Cell>
 class ForwardPass : public Pass {
@@ -403,18 +403,18 @@ class ForwardPass : public Pass {
       T* const unprojected =
           cell.unprojected ? cell.unprojected + step.first * H : unprojected_.get();
       const auto keep = [R, to = states(s), y = p_.y + step.first * R](
-                            int64_t row, int64_t unit, int64_t count, vec<T> state) {
-        store_n(to + row * R + unit, state, count);
+                            int64_t row, int64_t unit, int64_t count, Units<T> state) {
+        store_units(to + row * R + unit, state, count);
         if constexpr (kSame) (void)y;
-        else store_n(y + row * R + unit, state, count);
+        else store_units(y + row * R + unit, state, count);
       };
       const auto fetch = [=](int64_t row, int64_t unit) { cell.fetch(step, row, unit); };
       const auto gates = [=](int64_t row, int64_t unit, int64_t count, T* product) {
         cell.gates(step, row, unit, count, product);
       };
       const auto finish = [=](int64_t row, int64_t unit, int64_t count, const T* product) {
-        const vec<T> state = cell.state(step, row, unit, count, product);
-        if (projects) store_n(unprojected + row * H + unit, state, count);
+        const Units<T> state = cell.state(step, row, unit, count, product);
+        if (projects) store_units(unprojected + row * H + unit, state, count);
         else keep(row, unit, count, state);
       };
       const auto multiply = [&](Range part, const T* before) {
@@ -427,7 +427,7 @@ class ForwardPass : public Pass {
       if (share.idle()) return;
       multiply_gates<T, 1>(rows, share.blocks(all_out), R, H, unprojected, H, w_hr, s & 1, nothing,
                            [=](int64_t row, int64_t unit, int64_t count, const T* product) {
-                             keep(row, unit, count, load(product));
+                             keep(row, unit, count, load_units(product));
                            });
       share.meet();
     }
@@ -477,7 +477,7 @@ struct DeltaPiece {
 //                            asks for what `delta` will read of a panel of units
 //   void delta(step, row, unit, count, dh, to)
 //                            from the gradient of the state of some units, that of their gates
-//   vec<T> rest(row, unit, count)
+//   Units<T> rest(row, unit, count)
 //                            what dh0 gets beside W_hh^T delta
 //   std::vector<DeltaPiece> pieces() const
 // where the first G H columns of delta meet W_hh.
@@ -563,11 +563,11 @@ class BackwardPass : public Pass {
       const S* const dy = p_.dy ? p_.dy + step.first * R : nullptr;
       const S* const dh_n = p_.dh_n;
       const auto finish = [=](int64_t row, int64_t unit, int64_t count, const T* product) {
-        vec<T> dh = load(product);
+        Units<T> dh = load_units(product);
         const int64_t at = row * R + unit;
-        if (dy) dh += load_n(dy + at, count);
-        if (dh_n && row >= step.carried) dh += load_n(dh_n + at, count);
-        if (projects) store_n(dstate + at, dh, count);
+        if (dy) dh += load_units(dy + at, count);
+        if (dh_n && row >= step.carried) dh += load_units(dh_n + at, count);
+        if (projects) store_units(dstate + at, dh, count);
         else cell.delta(step, row, unit, count, dh, delta + row * row_size + unit);
       };
       const auto fetch = [=](int64_t row, int64_t unit) {
@@ -585,7 +585,7 @@ class BackwardPass : public Pass {
           rows, share.blocks(all_blocks), n_.H, n_.R, dstate, n_.R, w_hr_.get(), s & 1,
           [&](int64_t row, int64_t unit) { cell_.fetch(step, row, unit); },
           [&](int64_t row, int64_t unit, int64_t count, const T* product) {
-            cell_.delta(step, row, unit, count, load(product), delta + row * row_size + unit);
+            cell_.delta(step, row, unit, count, load_units(product), delta + row * row_size + unit);
           });
       share.meet();
     }
@@ -611,10 +611,10 @@ class BackwardPass : public Pass {
     multiply_gates<T, 1>(share.all_rows(), share.blocks(all_out), n_.R, kGates * n_.H,
                          n_.T > 0 ? first : nullptr, first_row, w_hh_.get(), false, nothing,
                          [&](int64_t row, int64_t unit, int64_t count, const T* product) {
-                           vec<T> dh = load(product) + cell_.rest(row, unit, count);
+                           Units<T> dh = load_units(product) + cell_.rest(row, unit, count);
                            if (n_.T == 0 && p_.dh_n)
-                             dh += load_n(p_.dh_n + row * n_.R + unit, count);
-                           store_n(dh0_.get() + row * n_.R + unit, dh, count);
+                             dh += load_units(p_.dh_n + row * n_.R + unit, count);
+                           store_units(dh0_.get() + row * n_.R + unit, dh, count);
                          });
   }
 
@@ -636,9 +636,9 @@ class BackwardPass : public Pass {
                            delta_.get() + piece.column, cell_.delta_row, w_ih, false, nothing,
                            [&](int64_t row, int64_t unit, int64_t count, const T* product) {
                              T* const to = dx_.get() + row * n_.I + unit;
-                             const vec<T> before =
-                                 w_ih == w_ih_.get() ? vec<T>{} : load_n(to, count);
-                             store_n(to, before + load(product), count);
+                             const Units<T> before =
+                                 w_ih == w_ih_.get() ? Units<T>{} : load_units(to, count);
+                             store_units(to, before + load_units(product), count);
                            });
       w_ih += gates_size<T>(1, n_.I, piece.count);
     }

@@ -17,11 +17,12 @@ struct RnnForwardCell {
 
   PK_INLINE void gates(const ForwardStep<T>&, int64_t, int64_t, int64_t, T*) const {}
 
-  PK_INLINE vec<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t,
-                         const T* product) const {
-    const vec<T> input = load(step.input + row * step.input_row + unit);
-    const vec<T> a = input + load(product) + load(step.bias + unit);
-    return relu ? select<vec<T>>(a < 0, vec<T>{}, a) : tanh<T>(a);
+  PK_INLINE Units<T> state(const ForwardStep<T>& step, int64_t row, int64_t unit, int64_t,
+                           const T* product) const {
+    const Units<T> a = load_units(step.input + row * step.input_row + unit) + load_units(product) +
+                       load_units(step.bias + unit);
+    if (!relu) return tanh(a);
+    return for_units(a, a, [](vec<T> a, vec<T>) { return select<vec<T>>(a < 0, vec<T>{}, a); });
   }
 };
 
@@ -38,11 +39,12 @@ struct RnnBackwardCell {
   }
 
   PK_INLINE void delta(const BackwardStep& step, int64_t row, int64_t unit, int64_t count,
-                       vec<T> dh, T* to) const {
-    const vec<T> h = load_n(y + (step.first + row) * delta_row + unit, count);
-    store_n(to, relu ? select<vec<T>>(h > 0, dh, vec<T>{}) : dh * (1 - h * h), count);
+                       Units<T> dh, T* to) const {
+    const Units<T> h = load_units(y + (step.first + row) * delta_row + unit, count);
+    const auto relu_delta = [](vec<T> h, vec<T> dh) { return select<vec<T>>(h > 0, dh, vec<T>{}); };
+    store_units(to, relu ? for_units(h, dh, relu_delta) : dh * one_minus(h * h), count);
   }
-  vec<T> rest(int64_t, int64_t, int64_t) const { return vec<T>{}; }
+  Units<T> rest(int64_t, int64_t, int64_t) const { return {}; }
   std::vector<DeltaPiece> pieces() const { return {{0, delta_row, 0}}; }
 };
 
