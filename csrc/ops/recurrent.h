@@ -130,21 +130,27 @@ class Result {
 };
 
 // sums[j] = sum over i of values[i, j] [rows, columns]; this thread's columns. Partial sums of 64
-// rows keep the rounding of a long sum down.
+// rows keep the rounding of a long sum down; several lines of a row at a time, as rows may lie a
+// page apart.
 template <class T>
 void sum_rows(const Team& team, const T* values, int64_t rows, int64_t columns, T* sums) {
   constexpr int64_t block = 64;
-  const Range mine = team.share(columns, lanes<T>);
-  for (int64_t j = mine.begin; j < mine.end; j += lanes<T>) {
+  constexpr int wide = 8, width = wide * lanes<T>;
+  const Range mine = team.share(columns, width);
+  for (int64_t j = mine.begin; j < mine.end; j += width) {
     const int64_t count = mine.end - j;
-    vec<T> total{};
+    vec<T> total[wide] = {};
     for (int64_t i0 = 0; i0 < rows; i0 += block) {
-      vec<T> partial{};
+      vec<T> partial[wide] = {};
       for (int64_t i = i0; i < std::min(rows, i0 + block); ++i)
-        partial += load_n(values + i * columns + j, count);
-      total += partial;
+#pragma GCC unroll 8
+        for (int x = 0; x < wide; ++x)
+          partial[x] += load_n(values + i * columns + j + x * lanes<T>, count - x * lanes<T>);
+#pragma GCC unroll 8
+      for (int x = 0; x < wide; ++x) total[x] += partial[x];
     }
-    store_n(sums + j, total, count);
+#pragma GCC unroll 8
+    for (int x = 0; x < wide; ++x) store_n(sums + j + x * lanes<T>, total[x], count - x * lanes<T>);
   }
 }
 
