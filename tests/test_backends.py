@@ -273,11 +273,11 @@ ON_EVERY_ISA = [
     for ops, names in (
         (
             "rnn gru lstm",
-            "plain bare t0 b0 h17 h33 h300 i600 rows offset long "
+            "plain bare t0 b0 h17 h33 h340 b50 i600 rows offset long "
             "ragged ragged-reverse ragged-one-long ragged-wide",
         ),
         ("rnn", "relu all1 b33"),
-        ("lstm", "proj-wide proj-ragged-reverse cells-h300"),
+        ("lstm", "proj-wide proj-ragged-reverse cells-h340"),
         (
             "attention",
             "plain causal sk0 b0 d7 d33 d100 dv-wider gqa-causal mask-2d mask-causal bias-dead "

@@ -273,7 +273,7 @@ SIZES = (1, 5, 6, 7, 8, 13, 14, 15, 17, 33, 97)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("depth", [1, 2, 7, 255, 256, 257, 600])
+@pytest.mark.parametrize("depth", [1, 2, 7, 64, 65, 128, 129, 160, 161, 320, 321, 600])
 def test_gemm(extension, dtype, depth):
     """Sizes around the register tile, depths around a blocked step: parts of one product."""
     a, b = torch.randn(max(SIZES), depth, dtype=dtype), torch.randn(depth, max(SIZES), dtype=dtype)
@@ -288,7 +288,7 @@ def test_gemm(extension, dtype, depth):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "shape", [(300, 700, 120), (336, 3100, 10), (700, 33, 1100), (1, 3073, 300), (400, 1, 257)]
+    "shape", [(300, 700, 120), (336, 3100, 10), (700, 33, 1100), (1, 3073, 330), (400, 1, 321)]
 )
 def test_gemm_across_blocks(extension, dtype, shape):
     m, n, k = shape

@@ -50,7 +50,7 @@ def test_each_gradient_alone(name, backend):
         "gru-plain",
         "gru-reverse",
         "gru-t1",
-        "gru-h300",
+        "gru-h340",
         "gru-rows",  # without gradients, several chunks of steps
         "gru-strided",
         "gru-offset",
@@ -68,7 +68,7 @@ def test_leaves_inputs_alone(name, backend):
     "name",
     [
         "gru-50x32x300x512",
-        "gru-h300",
+        "gru-h340",
         "gru-b1",
         "gru-b33",
         "gru-rows",
@@ -85,7 +85,7 @@ def test_threads(name, count, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["gru-h300", "gru-long", "gru-ragged-wide"])
+@pytest.mark.parametrize("name", ["gru-h340", "gru-long", "gru-ragged-wide"])
 def test_threads_of_other_dtypes(name, dtype, threads):
     threads(2)
     cases.check(find(name), "cpp", dtype)
@@ -116,7 +116,7 @@ def test_repeats_bitwise_triton(name):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("name", ["gru-h257", "gru-ragged-wide"])
+@pytest.mark.parametrize("name", ["gru-h321", "gru-ragged-wide"])
 def test_concurrent_calls(name, count, threads):
     threads(count)
     cases.concurrently(find(name), "cpp", torch.float32)

@@ -54,7 +54,7 @@ def test_each_gradient_alone(name, backend):
         "lstm-plain",
         "lstm-reverse",
         "lstm-t1",
-        "lstm-h300",
+        "lstm-h340",
         "lstm-rows",  # without gradients, several chunks of steps
         "lstm-strided",
         "lstm-offset",
@@ -77,7 +77,7 @@ def test_leaves_inputs_alone(name, backend):
     [
         "lstm-50x32x300x512",
         "lstm-1024x1x64x64",
-        "lstm-h300",
+        "lstm-h340",
         "lstm-b1",
         "lstm-b33",
         "lstm-rows",
@@ -86,7 +86,7 @@ def test_leaves_inputs_alone(name, backend):
         "lstm-ragged-wide",
         "lstm-proj-wide",
         "lstm-proj-ragged-reverse",
-        "lstm-cells-h300",
+        "lstm-cells-h340",
     ],
 )
 def test_threads(name, count, threads):
@@ -97,7 +97,7 @@ def test_threads(name, count, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["lstm-h300", "lstm-long", "lstm-ragged-wide", "lstm-proj-wide"])
+@pytest.mark.parametrize("name", ["lstm-h340", "lstm-long", "lstm-ragged-wide", "lstm-proj-wide"])
 def test_threads_of_other_dtypes(name, dtype, threads):
     threads(2)
     cases.check(find(name), "cpp", dtype)
@@ -128,7 +128,7 @@ def test_repeats_bitwise_triton(name):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("name", ["lstm-h257", "lstm-ragged-wide", "lstm-proj-wide"])
+@pytest.mark.parametrize("name", ["lstm-h321", "lstm-ragged-wide", "lstm-proj-wide"])
 def test_concurrent_calls(name, count, threads):
     threads(count)
     cases.concurrently(find(name), "cpp", torch.float32)

@@ -97,9 +97,9 @@ def test_kernels_run_beside_a_kernel(op, threads):
 @pytest.mark.parametrize(
     "name",
     [
-        "rnn-h300",
-        "gru-h300",
-        "lstm-h300",
+        "rnn-h340",
+        "gru-h340",
+        "lstm-h340",
         "attention-s129",
         "attention_varlen-causal",
         "linear_cross_entropy-s193",

@@ -39,7 +39,7 @@ def test_each_gradient_alone(spec, backend):
 @pytest.mark.parametrize(
     ("spec", "backend"),
     cases.some(
-        ["rnn-plain", "rnn-relu", "rnn-t1", "rnn-h300", "rnn-rows", "rnn-strided", "rnn-offset"],
+        ["rnn-plain", "rnn-relu", "rnn-t1", "rnn-h340", "rnn-rows", "rnn-strided", "rnn-offset"],
         ["rnn-plain", "rnn-transposed"],
     ),
 )
@@ -54,7 +54,7 @@ def test_leaves_inputs_alone(spec, backend):
     [
         "rnn-50x32x300x512",
         "rnn-1024x1x64x64",
-        "rnn-h300",
+        "rnn-h340",
         "rnn-b1",
         "rnn-b33",
         "rnn-rows",
@@ -69,7 +69,7 @@ def test_threads(name, count, threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["rnn-h300", "rnn-long"])
+@pytest.mark.parametrize("name", ["rnn-h340", "rnn-long"])
 def test_threads_of_other_dtypes(name, dtype, threads):
     threads(2)
     cases.check(find(name), "cpp", dtype)
@@ -84,7 +84,7 @@ def test_repeats_bitwise_triton(name):
 @pytest.mark.parametrize("count", [1, 2])
 def test_concurrent_calls(count, threads):
     threads(count)
-    cases.concurrently(find("rnn-h257"), "cpp", torch.float32)
+    cases.concurrently(find("rnn-h321"), "cpp", torch.float32)
 
 
 @settings(

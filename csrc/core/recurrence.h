@@ -11,7 +11,6 @@
 #pragma once
 
 #include "gemm.h"
-#include "units.h"
 
 namespace pykernels {
 
@@ -160,8 +159,9 @@ PK_INLINE void multiply_gates(Range rows, Range blocks, int64_t units, int64_t d
   const int64_t panel_size = depth * width;
   for (int64_t row = rows.begin; row < rows.end; row += kStepRows) {
     const int64_t count = std::min(kStepRows, rows.end - row);
-    // Few rows take several blocks at a time: as many panels as a tile of one row may have.
-    const int64_t group = std::min<int64_t>(4, kStepRows / count);
+    // Few rows take several blocks at a time, as far as `tile` has room: longer runs of products,
+    // and of cells.
+    const int64_t group = std::min(panels_of(1), kStepRows / count);
     for (int64_t done = 0; done < blocks.size(); done += group) {
       const int64_t wide = std::min(group, blocks.size() - done);
       const int64_t block = backwards ? blocks.end - done - wide : blocks.begin + done;

@@ -31,28 +31,29 @@ PK_INLINE void store_units(S* p, Units<T> x, int64_t count = kPanel<T>) {
   for (int i = 0; i < kPanelVecs; ++i) store_n(p + i * lanes<T>, x.part[i], count - i * lanes<T>);
 }
 
-template <class T, class Operation>
-PK_INLINE Units<T> for_units(Units<T> a, Units<T> b, const Operation& operation) {
+// operation(a, more ...) of each register.
+template <class T, class Operation, class... More>
+PK_INLINE Units<T> for_units(const Operation& operation, Units<T> a, More... more) {
 #pragma GCC unroll 2
-  for (int i = 0; i < kPanelVecs; ++i) a.part[i] = operation(a.part[i], b.part[i]);
+  for (int i = 0; i < kPanelVecs; ++i) a.part[i] = operation(a.part[i], more.part[i]...);
   return a;
 }
 
 template <class T>
 PK_INLINE Units<T> operator+(Units<T> a, Units<T> b) {
-  return for_units(a, b, [](vec<T> x, vec<T> y) { return x + y; });
+  return for_units([](vec<T> x, vec<T> y) { return x + y; }, a, b);
 }
 template <class T>
 PK_INLINE Units<T> operator-(Units<T> a, Units<T> b) {
-  return for_units(a, b, [](vec<T> x, vec<T> y) { return x - y; });
+  return for_units([](vec<T> x, vec<T> y) { return x - y; }, a, b);
 }
 template <class T>
 PK_INLINE Units<T> operator*(Units<T> a, Units<T> b) {
-  return for_units(a, b, [](vec<T> x, vec<T> y) { return x * y; });
+  return for_units([](vec<T> x, vec<T> y) { return x * y; }, a, b);
 }
 template <class T>
-PK_INLINE Units<T> one_minus(Units<T> x) {
-  return for_units(x, x, [](vec<T> x, vec<T>) { return 1 - x; });
+PK_INLINE Units<T> one_minus(Units<T> a) {
+  return for_units([](vec<T> x) { return 1 - x; }, a);
 }
 template <class T>
 PK_INLINE Units<T> tanh(Units<T> x) {

@@ -96,11 +96,11 @@ PK_INLINE vec<T> scale_by_power(vec<T> x, vec<int_of<T>> n) {
   return x * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
 
-// exp of several registers: x to exp(r) - 1, exp(x) = 2^n exp(r), and `power` to what has the low
-// bits of the integer n + `bias`. Step by step for all of them: their chains of operations hide
-// each other.
+// exp of several registers: x to exp(r) - 1, exp(x) = 2^n exp(r), and `integer` to the bits of the
+// number n + `bias` + kRound, whose low ones are n + bias. Step by step for all of them: their
+// chains of operations hide each other.
 template <class T, int N>
-PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
+PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&integer)[N], T bias) {
   using C = math_constants<T>;
   constexpr int terms = sizeof(C::kExp) / sizeof(T);
   const vec<T> magic = broadcast(C::kRound + bias);
@@ -108,7 +108,7 @@ PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] = x[i] * T(1.442695040888963407L) + magic;
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) power[i] = bit_cast<vec<int_of<T>>>(n[i]);
+  for (int i = 0; i < N; ++i) integer[i] = bit_cast<vec<int_of<T>>>(n[i]);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) n[i] -= magic;
 #pragma GCC unroll 8
@@ -145,9 +145,9 @@ PK_INLINE vec<T> exp2(vec<T> x) {
                            bit_cast<vec<int_of<T>>>(n) - bit_cast<vec<int_of<T>>>(magic));
 }
 
-// exp2 of several registers: x to 2^r, r = x - n and |r| <= 1/2, and `power` to what has the low
-// bits of the integer n + `bias`. Step by step for all of them: their chains of operations hide
-// each other.
+// exp2 of several registers: x to 2^r, r = x - n and |r| <= 1/2, and `power` to the low bits of the
+// integer n + `bias` where a number has its exponent. Step by step for all of them: their chains of
+// operations hide each other.
 template <class T, int N>
 PK_INLINE void reduce_exp2(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
   using C = math_constants<T>;
@@ -242,7 +242,7 @@ PK_INLINE vec<T> tanh(vec<T> x) {
   return one[0];
 }
 
-// 1 / (1 + exp(-x)); 0 from where exp(-x) is infinite, as the result is no normal number there.
+// 1 / (1 + exp(-x)); 0 from where 2^n is infinite, as the result is no normal number there.
 template <class T, int N>
 PK_INLINE void sigmoid(vec<T> (&x)[N]) {
   using C = math_constants<T>;

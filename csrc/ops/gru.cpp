@@ -3,7 +3,7 @@
 //
 // over a whole sequence. K. Cho et al., "Learning phrase representations using RNN encoder-decoder"
 // (2014), with the reset gate after the product, as torch.nn.GRU has it.
-#include "../core/vec_math.h"
+#include "../core/units.h"
 #include "step.h"
 
 namespace pykernels {

@@ -3,7 +3,7 @@
 //
 // over a whole sequence. S. Hochreiter and J. Schmidhuber, "Long short-term memory" (1997), with
 // the forget gate of F. Gers et al. (2000) and the projection of H. Sak et al. (2014).
-#include "../core/vec_math.h"
+#include "../core/units.h"
 #include "step.h"
 
 namespace pykernels {

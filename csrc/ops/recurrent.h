@@ -13,6 +13,7 @@
 
 #include "../core/gemm.h"
 #include "../core/recurrence.h"
+#include "../core/units.h"
 
 namespace pykernels {
 

@@ -1,5 +1,5 @@
 // h_t = f(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), f = tanh or relu, over a whole sequence.
-#include "../core/vec_math.h"
+#include "../core/units.h"
 #include "step.h"
 
 namespace pykernels {
@@ -22,7 +22,7 @@ struct RnnForwardCell {
     const Units<T> a = load_units(step.input + row * step.input_row + unit) + load_units(product) +
                        load_units(step.bias + unit);
     if (!relu) return tanh(a);
-    return for_units(a, a, [](vec<T> a, vec<T>) { return select<vec<T>>(a < 0, vec<T>{}, a); });
+    return for_units([](vec<T> a) { return select<vec<T>>(a < 0, vec<T>{}, a); }, a);
   }
 };
 
@@ -42,7 +42,7 @@ struct RnnBackwardCell {
                        Units<T> dh, T* to) const {
     const Units<T> h = load_units(y + (step.first + row) * delta_row + unit, count);
     const auto relu_delta = [](vec<T> h, vec<T> dh) { return select<vec<T>>(h > 0, dh, vec<T>{}); };
-    store_units(to, relu ? for_units(h, dh, relu_delta) : dh * one_minus(h * h), count);
+    store_units(to, relu ? for_units(relu_delta, h, dh) : dh * one_minus(h * h), count);
   }
   Units<T> rest(int64_t, int64_t, int64_t) const { return {}; }
   std::vector<DeltaPiece> pieces() const { return {{0, delta_row, 0}}; }

@@ -604,10 +604,14 @@ def _recurrent_specs(kind: type[RecurrentSpec], quick: Collection[str]) -> list[
         ),
         spec("b17", "one past a tensor-core tile in B", SMALL, 3, 17, 5, 11),
         # --- across the blocks of the matrix product
-        spec("h300", "H crosses blocks and is no multiple of one", HOSTILE, 4, 3, 40, 300),
-        spec("h257", "one past 256 in H", HOSTILE, 3, 7, 20, 257),
+        spec("h340", "H crosses blocks and is no multiple of one", HOSTILE, 4, 3, 40, 340),
+        spec("h321", "one past a depth block in H", HOSTILE, 3, 7, 20, 321),
         spec("i600", "I longer than a depth block of the product", HOSTILE, 3, 4, 600, 20),
         spec("h600", "R longer than one, and fewer steps than are prepared", HOSTILE, 2, 7, 3, 600),
+        *(
+            spec(f"b{b}", "B crosses the rows of a step, H several blocks", HOSTILE, 2, b, 5, 140)
+            for b in (50, 115)
+        ),
         spec("rows", "T*B crosses row blocks of the input product", HOSTILE, 70, 9, 12, 24),
         spec("long", "error and gradient through many steps", HOSTILE, 200, 2, 8, 16),
         # --- sequences of different lengths
@@ -677,7 +681,7 @@ def _recurrent_specs(kind: type[RecurrentSpec], quick: Collection[str]) -> list[
             21,
             17,
             20,
-            257,
+            321,
             lengths=tuple(1 + (7 * n) % 20 for n in range(17)),
         ),
         spec(
@@ -794,7 +798,7 @@ LSTM_SPECS: list[RecurrentSpec] = [
         _lstm(f"proj-r{r}", "vector width +-1 in R", HOSTILE, (4, 5, 6, 40), proj_size=r)
         for r in (7, 8, 9, 15, 16, 17, 31, 33)
     ),
-    _lstm("proj-wide", "H and R cross blocks", HOSTILE, (4, 7, 20, 300), proj_size=257),
+    _lstm("proj-wide", "H and R cross blocks", HOSTILE, (4, 7, 20, 340), proj_size=321),
     _lstm("proj-long", "through many steps", HOSTILE, (100, 2, 8, 16), proj_size=5, reverse=True),
     _lstm(
         "proj-transposed",
@@ -838,7 +842,7 @@ LSTM_SPECS: list[RecurrentSpec] = [
     _lstm(
         "cells-h33", "one past a block of 32 in H", HOSTILE, (4, 5, 6, 33), return_cell_states=True
     ),
-    _lstm("cells-h300", "H crosses blocks", HOSTILE, (4, 3, 40, 300), return_cell_states=True),
+    _lstm("cells-h340", "H crosses blocks", HOSTILE, (4, 3, 40, 340), return_cell_states=True),
     _lstm(
         "cells-proj",
         "of H numbers, not R",
