@@ -4,7 +4,7 @@
 
 #include "bind.h"
 #include "core/gemm.h"
-#include "core/vec_math.h"
+#include "core/units.h"
 
 namespace pykernels {
 namespace {
@@ -92,6 +92,13 @@ void map(const T* in, T* out, int64_t n, const Function& function) {
     store_n(out + i, function(load_n(in + i, n - i)), n - i);
 }
 
+// Several registers at a time, as recurrent cells have it.
+template <class T, class Function>
+void map_units(const T* in, T* out, int64_t n, const Function& function) {
+  for (int64_t i = 0; i < n; i += kPanel<T>)
+    store_units(out + i, function(load_units(in + i, n - i)), n - i);
+}
+
 template <class T>
 void vec_math(const std::string& name, const T* in, T* out, int64_t n) {
   if (name == "exp") return map(in, out, n, exp<T>);
@@ -103,8 +110,8 @@ void vec_math(const std::string& name, const T* in, T* out, int64_t n) {
       return one[0];
     });
   if (name == "exp2_softmax") return map(in, out, n, exp2_softmax<T>);
-  if (name == "tanh") return map(in, out, n, tanh<T>);
-  if (name == "sigmoid") return map(in, out, n, sigmoid<T>);
+  if (name == "tanh") return map_units(in, out, n, [](Units<T> x) { return tanh(x); });
+  if (name == "sigmoid") return map_units(in, out, n, [](Units<T> x) { return sigmoid(x); });
   throw std::invalid_argument("vec_math: unknown function " + name);
 }
 

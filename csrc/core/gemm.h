@@ -21,11 +21,10 @@ constexpr int kPanel = kPanelVecs * lanes<T>;
 // of A fill the register file (6 x 2 + 2 + 1 of 16, 14 x 2 + 2 + 1 of 32).
 constexpr int kTileRows = kVecRegisters == 32 ? 14 : 6;
 
-// And at least so many, where rows can be cut that way. With AVX2 full tiles run at 99 % of the FMA
-// rate, tiles of 5 rows at 96, of 4 at 94, of 3 at 77: their sums are too few to keep two units
-// busy. With AVX-512 those of 11 to 13 rows, whose addresses fill the general registers, run at 95
-// to 96 and all others of 4 and more at 99: the cut into full tiles and tiles of 9 and 10 avoids
-// them most.
+// And at least so many, where rows can be cut that way. With AVX2 the fewer rows a tile has the
+// fewer sums it has to keep two units busy, and a full one is the fastest. With AVX-512 so is one
+// of 14 or of up to 10: the addresses of 11 to 13 rows do not fit the general registers, and GCC 12
+// fetches them from vector registers.
 constexpr int kLeastRows = kVecRegisters == 32 ? 9 : 4;
 
 // Depth of one blocked step: a sum of 300 terms, common among embeddings, is one. With AVX2 the

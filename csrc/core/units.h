@@ -16,7 +16,8 @@ struct Units {
   PK_INLINE Units& operator+=(Units b) { return *this = *this + b; }
 };
 
-// Of the panel at p the first `count`, at least 1; the others load as zero and are not stored.
+// Of the panel at p the first `count`, all from kPanel on; the others load as zero and are not
+// stored.
 template <class S, class T = compute_t<S>>
 PK_INLINE Units<T> load_units(const S* p, int64_t count = kPanel<T>) {
   Units<T> x;

@@ -75,12 +75,23 @@ struct math_constants<double> {
                                           1.0};
 };
 
-template <class T, int N>
-PK_INLINE vec<T> polynomial(vec<T> x, const T (&coefficients)[N]) {
-  vec<T> y = broadcast(coefficients[0]);
+// y = the polynomial of each x, highest power first. Step by step for all of them: their chains of
+// operations hide each other.
+template <class T, int N, int kTerms>
+PK_INLINE void polynomial(const vec<T> (&x)[N], const T (&coefficients)[kTerms], vec<T> (&y)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) y[i] = broadcast(coefficients[0]);
 #pragma GCC unroll 16
-  for (int i = 1; i < N; ++i) y = y * x + coefficients[i];
-  return y;
+  for (int k = 1; k < kTerms; ++k)
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + coefficients[k];
+}
+
+template <class T, int kTerms>
+PK_INLINE vec<T> polynomial(vec<T> x, const T (&coefficients)[kTerms]) {
+  vec<T> one[1] = {x}, y[1];
+  polynomial<T>(one, coefficients, y);
+  return y[0];
 }
 
 // 2^n for an integer n whose power is a normal number.
@@ -102,7 +113,6 @@ PK_INLINE vec<T> scale_by_power(vec<T> x, vec<int_of<T>> n) {
 template <class T, int N>
 PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&integer)[N], T bias) {
   using C = math_constants<T>;
-  constexpr int terms = sizeof(C::kExp) / sizeof(T);
   const vec<T> magic = broadcast(C::kRound + bias);
   vec<T> n[N], y[N];
 #pragma GCC unroll 8
@@ -115,12 +125,7 @@ PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&integer)[N], T bias) 
   for (int i = 0; i < N; ++i) x[i] -= n[i] * C::kLn2High;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] -= n[i] * C::kLn2Low;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) y[i] = broadcast(C::kExp[0]);
-#pragma GCC unroll 16
-  for (int k = 1; k < terms; ++k)
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::kExp[k];
+  polynomial<T>(x, C::kExp, y);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] += x[i] * x[i] * y[i];
 }
@@ -151,19 +156,13 @@ PK_INLINE vec<T> exp2(vec<T> x) {
 template <class T, int N>
 PK_INLINE void reduce_exp2(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
   using C = math_constants<T>;
-  constexpr int terms = sizeof(C::kExp2Short) / sizeof(T);
   const vec<T> magic = broadcast(C::kRound + bias);
   vec<T> shifted[N], y[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) shifted[i] = x[i] + magic;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] -= shifted[i] - magic;
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) y[i] = broadcast(C::kExp2Short[0]);
-#pragma GCC unroll 16
-  for (int k = 1; k < terms; ++k)
-#pragma GCC unroll 8
-    for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + C::kExp2Short[k];
+  polynomial<T>(x, C::kExp2Short, y);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     power[i] = bit_cast<vec<int_of<T>>>(shifted[i]) << C::kMantissa;
@@ -255,13 +254,6 @@ PK_INLINE void sigmoid(vec<T> (&x)[N]) {
   for (int i = 0; i < N; ++i) x[i] = 1 + (1 + x[i]) * bit_cast<vec<T>>(n[i] << C::kMantissa);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] = 1 / x[i];
-}
-
-template <class T>
-PK_INLINE vec<T> sigmoid(vec<T> x) {
-  vec<T> one[1] = {x};
-  sigmoid<T>(one);
-  return one[0];
 }
 
 }  // namespace pykernels
