@@ -138,7 +138,10 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, band: Band, places: Any) -> tuple[in
     """B, N, N_kv, S_q, S_k, D, D_v, first, last, diagonal; no bound is one that hides nothing."""
     S_q, N, D = q.shape
     S_k = k.shape[:-2].numel()
-    far = S_q + S_k
+    table = places[3]
+    # A table may name a page time and again: a sequence then has more keys than there are rows.
+    most = S_k if table is None else max(S_k, table.shape[1] * k.shape[1])
+    far = S_q + most
     first, last = band
     first = -far if first is None else max(first, -far)
     last = far if last is None else min(last, far)

@@ -366,7 +366,8 @@ class AttentionVarlenSpec:
     """Inputs of `functional.attention_varlen`: sequences of `lengths`, keys of `key_lengths`.
 
     q is [T_q, N, D], k [T_k, N_kv, D], v [T_k, N_kv, D_v]; with `page_size`, k and v are pages
-    in no order, one more than are needed, and `used` counts the keys.
+    in no order, one more than are needed, and `used` counts the keys. With `pool` there are only so
+    many pages, which sequences name time and again.
     """
 
     name: str
@@ -386,6 +387,7 @@ class AttentionVarlenSpec:
     dropout_p: float = 0.0
     used: tuple[int, ...] = ()  # (): all
     page_size: int = 0
+    pool: int = 0
     layout: str = "contiguous"
     tags: frozenset[str] = frozenset()
 
@@ -435,7 +437,7 @@ class AttentionVarlenSpec:
         shape: tuple[int, ...] = (sum(self.key_lengths),)
         if self.page_size:
             pages = [math.ceil(n / self.page_size) for n in self.used]
-            shape = (sum(pages) + 1, self.page_size)
+            shape = (self.pool or sum(pages) + 1, self.page_size)
         made = {
             "q": draw.normal(sum(self.lengths), self.n, self.d),
             "k": draw.normal(*shape, self.n_kv, self.d),
@@ -452,7 +454,7 @@ class AttentionVarlenSpec:
         made["cu_seqlens_q"] = _starts(self.lengths)
         if self.page_size:
             table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
-            order = torch.arange(sum(pages), 0, -1).split(pages)
+            order = (torch.arange(sum(pages), 0, -1) % shape[0]).split(pages)
             for row, taken in zip(table, order, strict=True):
                 row[: len(taken)] = taken
             made["block_table"] = table
@@ -1587,6 +1589,22 @@ ATTENTION_VARLEN_SPECS: list[AttentionVarlenSpec] = [
             (1, 1, 1),
             (2, 64),
             {"used": (1300, 0, 37), "page_size": 16, "is_causal": True},
+        ),
+        (
+            "pages-again",
+            "more keys than rows of the cache",
+            SMALL,
+            (3, 1),
+            (2, 16),
+            {"used": (81, 33), "page_size": 16, "pool": 1},
+        ),
+        (
+            "pages-ring",
+            "and a window",
+            HOSTILE,
+            (40, 1),
+            (2, 16),
+            {"used": (640, 100), "page_size": 16, "pool": 2, "window": (500, 0)},
         ),
         (
             "pages-all",
