@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pykernels.nn
 from pykernels import _backends, functional
@@ -47,6 +48,7 @@ def same(ours, stock, x):
 
 
 def flat(results):
+    results = results if isinstance(results, tuple | list) else (results,)
     return [t for r in results for t in (r if isinstance(r, tuple) else (r,))]
 
 
@@ -125,6 +127,67 @@ def test_load_state_dict_and_steps_of_an_optimizer(op, packings):
         torch.optim.SGD(layer.parameters(), 0.1).step()
     same(ours, stock, x)
     assert len(packings) == 3
+
+
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "SGD", "Adagrad"])
+def test_steps_of_fused_optimizers(op, optimizer, cell):
+    """They count no version."""
+    ours, stock = cell_and_stock(op) if cell else layers(op)
+    steps = [
+        getattr(torch.optim, optimizer)(layer.parameters(), lr=0.1, fused=True)
+        for layer in (ours, stock)
+    ]
+    x = torch.randn(3, 5) if cell else torch.randn(4, 3, 5)
+    for _ in range(3):
+        same(ours, stock, x)
+        for layer, step in zip((ours, stock), steps, strict=True):
+            step.zero_grad()
+            flat(layer(x))[0].sum().backward()
+            step.step()
+    same(ours, stock, x)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_shared_weights_are_not_kept(op, packings, cell):
+    """Another process may write to them."""
+    ours, stock = cell_and_stock(op) if cell else layers(op)
+    x = torch.randn(3, 5) if cell else torch.randn(4, 3, 5)
+    same(ours, stock, x)
+    ours.share_memory()
+    before = len(packings)
+    for _ in range(2):
+        same(ours, stock, x)
+    assert len(packings) == before == 1
+
+
+def test_other_weights_are_let_go(op):
+    """`to`, `half` and their like leave nothing packed of what was there before."""
+    ours, _ = layers(op)
+    with torch.no_grad():
+        ours(torch.randn(4, 3, 5))
+    assert ours.__dict__["_packed_weights"]
+    ours.to(torch.float64)
+    assert "_packed_weights" not in ours.__dict__
+
+
+def test_a_dispatch_mode_sees_a_packed_step(op):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    ours, _ = cell_and_stock(op)
+    x, found = torch.randn(3, 5), []
+    with torch.no_grad():
+        for _ in range(2):
+            names = []
+            with Seen():
+                ours(x)
+            found.append(names)
+            ours(x)  # packs
+    assert f"pykernels.{op}.default" in found[0]
+    assert found[0] == found[1]
 
 
 def test_nothing_is_kept_in_training_or_with_gradients(op, packings):

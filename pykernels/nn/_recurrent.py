@@ -31,6 +31,12 @@ class Packing(torch.nn.Module):
         self.__dict__.pop("_packed_weights", None)
         return super().train(mode)
 
+    def _apply(self: Self, *args: Any, **options: Any) -> Self:
+        """What ``to``, ``half`` and their like do; what is packed of the old weights is let go."""
+        self.__dict__.pop("_packed_weights", None)
+        applied: Self = super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        return applied
+
 
 class Layers(Packing, torch.nn.RNNBase):
     """The forward pass of `RNN`, `GRU` and `LSTM`, which come after it in the order of bases."""
