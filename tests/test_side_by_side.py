@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import pykernels.nn
@@ -148,6 +149,54 @@ def test_only_some_gradients(kind):
     for name, grad in found.items():
         want = stock.get_parameter(name).grad
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["_l1", "_reverse", "weight_hh_l0"])
+def test_gradients_of_gradients_of_some(kind, groups, wanted):
+    """Outputs that hang on nothing that needs a gradient are in nobody's way."""
+    torch.set_num_threads(2)
+    stack = {"bidirectional": True} if wanted == "_reverse" else {"num_layers": 2}
+    ours = getattr(pykernels.nn, kind)(5, 4, dtype=torch.float64, **stack)
+    stock = getattr(torch.nn, kind)(5, 4, dtype=torch.float64, **stack)
+    stock.load_state_dict(ours.state_dict())
+    x, found = torch.randn(3, 2, 5, dtype=torch.float64), []
+    for layer in (ours, stock):
+        for name, p in layer.named_parameters():
+            p.requires_grad_(wanted in name)
+        weights = [p for p in layer.parameters() if p.requires_grad]
+        loss = sum(t.square().sum() for t in flat(layer(x)))
+        grads = torch.autograd.grad(loss, weights, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), weights))
+    assert groups == [2]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_of_an_output_that_has_none(kind):
+    """Of a forward direction that is frozen: zero of the other's weights, and no error."""
+    torch.set_num_threads(2)
+    layer = getattr(pykernels.nn, kind)(5, 4, bidirectional=True)
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name.endswith("_reverse"))
+    y = flat(layer(torch.randn(3, 2, 5)))[0]
+    weights = [p for p in layer.parameters() if p.requires_grad]
+    loss = y[..., :4].square().sum()
+    grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("stack", ["two layers", "two directions"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_tensors_without_memory(kind, groups, stack, grad):
+    """Those of FakeTensorMode, outside of it too, go to the operators."""
+    torch.set_num_threads(2)
+    with FakeTensorMode():
+        layer = getattr(pykernels.nn, kind)(5, 4, **STACKS[stack])
+        x = torch.randn(3, 2, 5)
+    with torch.set_grad_enabled(grad):
+        y, _ = layer(x)
+    assert y.shape == (3, 2, 4 * (1 + layer.bidirectional))
+    assert not groups
 
 
 def test_dropout_comes_between_layers(kind, groups):

@@ -111,6 +111,14 @@ def backward(
     return side_by_side(calls, one, chained)
 
 
+def earlier_states(T: int, y: int) -> int | None:
+    """`y`, the place of all states, as what backward reads: those before the last.
+
+    Of one step it reads none, so that whoever steps a cell may write to the state that it gives.
+    """
+    return y if T > 1 else None
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the arithmetic on tensors stored as `x` is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

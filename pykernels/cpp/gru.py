@@ -34,13 +34,14 @@ def gru_fwd_pass(
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 3, batch_sizes)
-    _, B, _, H, _ = sizes
+    T, B, _, H, _ = sizes
     gates = _recurrent.gates_of(x, H) if keep else None
     results = [*without(skip, Result((*x.shape[:-1], H)), Result((B, H))), gates]
     # the tensors, packed weights; y, h_n; gates
     memory = at(0, 1, 2, 3, 4, 5, None, 6), at(7, 8), *at(9)
     arguments = _recurrent.arguments((sizes, batch_sizes, reverse), memory)
-    returns = these(7, 8), these(0, 1, 2, 3, 4, 5, 7, 9)
+    y = _recurrent.earlier_states(T, 7)
+    returns = these(7, 8), these(0, 1, 2, 3, 4, 5, y, 9)
     return make_pass("gru_forward", x, 7, results, arguments, returns)
 
 

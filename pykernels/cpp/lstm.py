@@ -40,7 +40,7 @@ def lstm_fwd_pass(
 ) -> Pass:
     """See `pykernels._backends` for the contract."""
     sizes = _recurrent.sizes(x, w_hh, 4, batch_sizes)
-    _, B, _, H, R = sizes
+    T, B, _, H, R = sizes
     gates, cells, unprojected = _extras(x, w_hh, w_hr)
     if not keep:
         gates, unprojected = None, None
@@ -51,7 +51,8 @@ def lstm_fwd_pass(
     memory = at(0, 1, 2, 3, 4, 5, 7, 8), at(9, 10), at(6, 11), at(12, 13, 14)
     arguments = _recurrent.arguments((sizes, batch_sizes, reverse), memory)
     outputs = (9, 10, 11, 13) if return_cell_states else (9, 10, 11)
-    saved = (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14)
+    y = _recurrent.earlier_states(T, 9)
+    saved = (0, 1, 2, 3, 4, 5, 6, 7, y, 12, 13, 14)
     returns = these(*outputs), these(*saved)
     made = make_pass("lstm_forward", x, 9, results, arguments, returns)
     if not return_cell_states:

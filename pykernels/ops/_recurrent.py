@@ -414,7 +414,7 @@ def recurrent_group(
     check_input(op, x, None, batch_sizes)
     wanted = features(batch_sizes is not None, w_hr is not None)
     backend = _backends.select(op, None, x.device, x.dtype, wanted)
-    if not hasattr(backend, f"{op}_group_fwd") or _library.looked_at(backend):
+    if not hasattr(backend, f"{op}_group_fwd"):
         return None
     tensors: list[Tensor | None] = []
     like = x
@@ -428,6 +428,8 @@ def recurrent_group(
             tensors += [x, *plain, *(states or (None, None)), w_hr]
         else:
             tensors += [x, *plain, *(states or (None,))]
+    if _library.looked_at(backend, tensors):
+        return None
     count = len(calls)
     if _autograd.wanted(tuple(tensors)):
         given = (op, backend, options, chained, *tensors)
@@ -522,8 +524,11 @@ def _by_formula(
     given = [
         (output, grad)
         for output, grad in zip(_group_outputs(outputs, ctx.chained), grads, strict=True)
-        if grad is not None
+        # one that hangs on nothing that needs a gradient has none to pass on
+        if grad is not None and output.requires_grad
     ]
+    if not given:
+        return [None] * len(own)
     wanted = [t for t, need in zip(own, needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(
