@@ -113,12 +113,12 @@ class Allocator {
   // A tensor on the CPU; if not `quick`, by a method of `like`, which takes twice as long.
   py::object make(py::handle sizes, py::handle strides, py::handle dtype, py::handle like,
                   bool quick) const {
-    static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+    static PyObject* const method = PyUnicode_InternFromString("new_empty_strided");
     static PyObject* const names = py::make_tuple("dtype").release().ptr();
     PyObject* const by_function[] = {sizes.ptr(), strides.ptr(), dtype.ptr()};
-    PyObject* const by_method[] = {like.ptr(), sizes.ptr(), dtype.ptr()};
+    PyObject* const by_method[] = {like.ptr(), sizes.ptr(), strides.ptr(), dtype.ptr()};
     PyObject* const made = quick ? PyObject_Vectorcall(make_.ptr(), by_function, 3, nullptr)
-                                 : PyObject_VectorcallMethod(new_empty, by_method, 2, names);
+                                 : PyObject_VectorcallMethod(method, by_method, 3, names);
     if (!made) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(made);
   }

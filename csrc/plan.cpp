@@ -2,7 +2,9 @@
 //
 // Python takes longer than a small kernel to ask tensors where they are, to make those for the
 // results and to put the arguments together; here that takes a fraction.
+#include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -57,8 +59,28 @@ py::tuple packed_strides(const dlpack::Tensor& t) {
   return py::make_tuple(t.ndim > 3 ? t.strides[0] : 0, rows[1], rows[0]);
 }
 
-// A tensor that the kernel fills: sizes, strides and dtype.
-using Result = std::tuple<py::tuple, py::tuple, py::object>;
+// A tensor that the kernel fills: sizes, strides, dtype, and the number of the tensor, if any, that
+// it lies like.
+using Result = std::tuple<py::tuple, py::tuple, py::object, std::optional<size_t>>;
+
+// The strides of a dense tensor of such sizes whose last axis is the innermost, and the others in
+// the order that they have in `like`; `row_major` where that is theirs.
+py::tuple strides_like(const dlpack::Tensor& like, const py::tuple& sizes,
+                       const py::tuple& row_major) {
+  const int32_t last = like.ndim - 1;
+  std::vector<int32_t> order(like.ndim);  // outermost first
+  std::iota(order.begin(), order.end(), 0);
+  const auto farther = [&](int32_t a, int32_t b) { return like.strides[a] > like.strides[b]; };
+  if (last < 1 || std::is_sorted(order.begin(), order.end() - 1, farther)) return row_major;
+  std::stable_sort(order.begin(), order.end() - 1, farther);
+  py::tuple found(like.ndim);
+  int64_t next = 1;
+  for (int32_t i = last; i >= 0; --i) {
+    found[order[i]] = py::int_(next);
+    next *= std::max<int64_t>(1, py::cast<int64_t>(sizes[order[i]]));
+  }
+  return found;
+}
 
 struct Call {
   py::tuple tensors, results;
@@ -151,7 +173,9 @@ class Plan {
     for (size_t i = 0; i < results_.size(); ++i) {
       call.results[i] = py::none();
       if (!results_[i]) continue;
-      const auto& [sizes, strides, dtype] = *results_[i];
+      const auto& [sizes, row_major, dtype, like] = *results_[i];
+      const py::tuple strides =
+          seen && like ? strides_like(call.places[*like], sizes, row_major) : row_major;
       py::object made = allocator_.make(sizes, strides, dtype, tensors[0], quick);
       if (seen) seen = exchange_.read(made, &call.places[count_ + i]);
       call.results[i] = std::move(made);

@@ -42,7 +42,7 @@ class Backward {
         blocks_(ceil_div(p.packing.queries ? p.packing.longest_k : n_.S_k, kBackwardKeys)),
         single_(p.whole && blocks_ <= 1),
         in_place_(std::is_same_v<S, T> && width_ == n_.D && !p.packing.queries),
-        head_rows_(longest_queries(n_, p.packing)),
+        dq_row_(in_place_ ? p.dq.row : width_), head_rows_(longest_queries(n_, p.packing)),
         batch_rows_((in_place_ ? n_.N : heads_ * group_) * head_rows_),
         set_rows_((batches_ - 1) * batch_rows_ + heads_ * group_ * head_rows_),
         per_thread_(
@@ -140,7 +140,7 @@ class Backward {
   struct Set : Place {
     int64_t index;
     T* delta;  // [set_rows_]
-    T* dq;     // [set_rows_, width_]
+    T* dq;     // [set_rows_, width_], if it is not summed in place
   };
 
   Place place_of(int64_t index) const {
@@ -152,9 +152,14 @@ class Backward {
     const Place place = place_of(index);
     Arena<T> arena(kept_.get() + states_[index].slot * per_slot_);
     T* const delta = arena.take(set_rows_);
-    if (!p_.dq.data) return {place, index, delta, nullptr};
-    T* const there = reinterpret_cast<T*>(p_.dq.at(place.b0, place.g0 * group_, 0));
-    return {place, index, delta, in_place_ ? there : arena.take(set_rows_ * width_)};
+    const bool apart = p_.dq.data && !in_place_;
+    return {place, index, delta, apart ? arena.take(set_rows_ * width_) : nullptr};
+  }
+
+  // Where the sums of dQ from query i on are, rows dq_row_ apart.
+  T* dq_at(const Set& set, int64_t b, int64_t h, int64_t i) const {
+    if (!in_place_) return set.dq + row_in(set, b, h, i) * width_;
+    return reinterpret_cast<T*>(p_.dq.at(b, h, i));
   }
 
   int64_t row_in(const Set& set, int64_t b, int64_t h, int64_t i) const {
@@ -190,11 +195,12 @@ class Backward {
         pack_panel(View<S>{p_.out.at(b, h, i), 1, p_.out.row}, n_.D_v, count, rows.dout_panels);
         multiply_lanes(rows.douts, rows.dout_panels, count, set.delta + row + i);
       }
-      if (!set.dq) return;
+      if (!p_.dq.data) return;
       const Range first = opening_queries(sequence(n_, p_.packing, b));
-      T* const dq = set.dq + row * width_;
-      std::fill_n(dq, first.begin * width_, T(0));
-      std::fill_n(dq + first.end * width_, (queries - first.end) * width_, T(0));
+      T* const dq = dq_at(set, b, h, 0);
+      for (const Range later : {Range{0, first.begin}, Range{first.end, queries}})
+        for (int64_t i = later.begin; i < later.end; ++i)
+          std::fill_n(dq + i * dq_row_, width_, T(0));
     });
   }
 
@@ -297,9 +303,9 @@ class Backward {
       for (int64_t i0 = all.begin; i0 < all.end; i0 += step) {
         const Range queries{i0, std::min(i0 + step, all.end)};
         const int64_t row = row_in(set, b, h, i0);
-        T* const dq = set.dq ? set.dq + row * width_ : nullptr;
+        T* const dq = p_.dq.data ? dq_at(set, b, h, i0) : nullptr;
         ahead.clear();
-        if (dq) ahead.add(dq, width_, queries.size(), n.D);
+        if (dq) ahead.add(dq, dq_row_, queries.size(), n.D);
         if (queries.end < all.end) {
           add_tile(b, h, {queries.end, std::min(queries.end + step, all.end)}, &ahead);
         } else if (h + 1 < (g + 1) * group_) {
@@ -401,7 +407,7 @@ class Backward {
     for_parts(all_visible(n, queries, keys), queries.size(), [&](int64_t r, int64_t count) {
       const Range seen = visible_keys(n, {queries.begin + r, queries.begin + r + count}, keys);
       multiply(count, n.D, seen.size(), dscores + r * kTileLine + seen.begin, kTileLine, 1,
-               panels + seen.begin * kPanel<T>, keys.size(), accumulate, dq + r * width_, width_);
+               panels + seen.begin * kPanel<T>, keys.size(), accumulate, dq + r * dq_row_, dq_row_);
     });
   }
 
@@ -427,6 +433,7 @@ class Backward {
   const int64_t width_, v_width_, blocks_;
   const bool single_;                                // all keys of a query are in one block
   const bool in_place_;                              // dQ is summed where it is wanted
+  const int64_t dq_row_;                             // from one row of these sums to the next
   const int64_t head_rows_, batch_rows_, set_rows_;  // of what is kept by query
   const int64_t per_thread_, per_slot_, sets_, slots_;
   const Scratch<T> scratch_, kept_;

@@ -103,20 +103,23 @@ def these(*indices: int | None) -> tuple[Any, ...]:
 
 
 class Result(NamedTuple):
-    """A tensor that a kernel fills, of the dtype of the first one that it reads if that is None."""
+    """A tensor that a kernel fills."""
 
     sizes: tuple[int, ...]
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of the first tensor that the kernel reads if that is None
+    #: The number of a tensor, whose last axis is contiguous, that it lies like: with its axes in the
+    #: same order. Row-major if None, or where C cannot tell how tensors lie: before torch 2.10.
+    lies_like: int | None = None
 
     def like(self, x: Tensor) -> Tensor:
-        """It, uninitialised, where x is."""
+        """It, uninitialised and row-major, where x is."""
         return x.new_empty(self.sizes, dtype=self.dtype)
 
-    def laid_out(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
-        """Sizes, strides and dtype; x is the first tensor that the kernel reads."""
+    def laid_out(self, x: Tensor) -> tuple[Any, ...]:
+        """Sizes, row-major strides, dtype, what it lies like; x is the first tensor of the kernel."""
         whole = [max(1, size) for size in self.sizes]  # torch's rule
         strides = tuple(math.prod(whole[axis + 1 :]) for axis in range(len(whole)))
-        return self.sizes, strides, self.dtype or x.dtype
+        return self.sizes, strides, self.dtype or x.dtype, self.lies_like
 
 
 def without(skip: tuple[int, ...], *results: Result) -> list[Result | None]:

@@ -59,7 +59,8 @@ def attention_fwd_pass(
     B, N, S_q, _ = q.shape
     dtype = compute_dtype(q)
     row_stats = _row_stats(q) if keep else None
-    outputs = without(skip, Result((B, N, S_q, v.shape[3])), Result((B, N, S_q), dtype))
+    out = Result((B, N, S_q, v.shape[3]), lies_like=0)
+    outputs = without(skip, out, Result((B, N, S_q), dtype))
     # the tensors; out, lse, row_stats
     arguments = (
         _sizes(q, k, v, band, diagonal),
@@ -141,8 +142,10 @@ def backward_plan(
     results dq, dk, dv, dsinks. Not `whole`, k is a part of what out is of, and in the place of
     row_stats there is the lse.
     """
-    wanted = zip((q, k, v, sinks), (*needs[:3], needs[4]), strict=True)
-    results = [Result(tuple(t.shape)) if need else None for t, need in wanted]
+    results = [
+        Result(tuple(t.shape), lies_like=i) if needs[i] else None for i, t in enumerate((q, k, v))
+    ]
+    results.append(Result(tuple(sinks.shape)) if sinks is not None and needs[4] else None)
     arguments = (
         _sizes(q, k, v, band, diagonal),
         (scale, softcap, dropout_p),

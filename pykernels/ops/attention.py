@@ -270,7 +270,8 @@ def attention(
     Returns:
         ``out`` [B, N, S_q, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [B, N, S_q] in float32
         (float64 for float64), rounded at the size of a score: weights made from it are no better.
-        A query that sees no key gets out = 0, lse = -inf (or its sink) and no gradient.
+        A query that sees no key gets out = 0, lse = -inf (or its sink) and no gradient. The axes of
+        out lie in memory in the order of q's, but in compiled programs, where out is contiguous.
 
     Raises:
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
@@ -368,7 +369,8 @@ def scaled_dot_product_attention(
         enable_gqa: let the heads of query be a multiple of those of key and value.
 
     Returns:
-        [..., N, S_q, D_v] in the dtype of query; zeros for a query that sees no key.
+        [..., N, S_q, D_v] in the dtype of query, and as it lies in memory (see `attention`); zeros
+        for a query that sees no key.
 
     Raises:
         TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
@@ -482,7 +484,7 @@ def _check_window(op: str, window: Any) -> None:
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"{op}: `window` must be a pair (left, right), got {window!r}")
     for side in window:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int)):
+        if side is not None and not _checks.is_integer(side):
             raise TypeError(f"{op}: `window` must be of integers or None, got {window!r}")
         if side is not None and side < 0:
             _checks.fail(op, "window", "of sides of at least 0, or None", window)
@@ -568,7 +570,7 @@ def _check_slopes(op: str, slopes: Tensor, q: Tensor, B: int, N: int) -> None:
     _checks.device(op, name, slopes, q)
     if slopes.shape != (N,) and slopes.shape != (B, N):
         _checks.fail(op, name, f"[N] or [B, N] = [{N}] or [{B}, {N}]", list(slopes.shape))
-    if slopes.requires_grad:
+    if slopes.requires_grad and torch.is_grad_enabled():
         _checks.fail(op, name, "without a gradient: pass a learned bias as attn_mask", "one")
 
 
