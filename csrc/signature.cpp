@@ -146,6 +146,7 @@ class Memory {
   }
 
   void keep(const std::string& signature, const py::object& found) {
+    if (places_.count(signature)) return;  // another thread was first
     calls_.emplace_front(signature, found);
     places_[calls_.front().first] = calls_.begin();
     if (places_.size() <= capacity_) return;

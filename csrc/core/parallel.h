@@ -39,9 +39,13 @@ PK_INLINE Range split(int64_t n, int64_t block, int64_t parts, int64_t index) {
 // Meets in about 0.1 us when every thread has a core. It spins: recurrences wait here once a step.
 class Barrier {
  public:
-  // Returns once all threads are here. A thread that waits for long, time and again, has no core
-  // for some other thread: from the next meeting on the team is crowded.
-  void wait(int threads) {
+  // More than threads on an idle machine are apart, less than the time slice of a thread without a
+  // core.
+  static constexpr std::chrono::nanoseconds kLong = std::chrono::microseconds(200);
+
+  // Returns once all threads are here. If at meetings time and again some thread waits for longer
+  // than `patience`, another has no core: from the next meeting on the team is crowded.
+  void wait(int threads, std::chrono::nanoseconds patience = kLong) {
     const uint32_t phase = phase_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -55,7 +59,8 @@ class Barrier {
     }
     const auto start = std::chrono::steady_clock::now();
     while (!met()) std::this_thread::yield();  // more threads than cores: let the late one run
-    if (std::chrono::steady_clock::now() - start > kLong &&
+    if (std::chrono::steady_clock::now() - start > patience &&
+        late_at_.exchange(phase, std::memory_order_relaxed) != phase &&  // one for all that wait
         late_.fetch_add(1, std::memory_order_relaxed) + 1 == kLate)
       crowded_from_.store(phase + 2, std::memory_order_relaxed);
   }
@@ -67,13 +72,11 @@ class Barrier {
 
  private:
   static constexpr int kSpins = 512;
-  // More than the shares of a step differ by, less than the time slice of a thread without a core.
-  static constexpr std::chrono::microseconds kLong{200};
   static constexpr int kLate = 4;  // a thread loses its core now and then on an idle machine too
   alignas(kCacheLine) std::atomic<int> arrived_{0};
   alignas(kCacheLine) std::atomic<uint32_t> phase_{0};
   alignas(kCacheLine) std::atomic<int> late_{0};
-  std::atomic<uint32_t> crowded_from_{~uint32_t{0}};
+  std::atomic<uint32_t> late_at_{~uint32_t{0}}, crowded_from_{~uint32_t{0}};
 };
 
 // How far one thread has come, for another that goes where it has been.

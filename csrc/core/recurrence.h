@@ -17,6 +17,10 @@ namespace pykernels {
 // Multiply-adds in a step from which two threads beat one: half of them take as long as a meeting.
 constexpr int64_t kShareableStep = 8192;
 
+// Multiply-adds a nanosecond below which a core counts as missing: a tenth of what one with AVX2
+// does.
+constexpr int64_t kSlowestPace = 5;
+
 // Rows of a step whose products are computed before the cell runs on them.
 constexpr int64_t kStepRows = 8 * kTileRows;
 
@@ -51,11 +55,14 @@ struct Walk {
 // steps once threads turn out to lack cores: a meeting may then take as long as a time slice.
 class StepShare {
  public:
-  // Of steps that each take a product [rows, depth] x [depth, columns]. The team has just met.
-  StepShare(const Team& team, const Walk& walk, int64_t depth, int64_t columns)
+  // Of steps that each take a product [rows, depth] x [depth, columns], of which a thread takes
+  // whole blocks of `block` columns. The team has just met.
+  StepShare(const Team& team, const Walk& walk, int64_t depth, int64_t columns, int64_t block)
       : team_(team), walk_(walk),
         small_(team.size == 1 || walk.B * depth * columns < kShareableStep),
         by_rows_(!small_ && !walk.offsets && walk.B >= team.size * (kTileRows / 2)),
+        // Shares are a block apart.
+        patience_(Barrier::kLong + std::chrono::nanoseconds(walk.B * depth * block / kSlowestPace)),
         alone_(small_ || (!by_rows_ && team.barrier->crowded())) {}
 
   // Whether one thread runs every step because they are small, not for want of cores.
@@ -73,7 +80,7 @@ class StepShare {
   // After a product that other threads' next product reads.
   void meet() {
     if (alone_ || by_rows_) return;
-    team_.wait();
+    team_.barrier->wait(team_.size, patience_);
     alone_ = team_.barrier->crowded();
   }
 
@@ -81,6 +88,7 @@ class StepShare {
   const Team& team_;
   const Walk& walk_;
   const bool small_, by_rows_;
+  const std::chrono::nanoseconds patience_;
   bool alone_;
 };
 

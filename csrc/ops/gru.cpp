@@ -97,7 +97,7 @@ struct GruBackwardCell {
   Units<T> rest(int64_t row, int64_t unit, int64_t count) const {
     return load_units(carry + row * H + unit, count);
   }
-  std::vector<DeltaPiece> pieces() const { return {{0, 2 * H, 0}, {3 * H, H, 2 * H}}; }
+  std::array<DeltaPiece, 2> pieces() const { return {{{0, 2 * H, 0}, {3 * H, H, 2 * H}}}; }
 };
 
 // The shape, batch sizes, reverse; what recurrent_forward and recurrent_backward take; the gates.

@@ -107,7 +107,7 @@ struct LstmBackwardCell {
     store_units(to + 3 * H, dh * th * o * one_minus(o), count);
   }
   Units<T> rest(int64_t, int64_t, int64_t) const { return {}; }
-  std::vector<DeltaPiece> pieces() const { return {{0, 4 * H, 0}}; }
+  std::array<DeltaPiece, 1> pieces() const { return {{{0, 4 * H, 0}}}; }
 };
 
 // to = from, or zeros where that is nullptr.

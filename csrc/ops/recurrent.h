@@ -6,6 +6,7 @@
 // few.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -277,7 +278,7 @@ class ForwardPass : public Pass {
       pack_forward<Cell>(team, p_, packed_.get());
       team.wait();
     }
-    StepShare share(team, walk_, n_.R, kGates * n_.H);
+    StepShare share(team, walk_, n_.R, kGates * n_.H, kGates * kPanel<T>);
     if (share.small()) return run_small(team, share);
     for (int64_t begin = 0; begin < n_.T && !share.idle(); begin += chunk_) {
       // A thread prepares what it will read itself: no meeting.
@@ -486,7 +487,7 @@ struct DeltaPiece {
 //                            from the gradient of the state of some units, that of their gates
 //   Units<T> rest(row, unit, count)
 //                            what dh0 gets beside W_hh^T delta
-//   std::vector<DeltaPiece> pieces() const
+//   std::array<DeltaPiece, n> pieces() const
 // where the first G H columns of delta meet W_hh.
 template <class S, class Cell>
 class BackwardPass : public Pass {
@@ -520,7 +521,7 @@ class BackwardPass : public Pass {
     team.wait();
     products(team);
     team.wait();
-    dx_.narrow_share(team);
+    if (!p_.link.done) dx_.narrow_share(team);  // or else the walk has done so
     dw_ih_.narrow_share(team);
     dw_hh_.narrow_share(team);
     if (team.rank == 0) bias_gradients();
@@ -537,7 +538,7 @@ class BackwardPass : public Pass {
   }
 
   void walk(const Team& team) const {
-    StepShare share(team, walk_, kGates * n_.H, n_.R);
+    StepShare share(team, walk_, kGates * n_.H, n_.R, kPanel<T>);
     for (int64_t begin = 0; begin < n_.T && !share.idle(); begin += chunk_) {
       const int64_t end = std::min(n_.T, begin + chunk_);
       p_.link.await(end);

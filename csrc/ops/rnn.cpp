@@ -45,7 +45,7 @@ struct RnnBackwardCell {
     store_units(to, relu ? for_units(relu_delta, h, dh) : dh * one_minus(h * h), count);
   }
   Units<T> rest(int64_t, int64_t, int64_t) const { return {}; }
-  std::vector<DeltaPiece> pieces() const { return {{0, delta_row, 0}}; }
+  std::array<DeltaPiece, 1> pieces() const { return {{{0, delta_row, 0}}}; }
 };
 
 // The shape, batch sizes, reverse; what recurrent_forward and recurrent_backward take.
