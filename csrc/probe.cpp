@@ -86,6 +86,21 @@ void read(int threads, const float* from, int64_t count) {
   });
 }
 
+// Whether a team of two counts as crowded after so many meetings to which one comes `late`.
+bool two_are_crowded(int64_t meetings, std::chrono::microseconds late,
+                     std::chrono::microseconds patience) {
+  std::atomic<bool> crowded{false};
+  parallel(2, [&](const Team& team) {
+    for (int64_t i = 0; i < meetings && team.size == 2; ++i) {
+      const auto start = Clock::now();
+      while (team.rank == 0 && Clock::now() - start < late) spin_pause();
+      team.barrier->wait(team.size, patience);
+      if (team.barrier->crowded()) crowded = true;
+    }
+  });
+  return crowded;
+}
+
 template <class T, class Function>
 void map(const T* in, T* out, int64_t n, const Function& function) {
   for (int64_t i = 0; i < n; i += lanes<T>)
@@ -102,7 +117,6 @@ void map_units(const T* in, T* out, int64_t n, const Function& function) {
 template <class T>
 void vec_math(const std::string& name, const T* in, T* out, int64_t n) {
   if (name == "exp") return map(in, out, n, exp<T>);
-  if (name == "exp2") return map(in, out, n, exp2<T>);
   if (name == "exp2_normal")
     return map(in, out, n, [](vec<T> x) {
       vec<T> one[1] = {x};
@@ -151,6 +165,11 @@ void bind_probe(py::module_& m) {
   m.def("read", [](int threads, Address from, int64_t count) {
     const py::gil_scoped_release release;
     read(threads, pointer<const float>(from), count);
+  });
+  m.def("two_are_crowded", [](int64_t meetings, int64_t late, int64_t patience) {  // in us
+    const py::gil_scoped_release release;
+    return two_are_crowded(meetings, std::chrono::microseconds(late),
+                           std::chrono::microseconds(patience));
   });
   m.def("scratch_peak", [] { return FreeBlocks::of_this_thread().peak(); });
   m.def("vec_math",

@@ -1,20 +1,27 @@
-// exp, exp2, tanh and sigmoid on vec<float> and vec<double>.
+// exp, 2^x, tanh and sigmoid on vec<float> and vec<double>.
 //
 // Largest error over a dense sweep of floats, and over doubles swept at random, in units in the
 // last place of the correctly rounded result (denormal results included), as tests/test_core.py
 // measures it:
 //
-//              exp    exp2   exp2_normal   exp2_softmax   tanh   sigmoid
-//   bound      1.05   1.25   2.5           2.5            2.5    2.5
+//              exp    exp2_normal   exp2_softmax   tanh   sigmoid
+//   bound      1.05   2.5           2.5            2.5    2.5
 //
 // NaN gives NaN; +-inf give the limits. The polynomials are minimax fits (Remez) to the relative
 // error, made for this file; the range reduction is W. J. Cody and W. Waite's ("Software Manual for
 // the Elementary Functions", 1980): exp(x) = 2^n exp(r), r = x - n ln 2, |r| <= ln(2) / 2.
 #pragma once
 
+#include <limits>
+
 #include "vec.h"
 
 namespace pykernels {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <class T>
 struct math_constants;
@@ -24,19 +31,15 @@ struct math_constants<float> {
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // x + kRound - kRound is x to the nearest integer
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -0x1.bd0106p-13f;
-  static constexpr float kExpLow = -105, kExpHigh = 89;     // exp is 0 below and inf above
-  static constexpr float kExp2Low = -151, kExp2High = 129;  // and so exp2
-  static constexpr float kTanhOne = 10;                     // tanh rounds to 1 from here on
-  static constexpr float kSigmoidOne = 64;                  // and sigmoid
+  static constexpr float kExpLow = -105, kExpHigh = 89;  // exp is 0 below and inf above
+  static constexpr float kTanhOne = 10;                  // tanh rounds to 1 from here on
+  static constexpr float kSigmoidOne = 64;               // and sigmoid
   // (exp(r) - 1 - r) / r^2, highest power first: relative error of exp 3.1e-9.
   static constexpr float kExp[] = {0.00138145401768f, 0.00836874510894f, 0.0416683907835f,
                                    0.16666520399f, 0.499999934321f};
-  // (2^r - 1) / r: relative error of exp2 2.0e-9.
-  static constexpr float kExp2[] = {0.000153533410176f, 0.00133989001714f, 0.00961843760671f,
-                                    0.0555033240971f,   0.240226479103f,   0.693147202881f};
   // 2^r, exact at 0 as the largest weight of a softmax is 1: relative error 9.2e-8.
-  static constexpr float kExp2Short[] = {0.00132647018394f, 0.00967153390259f, 0.0555073399454f,
-                                         0.24022241761f,    0.69314697736f,    1.0f};
+  static constexpr float kExp2[] = {0.00132647018394f, 0.00967153390259f, 0.0555073399454f,
+                                    0.24022241761f,    0.69314697736f,    1.0f};
 };
 
 template <>
@@ -45,7 +48,6 @@ struct math_constants<double> {
   static constexpr double kRound = 0x1.8p52;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr double kExpLow = -746, kExpHigh = 710;
-  static constexpr double kExp2Low = -1076, kExp2High = 1025;
   static constexpr double kTanhOne = 20;
   static constexpr double kSigmoidOne = 64;
   // Relative error of exp 5.3e-20.
@@ -54,25 +56,20 @@ struct math_constants<double> {
       2.7557234727511045223e-6, 0.00002480158692572155269, 0.00019841269896515466487,
       0.0013888888889116359378, 0.0083333333333169823687,  0.041666666666666091979,
       0.16666666666666683487,   0.50000000000000000441};
-  // Relative error of exp2 4.2e-20.
-  static constexpr double kExp2[] = {
-      2.5625393233889052072e-11, 4.4565748821483699468e-10, 7.0549745331274745704e-9,
-      1.0178051914982421426e-7,  1.3215486594665823722e-6,  0.000015252733854377926841,
-      0.00015403530393641149401, 0.0013333558146392634347,  0.0096181291076283292616,
-      0.055504108664821687324,   0.24022650695910071508,    0.69314718055994530854};
-  static constexpr double kExp2Short[] = {2.5625393233889052072e-11,
-                                          4.4565748821483699468e-10,
-                                          7.0549745331274745704e-9,
-                                          1.0178051914982421426e-7,
-                                          1.3215486594665823722e-6,
-                                          0.000015252733854377926841,
-                                          0.00015403530393641149401,
-                                          0.0013333558146392634347,
-                                          0.0096181291076283292616,
-                                          0.055504108664821687324,
-                                          0.24022650695910071508,
-                                          0.69314718055994530854,
-                                          1.0};
+  // Relative error of 2^r 4.2e-20.
+  static constexpr double kExp2[] = {2.5625393233889052072e-11,
+                                     4.4565748821483699468e-10,
+                                     7.0549745331274745704e-9,
+                                     1.0178051914982421426e-7,
+                                     1.3215486594665823722e-6,
+                                     0.000015252733854377926841,
+                                     0.00015403530393641149401,
+                                     0.0013333558146392634347,
+                                     0.0096181291076283292616,
+                                     0.055504108664821687324,
+                                     0.24022650695910071508,
+                                     0.69314718055994530854,
+                                     1.0};
 };
 
 // y = the polynomial of each x, highest power first. Step by step for all of them: their chains of
@@ -85,13 +82,6 @@ PK_INLINE void polynomial(const vec<T> (&x)[N], const T (&coefficients)[kTerms],
   for (int k = 1; k < kTerms; ++k)
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) y[i] = y[i] * x[i] + coefficients[k];
-}
-
-template <class T, int kTerms>
-PK_INLINE vec<T> polynomial(vec<T> x, const T (&coefficients)[kTerms]) {
-  vec<T> one[1] = {x}, y[1];
-  polynomial<T>(one, coefficients, y);
-  return y[0];
 }
 
 // 2^n for an integer n whose power is a normal number.
@@ -116,7 +106,7 @@ PK_INLINE void reduce_exp(vec<T> (&x)[N], vec<int_of<T>> (&integer)[N], T bias) 
   const vec<T> magic = broadcast(C::kRound + bias);
   vec<T> n[N], y[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) n[i] = x[i] * T(1.442695040888963407L) + magic;
+  for (int i = 0; i < N; ++i) n[i] = x[i] * T(kLog2E) + magic;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) integer[i] = bit_cast<vec<int_of<T>>>(n[i]);
 #pragma GCC unroll 8
@@ -139,17 +129,6 @@ PK_INLINE vec<T> exp(vec<T> x) {
   return scale_by_power<T>(1 + tail[0], n[0] - bit_cast<vec<int_of<T>>>(broadcast(C::kRound)));
 }
 
-template <class T>
-PK_INLINE vec<T> exp2(vec<T> x) {
-  using C = math_constants<T>;
-  x = min(broadcast(C::kExp2High), max(broadcast(C::kExp2Low), x));
-  const vec<T> magic = broadcast(C::kRound);
-  const vec<T> n = x + magic;
-  const vec<T> r = x - (n - magic);
-  return scale_by_power<T>(1 + r * polynomial<T>(r, C::kExp2),
-                           bit_cast<vec<int_of<T>>>(n) - bit_cast<vec<int_of<T>>>(magic));
-}
-
 // exp2 of several registers: x to 2^r, r = x - n and |r| <= 1/2, and `power` to the low bits of the
 // integer n + `bias` where a number has its exponent. Step by step for all of them: their chains of
 // operations hide each other.
@@ -162,7 +141,7 @@ PK_INLINE void reduce_exp2(vec<T> (&x)[N], vec<int_of<T>> (&power)[N], T bias) {
   for (int i = 0; i < N; ++i) shifted[i] = x[i] + magic;
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) x[i] -= shifted[i] - magic;
-  polynomial<T>(x, C::kExp2Short, y);
+  polynomial<T>(x, C::kExp2, y);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
     power[i] = bit_cast<vec<int_of<T>>>(shifted[i]) << C::kMantissa;

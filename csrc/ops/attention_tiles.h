@@ -13,11 +13,6 @@
 
 namespace pykernels {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
 // The longest sum that is one chain of additions: longer ones are made of several, for the error of
 // a chain grows with its length. Each further chain costs one load and store of the tile.
 constexpr int64_t kChain = 128;

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
@@ -22,13 +21,11 @@
 namespace pykernels {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;
-
-template <class T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
 // Bytes of a chunk of logits: the more rows, the more rarely W and its gradient come from memory.
 constexpr int64_t kLogitBytes = int64_t{24} << 20;
+
+// Bytes of the gradients of a chunk of rows in all threads together, which are summed in the end.
+constexpr int64_t kPartBytes = int64_t{32} << 20;
 
 // Rows of a chunk: at least so many, however many words there are, and where nothing is kept at
 // most so many, since the logits of a block of words stay in the second-level cache.
@@ -54,7 +51,7 @@ class Pass {
 
  public:
   Pass(int threads, const LinearCrossEntropy<S>& p)
-      : p_(p), n_(p.sizes), gradients_(p.dx || p.dweight || p.dbias),
+      : p_(p), n_(p.sizes), threads_(threads), gradients_(p.dx || p.dweight || p.dbias),
         stored_(gradients_ && !p.known), rows_(choose_rows()), z_row_(odd_lines<T>(rows_)),
         w_row_(odd_lines<T>(round_up(std::min(n_.H, kSlice<T>), kWidth))),
         h_row_(round_up(n_.H, kWidth)), logits_((stored_ ? n_.V : threads * kWords) * z_row_),
@@ -95,7 +92,11 @@ class Pass {
 
   int64_t choose_rows() const {
     const int64_t fit = kLogitBytes / int64_t(sizeof(T)) / n_.V;
-    const int64_t most = stored_ ? std::min(kMostRows, std::max(kFewestRows, fit)) : kMostRows;
+    const int64_t h_row = round_up(n_.H, kWidth);
+    int64_t most = stored_ ? std::min(kMostRows, std::max(kFewestRows, fit)) : kMostRows;
+    if (p_.dx)  // of which every thread has a part
+      most = std::min(most,
+                      std::max(kFewestRows, kPartBytes / (threads_ * h_row * int64_t(sizeof(T)))));
     const int64_t chunks = std::max<int64_t>(1, ceil_div(n_.N, most));
     return std::max(kWidth, round_up(ceil_div(n_.N, chunks), kWidth));
   }
@@ -295,8 +296,10 @@ class Pass {
   void add_dbias(Range rows, Range v, const T* z) const {
     for (int64_t c = v.begin; c < v.end; ++c, z += z_row_) {
       vec<T> sum{};
-      for (int64_t r = 0; r < rows.size(); r += lanes<T>)  // past the last row there are zeros
-        sum += load(z + r);
+      int64_t r = 0;
+      for (; r + lanes<T> <= rows.size(); r += lanes<T>) sum += load(z + r);
+      if (r < rows.size())
+        sum += load_n(z + r, rows.size() - r);  // NaN past it, where W is infinite
       p_.dbias[c] = reduce_add(sum) + (rows.begin > 0 ? p_.dbias[c] : T(0));
     }
   }
@@ -357,6 +360,7 @@ class Pass {
 
   const LinearCrossEntropy<S>& p_;
   const LinearCrossEntropySizes& n_;
+  const int threads_;
   const bool gradients_, stored_;
   const int64_t rows_, z_row_, w_row_, h_row_;
   const Scratch<T> logits_;  // [V or a block a thread, z_row]
