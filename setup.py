@@ -66,7 +66,7 @@ def compiler() -> str:
         if shutil.which(name):
             return asked or name
     return stop(
-        f"no C++ compiler found ({asked or 'c++, g++, clang++'}); install g++ 9 or clang++ 10 or "
+        f"no C++ compiler found ({asked or 'c++, g++, clang++'}); install g++ 11 or clang++ 14 or "
         "newer, or set CXX"
     )
 
@@ -88,7 +88,7 @@ class BuildKernels(build_ext):
         if not compiles(
             cxx, "#include <optional>\nint main() { if constexpr (true) return 0; }", "-std=c++17"
         ):
-            stop(f"{cxx} does not compile C++17; install g++ 9 or clang++ 10 or newer, or set CXX")
+            stop(f"{cxx} does not compile C++17; install g++ 11 or clang++ 14 or newer, or set CXX")
         threads = ["-fopenmp"]
         if not compiles(
             cxx, "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }", *threads

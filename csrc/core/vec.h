@@ -296,13 +296,22 @@ PK_INLINE void prefetch_far(const void* p) {
 
 namespace detail {
 
+// The lanes of a, and behind them those of b, by number.
+template <int... I, class V>
+PK_INLINE V shuffle(V a, V b) {
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+  return __builtin_shuffle(a, b, int_vec<V>{I...});
+#else
+  return __builtin_shufflevector(a, b, I...);
+#endif
+}
+
 // Of a and b, lane by lane: with kHigh false, a's lanes whose index has no bit kBit, and beside
 // them b's; with kHigh true, those that have it.
 template <int kBit, bool kHigh, class V, int... I>
 PK_INLINE V exchange(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
-  return __builtin_shufflevector(
-      a, b, (kHigh ? (I & kBit ? I + n : I + kBit) : (I & kBit ? I - kBit + n : I))...);
+  return shuffle<(kHigh ? (I & kBit ? I + n : I + kBit) : (I & kBit ? I - kBit + n : I))...>(a, b);
 }
 
 template <int kBit, class V>
@@ -338,7 +347,7 @@ PK_INLINE void sum_bit(V* rows) {
 // v with the lanes of each pair that differ in bit kBit swapped.
 template <int kBit, class V, int... I>
 PK_INLINE V swap_lanes(V v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, (I ^ kBit)...);
+  return shuffle<(I ^ kBit)...>(v, v);
 }
 
 template <int kBit, class V, class Combine>
