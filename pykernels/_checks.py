@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
+# The plain ones first: of an abstract class Python asks more.
+_INTEGERS = (int, torch.SymInt, Integral)
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)
 
 
 def fail(op: str, name: str, must: str, got: object) -> NoReturn:
@@ -104,15 +108,19 @@ def module(op: str, name: str, value: Any) -> None:
 
 
 def number(op: str, name: str, value: Any) -> None:
-    """`value` is a plain number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """`value` is a number, be it of NumPy or of a trace, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: `{name}` must be a number, got {type(value).__name__}")
 
 
 def integer(op: str, name: str, value: Any) -> None:
-    """`value` is a plain integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """`value` is an integer, be it of NumPy or of a trace, and no bool."""
+    if not is_integer(value):
         raise TypeError(f"{op}: `{name}` must be an integer, got {type(value).__name__}")
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
 def flags(op: str, **values: Any) -> None:

@@ -36,7 +36,8 @@ class GradientFlow:
 
     #: T - t, the steps between h_t and the last state: T, T - 1, ..., 0.
     distances: Tensor
-    #: [T + 1] (with a loss: dL/dh_t) or, without, of dh_T/dh_t; in the dtype of the module.
+    #: [T + 1] (with a loss: dL/dh_t) or, without, of dh_T/dh_t; in the dtype of the module, but for
+    #: half precision in float32.
     norms: Tensor
 
     @property
@@ -92,7 +93,10 @@ def gradient_flow(
         TypeError: `module` is no such layer, x is no tensor, `loss` returns no tensor.
         ValueError: there are several layers or directions, a shape is wrong, there is no batch, the
             loss is no scalar, `samples` is below 1 or given with `loss`.
+        RuntimeError: under `torch.inference_mode`, which keeps nothing for a backward pass.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{_OP}: torch.inference_mode keeps no record to go back along")
     _check(module, x, loss, samples)
     batched = x.dim() == 3
     axis = 1 if batched and module.batch_first else 0
@@ -152,7 +156,7 @@ def _walk(
         widths += [module.hidden_size] * isinstance(module, torch.nn.LSTM)
         state = tuple(x.new_zeros(*sizes, width) for width in widths)
     else:
-        state = hx if isinstance(hx, tuple) else (hx,)
+        state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     state = tuple(part.detach().clone().requires_grad_() for part in state)
     states = [state]
     for t in range(x.shape[axis]):
@@ -169,12 +173,10 @@ def _jacobians(states: list[tuple[Tensor, ...]], samples: int | None, seed: int)
     if samples is None:
         directions = torch.eye(H, dtype=last.dtype, device=last.device)
     else:
-        draw = torch.Generator().manual_seed(seed)
-        signs = torch.randint(2, (samples, *last.shape), generator=draw) * 2 - 1
+        draw = torch.Generator("cpu").manual_seed(seed)
+        signs = torch.randint(2, (samples, *last.shape), generator=draw, device="cpu") * 2 - 1
         directions = signs.to(last)
-    squares = last.new_zeros(len(states))
-    for v in directions:
-        squares += _squares(last, states, v.expand_as(last))
+    squares = torch.stack([_squares(last, states, v.expand_as(last)) for v in directions]).sum(0)
     rows = last.numel() // H
     return (squares / (rows * (samples or 1))).sqrt()
 
@@ -193,11 +195,12 @@ def _of_loss(
 
 
 def _squares(target: Tensor, states: list[tuple[Tensor, ...]], upstream: Tensor | None) -> Tensor:
-    """|gradient of `target`, times `upstream`, at each state|^2, [T + 1]."""
+    """|gradient of `target`, times `upstream`, at each state|^2, [T + 1], in float32 at least."""
     flat = [part for state in states for part in state]
     grads = torch.autograd.grad(
         target, flat, upstream, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     per = len(states[0])
-    sums = torch.stack([grad.square().sum() for grad in grads])
+    wide = torch.promote_types(flat[0].dtype, torch.float32)
+    sums = torch.stack([grad.to(wide).square().sum() for grad in grads])
     return sums.view(-1, per).sum(1)

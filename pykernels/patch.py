@@ -118,8 +118,12 @@ def _change(
 class Activation:
     """What `activate` returns: a context manager whose block is served, and no longer."""
 
+    def __init__(self) -> None:
+        self._calls = 1  # that it stands for, until a block takes its place
+
     def __enter__(self) -> Activation:
-        _state.add(calls=-1, blocks=1)
+        _state.add(calls=-self._calls, blocks=1)
+        self._calls = 0
         return self
 
     def __exit__(self, *_: object) -> None:

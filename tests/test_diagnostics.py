@@ -139,6 +139,35 @@ def test_a_given_state_moves_the_curve():
     assert not torch.allclose(gradient_flow(module, x, h).norms, gradient_flow(module, x).norms)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_summed_in_float32(dtype):
+    """256 ones for each of 300 rows: bfloat16 has no such number, float16 none so large."""
+    layer = pykernels.nn.RNN(2, 256, dtype=dtype)
+    flow = gradient_flow(layer, torch.zeros(1, 300, 2, dtype=dtype))
+    assert flow.norms.dtype == torch.float32
+    assert flow.norms[-1] == 16
+
+
+def test_a_state_may_be_a_list():
+    layer, x = pykernels.nn.LSTM(I, H), draw(torch.float32, T, B, I)
+    hx = draw(torch.float32, 2, 1, B, H)
+    of_list, of_pair = (gradient_flow(layer, x, kind(hx)).norms for kind in (list, tuple))
+    assert torch.equal(of_list, of_pair)
+
+
+def test_directions_are_drawn_on_the_cpu_whatever_the_default():
+    layer, x = pykernels.nn.RNN(I, H), draw(torch.float32, T, B, I)
+    want = gradient_flow(layer, x, samples=3).norms
+    with torch.device("meta"):
+        assert torch.equal(gradient_flow(layer, x, samples=3).norms, want)
+
+
+def test_inference_mode_is_refused():
+    layer, x = pykernels.nn.RNN(I, H), draw(torch.float32, T, B, I)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="gradient_flow"):
+        gradient_flow(layer, x)
+
+
 def test_random_directions_estimate_the_norm():
     x, module = draw(torch.float64, T, B, I), make("GRU", torch.nn, torch.float64)
     exact = gradient_flow(module, x).norms

@@ -1,5 +1,6 @@
 """The `linear_cross_entropy` op: every spec on every backend, then what is special to it."""
 
+import math
 import subprocess
 import sys
 
@@ -317,12 +318,40 @@ def test_layer(bias):
 )
 def test_layer_is_torchs():
     theirs = torch.nn.LinearCrossEntropyLoss(6, 11, bias=True, weight=torch.rand(11))
-    ours = nn.LinearCrossEntropyLoss(6, 11, bias=True, weight=theirs.weight)
-    state = theirs.state_dict()
-    del state["weight"]  # the class weights
-    ours.load_state_dict(state)
+    ours = nn.LinearCrossEntropyLoss(6, 11, bias=True, weight=torch.ones(11), ignore_index=None)
+    ours.load_state_dict(theirs.state_dict())
     x, target = torch.randn(5, 6), torch.randint(11, (5,))
+    target[1] = -100
     torch.testing.assert_close(ours(x, target), theirs(x, target))
+    assert "class_weight" not in ours.state_dict()
+    without = nn.LinearCrossEntropyLoss(6, 11, bias=True)
+    with pytest.raises(RuntimeError, match="class_weight"):  # nowhere to put them
+        without.load_state_dict(theirs.state_dict())
+
+
+def test_class_weights_that_need_a_gradient():
+    """Refused, but where none is asked for."""
+    x, w, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 4, 2])
+    class_weight = torch.rand(5, requires_grad=True)
+    with pytest.raises(ValueError, match="class_weight"):
+        functional.linear_cross_entropy(x, w, target, class_weight=class_weight)
+    with torch.no_grad():
+        loss = functional.linear_cross_entropy(x, w, target, class_weight=class_weight)
+    want = torch.nn.functional.cross_entropy(x @ w.T, target, class_weight.detach())
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_word_without_any_chance(backend):
+    """A row of W that is -inf gets no gradient of its bias, whatever the kernel pads rows with."""
+    x, w = torch.rand(2, 3) + 1, torch.ones(3, 3)
+    w[0] = -torch.inf
+    bias = torch.zeros(3, requires_grad=True)
+    target = torch.tensor([1, 2])
+    loss = functional.linear_cross_entropy(x, w, target, bias, backend=backend)
+    loss.backward()
+    torch.testing.assert_close(loss.item(), math.log(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(bias.grad, torch.zeros(3), rtol=0, atol=1e-7)
 
 
 def mutants():

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -500,6 +501,28 @@ class TestCells:
             hx = cell(row, hx)
             steps.append(flat(hx)[0])
         torch.testing.assert_close(torch.stack(steps), layer(x)[0], **TIGHT)
+
+    @pytest.mark.parametrize("kind", ["GRU", "LSTM"])  # of an RNNCell torch needs the state itself
+    @pytest.mark.parametrize("shape", [(3,), ()])
+    def test_a_state_may_be_written_to(self, kind, shape):
+        """As whoever sets the states of sequences that have ended to zero does."""
+        ours, theirs = twins(*(cell(5, 7, dtype=torch.float64) for cell in CELLS[kind]))
+        x, found = torch.randn(4, *shape, 5, dtype=torch.float64), []
+        for cell in (ours, theirs):
+            hx = None
+            for step in x:
+                hx = cell(step, hx)
+                for state in flat(hx):
+                    state[..., ::2] = 0
+            loss = sum(state.square().sum() for state in flat(hx))
+            found.append(torch.autograd.grad(loss, list(cell.parameters())))
+        torch.testing.assert_close(*found, **TIGHT)
+
+    @every
+    def test_sizes_of_numpy(self, kind):
+        sizes = np.int64(5), np.prod((7, 1))
+        ours, theirs = (cell(*sizes, dtype=torch.float64) for cell in CELLS[kind])
+        same(*twins(ours, theirs), torch.randn(3, 5, dtype=torch.float64))
 
     @every
     def test_parametrised_weight(self, kind):

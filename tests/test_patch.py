@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,6 +349,24 @@ class TestActivate:
         assert served == ["fwd", "bwd"]
 
     @pytest.mark.parametrize("case", FUSED)
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+    def test_results_lie_as_torch_s(self, case, order, served):
+        """The result as the query: programs view what they transpose back. Gradients as inputs."""
+        sizes, kv, options = FUSED[case]
+        tensors = operands(*sizes, kv=kv)
+        tensors = [
+            t.permute(order).contiguous().permute(np.argsort(order).tolist()) for t in tensors
+        ]
+        expected = sdpa(*tensors, **options)
+        assert expected.stride() == tensors[0].stride()
+        with pykernels.activate():
+            found = results(lambda *given: sdpa(*given, **options), tensors)
+        assert served == ["fwd", "bwd"]
+        assert found[0].stride() == expected.stride()
+        assert [t.stride() for t in found[1:]] == [t.stride() for t in tensors]
+        torch.testing.assert_close(found[0], expected, **TIGHT)
+
+    @pytest.mark.parametrize("case", FUSED)
     def test_torch_s_own_kernel(self, case, served):
         """What compiled programs call: results of the same values, strides and dtypes."""
         sizes, kv, options = FUSED[case]
@@ -616,6 +635,14 @@ class TestActivate:
         with pytest.raises(KeyError, match="inside"), pykernels.activate():
             raise KeyError("inside")
         assert not active()
+        block = pykernels.activate()
+        with block:
+            pass
+        pykernels.activate()
+        with block:  # entered again it takes no other call's place
+            pass
+        assert active()
+        pykernels.deactivate()
 
     def test_from_several_threads(self):
         q, k, v = operands(2, 4, 5, 7, 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +19,8 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
 
     Parameters and state_dict are those of ``torch.nn.Linear(in_features, num_classes, bias)``, so
     that W may be shared with an embedding and the layer still be called for logits as
-    `logits`. The arguments are those of torch's layer of this name, which newer versions have; its
-    state_dict loads too.
+    `logits`. The arguments are those of torch's layer of this name, which newer versions have, but
+    for `out_features` and `options`; its state_dict loads too, class weights included.
 
     Args:
         in_features: H, the size of x.
@@ -48,7 +50,7 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
         bias: bool = False,
         weight: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         device: Any = None,
@@ -111,8 +113,25 @@ class LinearCrossEntropyLoss(torch.nn.Linear):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *rest: Any, **options: Any
     ) -> None:
-        for name in ("weight", "bias"):
-            theirs = f"{prefix}linear.{name}"  # torch's layer keeps a Linear
-            if theirs in state_dict:
-                state_dict[prefix + name] = state_dict.pop(theirs)
-        super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+        if f"{prefix}linear.weight" in state_dict:  # of torch's layer, which keeps a Linear
+            _rename(state_dict, f"{prefix}weight", f"{prefix}class_weight")
+            _rename(state_dict, f"{prefix}linear.weight", f"{prefix}weight")
+            _rename(state_dict, f"{prefix}linear.bias", f"{prefix}bias")
+        with _persistent(self, f"{prefix}class_weight" in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *rest, **options)
+
+
+def _rename(state_dict: dict[str, Any], old: str, new: str) -> None:
+    if old in state_dict:
+        state_dict[new] = state_dict.pop(old)
+
+
+@contextlib.contextmanager
+def _persistent(layer: torch.nn.Module, has_class_weight: bool) -> Iterator[None]:
+    """Within, torch loads the class weights too, if there are any to load."""
+    if has_class_weight:
+        layer._non_persistent_buffers_set.discard("class_weight")
+    try:
+        yield
+    finally:
+        layer._non_persistent_buffers_set.add("class_weight")

@@ -13,6 +13,8 @@ from pykernels.ops import _autograd, _calls, _library
 from pykernels.ops._calls import Call
 
 REDUCTIONS = ("mean", "sum", "none")
+#: The target that does not count, if none is named.
+IGNORED = -100
 
 
 def _makes_ahead(backend: ModuleType, options: dict[str, Any]) -> bool:
@@ -226,7 +228,7 @@ def _checked(
     for name, value in (("bias", bias), ("class_weight", class_weight)):
         if value is not None:
             _checks.shape(op, name, value, "V", (V,))
-    if class_weight is not None and class_weight.requires_grad:
+    if class_weight is not None and class_weight.requires_grad and torch.is_grad_enabled():
         _checks.fail(op, "class_weight", "without gradient", "requires_grad=True")
     _checks.tensor(op, "target", target)
     if target.dtype != torch.int64:
@@ -246,7 +248,7 @@ def _checked(
     _checks.flags(op, return_lse=return_lse, return_argmax=return_argmax)
     chosen = _backends.select(op, backend, x.device, x.dtype)
     options: dict[str, Any] = {
-        "ignore_index": ignore_index,
+        "ignore_index": int(ignore_index),
         "reduction": reduction,
         "label_smoothing": float(label_smoothing),
         "z_loss": float(z_loss),
@@ -266,7 +268,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -282,7 +284,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -297,7 +299,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     class_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -327,7 +329,7 @@ def linear_cross_entropy(
         bias: [V], or None.
         class_weight: w, [V] of x's dtype; ones if None. It has no gradient.
         ignore_index: rows with this target have no loss and no gradient, and the mean is not over
-            them.
+            them; None is -100, as torch has it.
         reduction: "mean", divided by the sum of the w_t that count, "sum" or "none".
         label_smoothing: s, from 0 to 1.
         z_loss: adds ``z_loss * lse**2`` to each row's loss; its mean is over the rows that count,
@@ -351,6 +353,7 @@ def linear_cross_entropy(
     """
     x, weight, bias = _autocast.cast(x, weight, bias)
     loss_is_wide = _autocast.on(x.device) if isinstance(x, Tensor) else False
+    ignore_index = IGNORED if ignore_index is None else ignore_index
     call = _checked(
         (x, weight, target, bias, class_weight),
         backend,
