@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+import textwrap
 
 import torch
 
@@ -18,8 +20,8 @@ _OPS = ("rnn", "gru", "lstm", "attention", "attention_varlen", "linear_cross_ent
 
 def main() -> None:
     """Prints one screen of plain text."""
-    if len(sys.argv) > 1:
-        sys.exit("usage: python -m pykernels (it takes no arguments)")
+    argparse.ArgumentParser("python -m pykernels", description=__doc__).parse_args()
+    _backends.check_environment()
     for title, facts in (
         ("Versions", versions()),
         ("Machine", machine()),
@@ -28,7 +30,9 @@ def main() -> None:
         print(title)
         width = max(map(len, facts))
         for name, value in facts.items():
-            print(f"  {name:<{width}}  {value}")
+            first = f"  {name:<{width}}  "
+            rest = " " * len(first)
+            print(textwrap.fill(value, 100, initial_indent=first, subsequent_indent=rest))
 
 
 def versions() -> dict[str, str]:
@@ -63,13 +67,14 @@ def backends() -> dict[str, str]:
     facts = {}
     for name in _backends.BACKENDS:
         reason = _backends.available(name)
-        facts[name] = (
-            f"unavailable: {reason}"
-            if reason
-            else "; ".join(
-                f"{op} ({', '.join(_served(name, op))})" for op in _OPS if _backends.has(name, op)
-            )
-        )
+        if reason:
+            facts[name] = f"unavailable: {reason}"
+            continue
+        ops: dict[str, list[str]] = {}  # by the dtypes that are served, mostly the same
+        for op in _OPS:
+            if _backends.has(name, op):
+                ops.setdefault(", ".join(_served(name, op)), []).append(op)
+        facts[name] = "; ".join(f"{', '.join(of)} in {dtypes}" for dtypes, of in ops.items())
     return (
         facts
         | {"default": _default("cpu")}
@@ -151,7 +156,7 @@ def _chosen_by() -> str:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:  # PYKERNELS_ISA names what is not there
+    except ValueError as error:  # PYKERNELS_BACKEND or PYKERNELS_ISA names what is not there
         sys.exit(f"error: {error}")
     except BrokenPipeError:  # whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

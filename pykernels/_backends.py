@@ -106,6 +106,14 @@ def select(
     return found
 
 
+def check_environment() -> None:
+    """Raises the ValueError of a ``PYKERNELS_BACKEND`` or ``PYKERNELS_ISA`` that names nothing."""
+    if _environment is not None:
+        _checks.choice("pykernels", "PYKERNELS_BACKEND", _environment, BACKENDS)
+    with contextlib.suppress(ImportError):
+        load_extension()
+
+
 def asked_for(requested: str | None) -> str | None:
     """The backend that the call or its surroundings ask for; None leaves the choice."""
     return context.get() or _environment if requested is None else requested
@@ -121,10 +129,12 @@ def _found(
 ) -> ModuleType | str:
     """What `select` returns, or the message of what it raises."""
     try:
-        requested = asked_for(requested)
-        if requested is not None:  # here, as what is no string may have no hash
-            _checks.choice(op, "backend", requested, BACKENDS)
-        return _select(op, requested, device, dtype, features)
+        asked = asked_for(requested)
+        if asked is not None:  # here, as what is no string may have no hash
+            given = requested is not None or context.get() is not None
+            argument = "backend" if given else "PYKERNELS_BACKEND"
+            _checks.choice(op, argument, asked, BACKENDS)
+        return _select(op, asked, device, dtype, features)
     except ValueError as error:
         return str(error)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pykernels
+from pykernels import __main__ as about
 from pykernels import _backends, cpp
 from pykernels.ops import _calls
 from pykernels.testing import check
@@ -255,7 +256,12 @@ def test_environment_is_the_contexts_twin():
 def test_environment_of_no_backend():
     out, code = python(WHICH.format(None), PYKERNELS_BACKEND="gpu")
     assert code
-    assert out.endswith("`backend` must be one of 'cpp', 'triton', 'reference', got 'gpu'")
+    assert out.endswith(
+        "rnn: `PYKERNELS_BACKEND` must be one of 'cpp', 'triton', 'reference', got 'gpu'"
+    )
+    out, code = python(WHICH.format("'gpu'"), PYKERNELS_BACKEND="gpu")
+    assert code
+    assert out.endswith("rnn: `backend` must be one of 'cpp', 'triton', 'reference', got 'gpu'")
 
 
 @pytest.mark.skipif(
@@ -364,7 +370,33 @@ def test_python_m_pykernels():
         "threads",
     ):
         assert word in out
-    assert len(out.splitlines()) <= 40
+    lines = out.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("variable", ["PYKERNELS_BACKEND", "PYKERNELS_ISA"])
+def test_python_m_pykernels_in_an_environment_of_no_name(variable):
+    """What names nothing is an error, and the variable is in its words."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pykernels"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, variable: "none"},
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: pykernels: `{variable}` must be one of ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("more", 2)])
+def test_python_m_pykernels_takes_no_arguments(argument, code, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pykernels", argument])
+    with pytest.raises(SystemExit) as end:
+        about.main()
+    assert end.value.code == code
+    said = capsys.readouterr()
+    assert "usage: python -m pykernels" in said.out + said.err
 
 
 def test_python_m_pykernels_without_kernels():
