@@ -12,6 +12,7 @@ outputs, a number of calls with the seconds that they took. Nothing here needs t
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import pickle
@@ -63,12 +64,13 @@ class Peer:
             [sys.executable, __file__, name, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the parent: a worker ends when its input does
         )
         try:
             #: As `functional.<op>` returns them: y [T, B, H] and the last states [B, H]; or out.
             self.outputs: list[np.ndarray] = self._ask((op, arrays, dict(options)))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
     def seconds(self, calls: int) -> float:
@@ -77,14 +79,17 @@ class Peer:
         return self._ask(calls)
 
     def close(self) -> None:
-        self.worker.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it is gone, with a message half read
+            self.worker.stdin.close()
         self.worker.stdout.close()
         self.worker.wait()
 
     def __enter__(self) -> Peer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.worker.kill()  # it may be at work, and nobody waits for its answer
         self.close()
 
     def _ask(self, message: object) -> Any:
@@ -260,7 +265,7 @@ def main() -> None:
             took = time.perf_counter() - start
             rest()
             answer(took)
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # the parent is gone
         pass
     except Exception as error:
         answer(f"{sys.argv[1]}: {type(error).__name__}: {error}")

@@ -419,7 +419,8 @@ def weighed(case: Case, which: str, options: argparse.Namespace) -> list[records
         for name, library in LIBRARIES.items():
             command = [library, case.op, *case.shape.split("x"), str(options.threads)]
             program = [sys.executable, MEMORY, *command]
-            peak = subprocess.check_output(program, env=usual, text=True)
+            # In a session of its own it does not see Ctrl-C; it ends when this one waits no more.
+            peak = subprocess.check_output(program, env=usual, text=True, start_new_session=True)
             found[name] += [int(peak) / 1e6] if peak else []
     if not all(found.values()):
         return []

@@ -1,11 +1,14 @@
 """The benchmark's own rules: fair turns, no time for a wrong kernel, no figure typed by hand."""
 
+import contextlib
 import csv
 import functools
 import gc
+import io
 import itertools
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -342,6 +345,32 @@ def test_peers_attend_as_torch_does(name, is_causal):
         (out,) = peer.outputs
     found = measure(torch.from_numpy(out), exact, usual)
     assert found.ok, found
+
+
+@needs("onnxruntime")
+def test_an_interruption_is_not_for_a_peer():
+    """Ctrl-C reaches every process of a terminal's session; what a peer is at is not waited for."""
+    peer = peers.Peer("onnxruntime", "rnn", arrays("rnn"), {"nonlinearity": "tanh"}, 1)
+    assert os.getsid(peer.worker.pid) != os.getsid(0)
+    with contextlib.suppress(KeyboardInterrupt), peer:
+        raise KeyboardInterrupt
+    assert peer.worker.returncode == -signal.SIGKILL
+
+
+@needs("onnxruntime")
+def test_a_peer_ends_with_its_parent():
+    program = """
+import os, peers, numpy as np
+ones = np.ones((1, 1, 1), np.float32)
+given = {"x": ones, "w_ih": ones[0], "w_hh": ones[0]}
+peer = peers.Peer("onnxruntime", "rnn", given, {"nonlinearity": "tanh"}, 1)
+os.kill(os.getpid(), 9)
+"""
+    around = {**os.environ, "PYTHONPATH": str(records.HERE)}
+    command = [sys.executable, "-c", program]
+    # The worker writes its errors where the parent does, and that ends when both are gone.
+    done = subprocess.run(command, env=around, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, b"")
 
 
 @needs("onnxruntime")
