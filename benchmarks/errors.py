@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = choose(options)
     rows: list[records.Row] = []
     broken: list[str] = []
+    interrupted = False
     try:
         with progress(console, len(chosen)) as advance:
             for spec, dtype in chosen:
@@ -61,17 +62,20 @@ def main(arguments: list[str] | None = None) -> int:
                     )
                 advance(f"{spec.name} {dtype}", 1)
     except KeyboardInterrupt:
-        console.print("Interrupted; nothing is written.")
-        return 130
-    records.merge(path, rows, KEY)
-    better = sum(float(row["error"]) <= float(row["torch_error"]) for row in rows)
-    console.print(
-        f"{len(rows)} tensors: {better} at most as far from the truth as stock torch's, "
-        f"{len(broken)} beyond the tolerance rule. Rows written to {path}",
-        soft_wrap=True,
-    )
+        interrupted = True
+    if rows:
+        records.merge(path, rows, KEY)
+        better = sum(float(row["error"]) <= float(row["torch_error"]) for row in rows)
+        console.print(
+            f"{len(rows)} tensors: {better} at most as far from the truth as stock torch's, "
+            f"{len(broken)} beyond the tolerance rule. Rows written to {path}",
+            soft_wrap=True,
+        )
     for line in broken:
         console.print(f"WRONG: {line}", style="red", markup=False, soft_wrap=True)
+    if interrupted:
+        console.print("Interrupted; what was measured until then is kept.")
+        return 130
     return 1 if broken else 0
 
 
