@@ -1,15 +1,17 @@
-"""Draws the newest kept results: speed.png, errors.png, scaling.png in benchmarks/results, and a
-picture of each GPU's, named as its file.
+"""Draws the newest kept results.
 
-python benchmarks/plot.py
-python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
+    python benchmarks/plot.py
+    python benchmarks/plot.py --speed some.csv --errors other.csv --output folder
+
+They become speed.png, errors.png and scaling.png in benchmarks/results, and a picture of each
+GPU's, named as its file. Where files are named, they alone are drawn.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,6 +19,7 @@ import numpy as np
 import records
 import scaling
 import torch
+from commandline import kept_file, make_parser
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,7 +34,18 @@ DTYPE_COLOURS = {
     "bfloat16": "#d97706",
     "float16": "#00a6a6",
 }
-FLOORS = {"cpu": "FMA floor", "cuda": "measured matrix rate"}
+#: The program whose file a picture is drawn from, and a column that no other's has.
+SOURCES = {
+    "speed": ("run.py", "times_best_peer"),
+    "gpu": ("run.py --device cuda", "times_best_peer"),
+    "errors": ("errors.py", "torch_error"),
+    "scaling": ("scaling.py", "model_ms"),
+}
+#: What a share is of, in short and in full.
+FLOORS = {"cpu": ("floor", "FMA floor"), "cuda": ("rate", "measured matrix rate")}
+#: Errors beyond these, in ulp, are drawn at the edge: none at all, and those of a gradient that is
+#: zero but for rounding, which are 10^15 ulp of it.
+LEAST, MOST = 0.02, 1e4
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -43,14 +57,21 @@ STYLE = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--speed", type=Path, help="CSV file of run.py (default: the newest kept)")
-    parser.add_argument("--gpu", type=Path, help="CSV file of run.py --device cuda (likewise)")
-    parser.add_argument("--errors", type=Path, help="CSV file of errors.py (default: likewise)")
-    parser.add_argument("--scaling", type=Path, help="CSV file of scaling.py (default: likewise)")
-    parser.add_argument("--output", type=Path, default=records.KEPT, help="folder")
+    parser = make_parser(__doc__)
+    for kind, (program, column) in SOURCES.items():
+        parser.add_argument(
+            f"--{kind}",
+            type=partial(kept_file, columns=[column]),
+            help=f"CSV file of {program} (default: the newest kept)",
+        )
+    parser.add_argument(
+        "--output", type=Path, default=records.KEPT, help="folder (default: benchmarks/results)"
+    )
     options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output}: {error.strerror}")
     kinds = {"speed": speed, "gpu": speed, "errors": errors, "scaling": growth}
     given = any(getattr(options, kind) for kind in kinds)
     drawn = 0
@@ -87,6 +108,7 @@ def speed(rows: list[records.Row]) -> plt.Figure:
         label = row["shape"] if len(dtypes) == 1 else f"{row['shape']} {row['dtype']}"
         cases.setdefault(label, {})[row["pass"]] = row
     figure, axis = plt.subplots(figsize=(9.5, 1.2 + 0.52 * len(cases)))
+    floor, floor_in_full = FLOORS[first["device"]]
     height = 0.38
     ratios = [float(row["times_torch"]) for row in ours]
     for place, by_pass in enumerate(cases.values()):
@@ -96,22 +118,24 @@ def speed(rows: list[records.Row]) -> plt.Figure:
             row = by_pass[which]
             ratio, y = float(row["times_torch"]), place + (k - 0.5) * height
             axis.barh(y, ratio - 1, height * 0.92, left=1, color=colour)
-            share = f" · {float(row['fma_share']):.0%} of floor" if row["fma_share"] else ""
+            share = f" · {float(row['fma_share']):.0%} of {floor}" if shows_share(row) else ""
             axis.text(max(ratio, 1) * 1.02, y, f"{ratio:.2f}x{share}", va="center", fontsize=8)
     axis.axvline(1, color="#b91c1c", linewidth=1.2)
     axis.set_xscale("log", base=2)
-    axis.set_xlim(min(0.5, min(ratios) / 1.2), max(2.0, max(ratios)) * 2)
+    least, most = min(0.5, min(ratios) / 1.2), max(2.0, max(ratios))
+    axis.set_xlim(least, most * (most / least) ** 0.27)  # the longest bar leaves a label's room
+    axis.set_ylim(-0.6, len(cases) - 0.4)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.set_yticks(range(len(cases)), list(cases))
     axis.invert_yaxis()
     axis.set_xlabel(
         "stock torch's time over ours (log scale): right of the red line ours is faster;\n"
-        f"beside the bars, the share of the {FLOORS[first['device']]} that ours reaches"
+        f"beside the bars, the share of the {floor_in_full} that ours reaches, if 1% or more"
     )
     kind = f"{first['dtype']}, " if len(dtypes) == 1 else ""
     above = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     axis.annotate("Speed against stock torch", xytext=(0, 20), weight="bold", **above)
-    axis.annotate(f"{kind}{where(first)}", xytext=(0, 6), fontsize=8, **above)
+    axis.annotate(f"{kind}{where(ours)}", xytext=(0, 6), fontsize=8, **above)
     patches = [Patch(color=colour, label=which) for which, colour in COLOURS.items()]
     axis.legend(
         handles=patches,
@@ -126,6 +150,11 @@ def speed(rows: list[records.Row]) -> plt.Figure:
     return figure
 
 
+def shows_share(row: records.Row) -> bool:
+    """Whether a row has a share of the floor that is more than none."""
+    return bool(row["fma_share"]) and float(row["fma_share"]) >= 0.01
+
+
 def errors(rows: list[records.Row]) -> plt.Figure:
     """Our error over stock torch's, a dot for each output and gradient, in ulp of the largest."""
     ops = list(dict.fromkeys(row["op"] for row in rows))
@@ -134,12 +163,12 @@ def errors(rows: list[records.Row]) -> plt.Figure:
         scatter(axis, [row for row in rows if row["op"] == op])
         axis.set_title(op)
     axes[0][0].set_ylabel("error of ours, ulp of the largest value")
-    figure.suptitle(f"Distance from the truth in float64: {where(rows[0])}", fontsize=11)
+    figure.suptitle(f"Distance from the truth in float64: {where(rows)}", fontsize=11)
     return figure
 
 
 def scatter(axis: Axes, rows: list[records.Row]) -> None:
-    least, most = 0.02, 10.0
+    least, most = LEAST, 10.0
     for dtype, colour in DTYPE_COLOURS.items():
         eps = torch.finfo(getattr(torch, dtype)).eps
         pairs = np.array(
@@ -155,15 +184,20 @@ def scatter(axis: Axes, rows: list[records.Row]) -> None:
             ]
         ).reshape(-1, 2)
         if len(pairs):
-            shown = pairs.clip(least, None)
-            most = max(most, shown[np.isfinite(shown)].max())
-            axis.scatter(*shown.T, s=14, color=colour, alpha=0.5, linewidths=0, label=dtype)
-    line = np.geomspace(least, most * 1.5, 200)
+            shown = pairs.clip(least, MOST)
+            most = max(most, np.nanmax(shown))
+            dots = {"s": 14, "alpha": 0.5, "linewidths": 0, "clip_on": False}  # whole at the edge
+            axis.scatter(*shown.T, color=colour, label=dtype, **dots)
+    line = np.geomspace(least, min(most * 1.5, MOST), 200)
+    top = min(line[-1] * 3, MOST)
     axis.plot(line, line, color="#111827", linewidth=1, label="as stock torch")
     axis.plot(line, 2 * line + 4, color="#b91c1c", linewidth=1.2, label="the limit: twice, + 4 ulp")
-    axis.fill_between(line, 2 * line + 4, 1e9, color="#b91c1c", alpha=0.07, linewidth=0)
-    axis.set(xscale="log", yscale="log", xlim=(least, line[-1]), ylim=(least, line[-1] * 3))
-    axis.set_xlabel(f"error of stock torch (at most {least:g}: at the edge)")
+    axis.fill_between(
+        line, 2 * line + 4, top, where=2 * line + 4 < top, color="#b91c1c", alpha=0.07, linewidth=0
+    )
+    axis.set(xscale="log", yscale="log", xlim=(least, line[-1]), ylim=(least, top))
+    beyond = f", {MOST:,.0f} and more" if most == MOST else ""
+    axis.set_xlabel(f"error of stock torch ({least:g} and less{beyond}: at the edge)")
     axis.grid(alpha=0.2)
     axis.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -214,7 +248,7 @@ def growth(rows: list[records.Row]) -> plt.Figure:
             frameon=False, fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.26)
         )
     figure.suptitle(
-        f"Measured time and the cost model, with exponents of growth: {where(rows[0])}", fontsize=11
+        f"Measured time and the cost model, with exponents of growth: {where(rows)}", fontsize=11
     )
     figure.tight_layout()
     return figure
@@ -224,12 +258,13 @@ def columns_of(points: list[records.Row], name: str) -> tuple[list[float], list[
     return [float(row["value"]) for row in points], [float(row[name]) for row in points]
 
 
-def where(row: records.Row) -> str:
-    """The machine and versions of a row."""
+def where(rows: list[records.Row]) -> str:
+    """The machine and versions that rows are of."""
+    row = rows[0]
     machine = row["gpu"] if row["device"] == "cuda" else row["cpu"]
-    threads = f", {row['threads']} threads" if "threads" in row else ""
+    threads = f", {records.threads(row['threads'])}" if "threads" in row else ""
     kernels = f", {row['isa']} kernels" if row["device"] == "cpu" else ""
-    return f"{machine}{threads}{kernels}, torch {row['torch']}, commit {row['commit']}"
+    return f"{machine}{threads}{kernels}, torch {row['torch']}, {records.commits(rows)}"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,27 @@ def commit() -> str:
     )
 
 
+def threads(count: int | str) -> str:
+    return f"{count} thread{'' if int(count) == 1 else 's'}"
+
+
+def commits(rows: list[Row]) -> str:
+    """The commits that rows are of, in their order."""
+    found = dict.fromkeys(row["commit"] for row in rows)
+    return f"commit{'' if len(found) == 1 else 's'} {', '.join(found)}"
+
+
+def number(text: str) -> str:
+    """Three digits, or all that are before the point: 0.123, 12.3, 1,234."""
+    value = float(text)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def percent(share: str) -> str:
+    """A share in whole percent; what is less than one is not nothing."""
+    return "<1%" if 0 < float(share) < 0.01 else f"{float(share):.0%}"
+
+
 def default_path(row: Row, kind: str, folder: Path) -> Path:
     """<folder>/<date>-<processor>-<isa>-<kind>.csv"""
     where = row["gpu"] or f"{row['cpu']}-{row['isa']}"

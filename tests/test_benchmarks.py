@@ -293,6 +293,35 @@ def test_errors_are_measured_and_drawn(tmp_path, capsys):
     assert (tmp_path / "errors.png").stat().st_size > 10_000
 
 
+def test_errors_that_were_measured_are_kept_on_interruption(tmp_path, capsys, monkeypatch):
+    check, checked = workload.Setting.check, []
+
+    def once(setting):
+        if checked:
+            raise KeyboardInterrupt
+        checked.append(setting)
+        return check(setting)
+
+    monkeypatch.setattr(workload.Setting, "check", once)
+    path = tmp_path / "errors.csv"
+    assert errors.main(["--op", "rnn", "--shapes", "plain", "--output", str(path)]) == 130
+    assert {row["dtype"] for row in records.read(path)} == {"float32"}
+    assert "what was measured until then is kept" in capsys.readouterr().out
+
+
+def test_errors_beyond_the_axes_are_at_their_edge():
+    """A gradient that is nothing but rounding does not stretch them."""
+    row = {"dtype": "float32", "scale": "1"}
+    ulp = torch.finfo(torch.float32).eps
+    rows = [row | {"error": str(e * ulp), "torch_error": str(e * ulp)} for e in (1, 1e15)]
+    _, axis = plot.plt.subplots()
+    plot.scatter(axis, rows)
+    assert axis.get_xlim()[1] == axis.get_ylim()[1] == pytest.approx(plot.MOST)
+    (dots,) = (found for found in axis.collections if found.get_label() == "float32")
+    assert dots.get_offsets().max() == plot.MOST
+    plot.plt.close()
+
+
 def arrays(op, **without):
     """What a peer is given, small, with every argument but those that are False in `without`."""
     T, B, I, H, rows = 4, 3, 5, 6, 6 * len(peers.GATES[op])
