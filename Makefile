@@ -46,7 +46,8 @@ sweep: setup ## Compile the Triton kernels at every block size, under the oldest
 
 bench: setup ## Time everything, draw it, and put it into the README
 	@$(PY) benchmarks/product.py
-	@$(PY) benchmarks/run.py $(ARGS)
+	@$(PY) benchmarks/run.py --no-reference $(ARGS)
+	@$(if $(ARGS),,$(PY) benchmarks/run.py --no-reference --op attention --dtype bfloat16)
 	@$(PY) benchmarks/recurrent.py
 	@$(PY) benchmarks/decoding.py
 	@$(PY) benchmarks/overhead.py
@@ -79,7 +80,7 @@ format: setup ## Put every file into style
 	@$(BIN)/ruff format .
 	@$(if $(CPP),$(BIN)/clang-format -i $(CPP))
 
-clean: ## Remove .venv and everything that was built or cached
+clean: ## Remove .venv and all that was built, cached or written, trained models of the examples too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	rm -rf benchmarks/output examples/output pykernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
