@@ -20,7 +20,8 @@ import environment
 import records
 import timing
 import torch
-from progress import make_console
+from commandline import add_output, add_threads, make_parser, positive
+from progress import make_console, progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as stock
@@ -30,51 +31,69 @@ from pykernels import _backends, functional
 from pykernels.testing import assert_close
 
 HEADS, KEYS, D = 8, 4096, 64
+TIMED = ("float32", "bfloat16")
 #: Bytes of all caches together.
 TOTAL = 2**29
 KEY = ("dtype", "threads", "implementation")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    parser.add_argument("--seconds", type=float, default=20.0, help="to time one dtype")
-    options = parser.parse_args(arguments)
-    if options.threads < 1 or options.seconds <= 0:
-        parser.error("--threads and --seconds must be positive")
+    options = parse(arguments)
     console = make_console()
     torch.set_num_threads(options.threads)
     common = records.provenance()
+    path = options.output or records.default_path(common, "decoding", records.KEPT)
     table = Table("dtype", "implementation", "us", "spread", "GB/s", "of the read rate")
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        with torch.no_grad():
-            timed = timing.interleave(calls(DTYPES[dtype]), options.seconds)
-        moved = 2 * HEADS * KEYS * D * DTYPES[dtype].itemsize
-        for implementation, samples in timed.items():
-            low, high = samples.quartiles
-            row = {
-                "dtype": dtype,
-                "threads": str(options.threads),
-                "implementation": implementation,
-                "median_us": f"{samples.median * 1e6:.4g}",
-                "q1_us": f"{low * 1e6:.4g}",
-                "q3_us": f"{high * 1e6:.4g}",
-                "samples": str(len(samples.seconds)),
-                "gb_per_s": f"{moved / samples.median / 1e9:.4g}",
-                "read_share": f"{timed['read'].median / samples.median:.4g}",
-            }
-            rows.append({**row, **common})
-            spread = f"{(high - low) / samples.median:.0%}"
-            share = f"{float(row['read_share']):.0%}"
-            table.add_row(dtype, implementation, row["median_us"], spread, row["gb_per_s"], share)
-    path = records.default_path(common, "decoding", records.KEPT)
+    with progress(console, len(TIMED)) as advance:
+        for dtype in TIMED:
+            advance(f"{dtype}: timing, about {options.seconds:g} s", 0)
+            with torch.no_grad():
+                timed = timing.interleave(calls(DTYPES[dtype]), options.seconds)
+            for implementation, samples in timed.items():
+                row = row_of(samples, dtype, implementation, timed["read"], options.threads)
+                rows.append({**row, **common})
+                low, high = samples.quartiles
+                spread = f"{(high - low) / samples.median:.0%}"
+                share = f"{float(row['read_share']):.0%}"
+                table.add_row(
+                    dtype, implementation, row["median_us"], spread, row["gb_per_s"], share
+                )
+            advance(f"{dtype}: ours {timed['ours'].median * 1e6:.3g} us", 1)
     records.merge(path, rows, KEY)
     console.print(table)
     console.print(f"Rows written to {path}", soft_wrap=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    add_threads(parser)
+    parser.add_argument(
+        "--seconds",
+        type=positive(float),
+        default=20.0,
+        help="to time one dtype (default: %(default)g)",
+    )
+    add_output(parser, KEY)
+    return parser.parse_args(arguments)
+
+
+def row_of(
+    samples: timing.Samples, dtype: str, implementation: str, read: timing.Samples, threads: int
+) -> records.Row:
+    low, high = samples.quartiles
+    moved = 2 * HEADS * KEYS * D * DTYPES[dtype].itemsize
+    return {
+        "dtype": dtype,
+        "threads": str(threads),
+        "implementation": implementation,
+        "median_us": f"{samples.median * 1e6:.4g}",
+        "q1_us": f"{low * 1e6:.4g}",
+        "q3_us": f"{high * 1e6:.4g}",
+        "samples": str(len(samples.seconds)),
+        "gb_per_s": f"{moved / samples.median / 1e9:.4g}",
+        "read_share": f"{read.median / samples.median:.4g}",
+    }
 
 
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import records
 import torch
+from commandline import add_output, add_threads, make_parser
 from progress import make_console, progress
 from workload import DTYPES, SPECS, Setting, full_precision
 
@@ -99,18 +99,15 @@ def choose(options: argparse.Namespace) -> list[tuple[Spec, str]]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops")
+    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops (default: all)")
     add("--shapes", default="", help="only specs whose name contains this")
-    add("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="which dtypes")
-    add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    add("--dtype", nargs="+", choices=DTYPES, default=[*DTYPES], help="which dtypes (default: all)")
+    add("--backend", choices=_backends.BACKENDS, help="ours (default: the fastest)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add_threads(parser)
+    add_output(parser, KEY)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine")

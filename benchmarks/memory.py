@@ -1,6 +1,6 @@
 """Prints the peak memory, in bytes, of one training step of a recurrent layer, in a fresh process.
 
-    python benchmarks/memory.py <pykernels or torch> <rnn, gru or lstm> T B I H threads
+    python benchmarks/memory.py pykernels lstm 50 32 300 512 2
 
 Counted is the resident set at its peak, during forward and backward, beyond what it was before,
 when input, weights and upstream gradients were there already. Linux alone tells the peak of a
@@ -9,8 +9,8 @@ moment; nothing is printed elsewhere.
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import sys
 from pathlib import Path
 
 import torch
@@ -18,13 +18,20 @@ import torch
 PROC = Path("/proc/self")
 
 
-def main() -> None:
-    library, op = sys.argv[1:3]
-    T, B, I, H, threads = map(int, sys.argv[3:])
-    torch.set_num_threads(threads)
-    layer = getattr(importlib.import_module(f"{library}.nn"), op.upper())
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", choices=("pykernels", "torch"))
+    parser.add_argument("op", choices=("rnn", "gru", "lstm"))
+    sizes = ("T", "B", "I", "H")
+    for name in (*sizes, "threads"):
+        parser.add_argument(name, type=int)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    layer = getattr(importlib.import_module(f"{given.library}.nn"), given.op.upper())
     step(layer, 2, 1, 3, 4)()  # loads what is loaded once
-    measured = step(layer, T, B, I, H)
+    measured = step(layer, *(getattr(given, name) for name in sizes))
     try:
         (PROC / "clear_refs").write_text("5")  # the peak starts again from here
         before = status("VmRSS")

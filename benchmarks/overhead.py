@@ -14,6 +14,7 @@ short times.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from unittest import mock
 import records
 import timing
 import torch
-from progress import make_console
+from commandline import add_output, make_parser, positive
+from progress import make_console, progress
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as stock
@@ -30,7 +32,6 @@ from torch.nn import functional as stock
 import pykernels.nn
 from pykernels import _backends, functional
 
-SECONDS = 1.5
 #: What a call of a function may cost beside its kernel, microseconds, by the pass.
 LIMITS = {"forward": 6.0, "forward with gradients": 15.0, "training": None}
 #: What has no limit: it is more than one call.
@@ -40,34 +41,29 @@ KEY = ("op", "pass")
 #: for ours and torch's, so they have no limit either.
 AUTOCAST = " (autocast)"
 
+#: Torch has nothing like these on a CPU: its plain attention stands beside them, for scale alone.
+FOR_SCALE = ("attention_backward", "attention_varlen")
+
 Call = Callable[[], object]
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     console = make_console()
     torch.set_num_threads(1)
     common = records.provenance()
+    path = options.output or records.default_path(common, "overhead", records.KEPT)
+    cases = {
+        (which, op): pair for which in LIMITS for op, pair in calls(which != "forward").items()
+    }
     rows: list[records.Row] = []
-    for which, limit in LIMITS.items():
-        for op, (ours, theirs) in calls(which != "forward").items():
-            whole = {"whole": ours, "torch": theirs}
-            if which == "training":
-                whole = {name: functools.partial(trained, call) for name, call in whole.items()}
-                ours = functools.partial(recorded, ours)
-            with torch.autocast("cpu", enabled=op.endswith(AUTOCAST)):
-                timed = timing.interleave({"ours": ours} | whole, SECONDS)
-                took = {name: min(samples.seconds) * 1e6 for name, samples in timed.items()}
-                if which == "training":
-                    took["ours"] -= bare(ours) * 1e6
-                took["kernel"] = kernels(ours) * 1e6
-            row: dict[str, object] = {"op": op, "pass": which}
-            row |= {"overhead_us": took["ours"] - took["kernel"]}
-            has_limit = limit is not None and op != LAYER and not op.endswith(AUTOCAST)
-            row |= {"limit_us": limit if has_limit else ""}
-            row |= {f"{name}_us": took[name] for name in took}
-            shown = {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()}
-            rows.append({**shown, **common})
-    records.merge(records.default_path(common, "overhead", records.KEPT), rows, KEY)
+    with progress(console, len(cases)) as advance:
+        for (which, op), (ours, theirs) in cases.items():
+            advance(f"{op}, {which}", 0)
+            new = measured(which, op, ours, theirs, options.seconds)
+            rows.append({**new, **common})
+            advance(f"{op}, {which}: {new['overhead_us']} us", 1)
+    records.merge(path, rows, KEY)
     table = Table(caption="microseconds; overhead = ours - kernel")
     columns = [column for column in rows[0] if column not in common]
     for column in columns:
@@ -75,6 +71,39 @@ def main() -> None:
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     console.print(table)
+    console.print(f"Rows written to {path}", soft_wrap=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--seconds",
+        type=positive(float),
+        default=1.5,
+        help="to time one call (default: %(default)g)",
+    )
+    add_output(parser, KEY)
+    return parser.parse_args(arguments)
+
+
+def measured(which: str, op: str, ours: Call, theirs: Call, seconds: float) -> records.Row:
+    """The figures of one call in one pass."""
+    whole = {"whole": ours, "torch": theirs}
+    if which == "training":
+        whole = {name: functools.partial(trained, call) for name, call in whole.items()}
+        ours = functools.partial(recorded, ours)
+    with torch.autocast("cpu", enabled=op.endswith(AUTOCAST)):
+        timed = timing.interleave({"ours": ours} | whole, seconds)
+        took = {name: min(samples.seconds) * 1e6 for name, samples in timed.items()}
+        if which == "training":
+            took["ours"] -= bare(ours, seconds / 5) * 1e6
+        took["kernel"] = kernels(ours, seconds / 5) * 1e6
+    limit = None if op == LAYER or op.endswith(AUTOCAST) else LIMITS[which]
+    row: dict[str, object] = {"op": op, "pass": which}
+    row |= {"overhead_us": took["ours"] - took["kernel"]}
+    row |= {"limit_us": "" if limit is None else limit}
+    row |= {f"{name}_us": took[name] for name in took}
+    return {k: f"{v:.3g}" if isinstance(v, float) else str(v) for k, v in row.items()}
 
 
 def calls(grad: bool) -> dict[str, tuple[Call, Call]]:
@@ -115,11 +144,11 @@ def calls(grad: bool) -> dict[str, tuple[Call, Call]]:
         lse = made(1, 1, 1)
         found["attention_backward"] = (
             functools.partial(functional.attention_backward, q, q, q, q, q, lse),
-            sdpa,  # torch keeps its own to itself
+            sdpa,
         )
     found["attention_varlen"] = (
         functools.partial(functional.attention_varlen, rows, rows, rows, torch.tensor([0, 1])),
-        sdpa,  # torch has its varlen on GPUs alone
+        sdpa,
     )
     x, weight, target = made(1, 2), made(2, 2), torch.tensor([1])
     found["linear_cross_entropy"] = (
@@ -148,11 +177,11 @@ def recorded(call: Call, backward: Callable[..., object] | None = None) -> None:
         backward(node, *grads)
 
 
-def bare(ours: functools.partial[None]) -> float:
+def bare(ours: functools.partial[None], seconds: float) -> float:
     """Seconds that `recorded` takes beside the two passes of a call."""
     out = first(*ours.args)
     run = functools.partial(recorded, lambda: out, lambda *_: None)
-    return min(timing.interleave({"bare": run}, SECONDS / 5)["bare"].seconds)
+    return min(timing.interleave({"bare": run}, seconds)["bare"].seconds)
 
 
 def trained(call: Call) -> None:
@@ -167,7 +196,7 @@ def upstream(shape: torch.Size) -> Tensor:
     return torch.ones(shape)
 
 
-def kernels(call: Call) -> float:
+def kernels(call: Call, seconds: float) -> float:
     """Seconds that a call is in C++ kernels; each is timed while the call goes on, for its memory
     is the call's.
     """
@@ -175,7 +204,7 @@ def kernels(call: Call) -> float:
 
     def spy(real: Callable[..., object]) -> Callable[..., object]:
         def run(*args: object) -> object:
-            timed = timing.interleave({"kernel": functools.partial(real, *args)}, SECONDS / 5)
+            timed = timing.interleave({"kernel": functools.partial(real, *args)}, seconds)
             spent.append(min(timed["kernel"].seconds))
             return real(*args)
 

@@ -9,9 +9,12 @@ measured in the same run.
 
 from __future__ import annotations
 
+import argparse
+
 import records
 import timing
 import torch
+from commandline import add_output, make_parser, positive
 from progress import make_console
 from workload import DTYPES
 
@@ -19,14 +22,16 @@ from pykernels import _backends
 from pykernels.testing import assert_close, exact
 
 N = 512
-SECONDS = 10.0
+KEY = ("dtype", "implementation")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     console = make_console()
     torch.set_num_threads(1)
     extension = _backends.load_extension()
     common = records.provenance()
+    path = options.output or records.default_path(common, "product", records.KEPT)
     rows = []
     for dtype in ("float32", "float64"):
         a, b = (torch.randn(N, N, dtype=DTYPES[dtype]) for _ in range(2))
@@ -42,7 +47,7 @@ def main() -> None:
                 ),
                 "torch": lambda a=a, b=b: a @ b,
             },
-            SECONDS,
+            options.seconds,
             between=lambda dtype=dtype, rates=rates: rates.append(
                 extension.fma_rate(dtype, 1, 0.02)
             ),
@@ -68,9 +73,20 @@ def main() -> None:
                 f"[{low * 1e3:.3f}, {high * 1e3:.3f}], {share:.1%} of the multiply-add rate",
                 markup=False,
             )
-    path = records.default_path(common, "product", records.KEPT)
-    records.merge(path, rows, ("dtype", "implementation"))
+    records.merge(path, rows, KEY)
     console.print(f"Rows written to {path}", soft_wrap=True)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--seconds",
+        type=positive(float),
+        default=10.0,
+        help="to time one dtype (default: %(default)g)",
+    )
+    add_output(parser, KEY)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 def make_console() -> Console:
     """Plain and wide where there is no terminal, so that a log keeps the table's lines whole."""
-    return Console() if sys.stdout.isatty() else Console(width=170)
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ come from the newest kept files in benchmarks/results. A block lies between <!--
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +18,9 @@ from types import ModuleType
 
 import records
 import torch
-from workload import DTYPES, SPECS
+from commandline import make_parser
+from overhead import FOR_SCALE
+from workload import DTYPES, IMPLEMENTATIONS, SPECS
 
 from pykernels import _backends
 from pykernels.testing.specs import ATTENTION_VARLEN_SPECS, Spec
@@ -80,6 +81,7 @@ CAPABILITIES: dict[str, dict[str, Callable[[Spec], bool]]] = {
     },
 }
 PROVED = SPECS | {"attention_varlen": ATTENTION_VARLEN_SPECS}
+NO_TORCH = {("torch_us", op) for op in FOR_SCALE}
 FEATURES = {
     "ragged": "sequences of different lengths",
     "projection": "projected state",
@@ -95,7 +97,7 @@ FEATURES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
     old = README.read_text(encoding="utf-8")
@@ -118,7 +120,9 @@ def render(text: str) -> str:
         "means": means,
         "speed": speed,
         "decoding": decoding,
+        "memory": memory,
         "overhead": overhead,
+        "scaling": growth,
         "gpu": gpu,
         "accuracy": accuracy,
     }
@@ -197,17 +201,15 @@ def speed() -> str:
         return NO_RESULTS
     cases = by_case(path)
     peers = any(by["ours"].get("best_peer") for by in cases.values())
+    timed = [name for name in IMPLEMENTATIONS if any(name in by for by in cases.values())]
     lines = row(
-        "shape", "dtype", "pass", "ours, ms", "torch, ms", "reference, ms", "torch / ours",
+        "shape", "dtype", "pass", *(f"{name}, ms" for name in timed), "torch / ours",
         *["best peer / ours"][:peers], "share of FMA floor", first=True,
     )  # fmt: skip
     for key, by in cases.items():
         ours = by["ours"]
-        times = (
-            f"{float(by[name]['median_ms']):.3g}" if name in by else "-"
-            for name in ("ours", "torch", "reference")
-        )
-        share = f"{float(ours['fma_share']):.0%}" if ours["fma_share"] else "-"
+        times = (records.number(by[name]["median_ms"]) if name in by else "-" for name in timed)
+        share = records.percent(ours["fma_share"]) if ours["fma_share"] else "-"
         best = ours.get("best_peer")
         beside = [f"{float(ours['times_best_peer']):.2f} ({best})" if best else "-"][:peers]
         lines += row(*key, *times, f"{float(ours['times_torch']):.2f}", *beside, share)
@@ -228,14 +230,39 @@ def decoding() -> str:
         "ours, of the read rate", first=True,
     )  # fmt: skip
     for dtype, by in times.items():
-        median = {name: float(each["median_us"]) for name, each in by.items()}
+        median = {name: each["median_us"] for name, each in by.items()}
         lines += row(
             dtype,
-            *(f"{median[name]:.3g}" for name in ("ours", "torch", "read")),
-            f"{median['torch'] / median['ours']:.2f}",
-            f"{float(by['ours']['read_share']):.0%}",
+            *(records.number(median[name]) for name in ("ours", "torch", "read")),
+            f"{float(median['torch']) / float(median['ours']):.2f}",
+            records.percent(by["ours"]["read_share"]),
         )
     return "\n".join([*lines, "", made_by(path, rows)])
+
+
+def memory() -> str:
+    """The table of the newest kept peaks of memory."""
+    path = records.newest("recurrent")
+    rows = [] if path is None else [r for r in records.read(path) if r["part"] == "memory"]
+    if not rows:
+        return NO_RESULTS
+    peaks: dict[tuple[str, str], dict[str, records.Row]] = {}
+    for each in rows:
+        peaks.setdefault((each["op"], each["shape"]), {})[each["implementation"]] = each
+    lines = row("shape", "ours, MB", "torch, MB", "torch / ours", first=True)
+    for (op, shape), by in peaks.items():
+        both = (records.number(by[name]["median"]) for name in ("ours", "torch"))
+        ratio = by["ours"]["times_torch"]
+        lines += row(f"{op}-{shape}", *both, f"{float(ratio):.2f}" if ratio else "-")
+    return "\n".join([*lines, "", made_by(path, rows)])
+
+
+def growth() -> str:
+    """The picture of the newest kept curves."""
+    path = records.newest("scaling")
+    if path is None:
+        return NO_RESULTS
+    return "\n".join([picture("scaling"), made_by(path, records.read(path))])
 
 
 def overhead() -> str:
@@ -244,13 +271,21 @@ def overhead() -> str:
     if path is None:
         return NO_RESULTS
     rows = records.read(path)
-    times: dict[str, dict[str, str]] = {}
+    times: dict[str, dict[str, records.Row]] = {}
     for each in rows:
-        times.setdefault(each["op"], {})[each["pass"]] = each["overhead_us"]
-    passes = ("forward", "forward with gradients", "training")
-    lines = row("call", *(f"{which}, us" for which in passes), first=True)
+        times.setdefault(each["op"], {})[each["pass"]] = each
+    passes = dict.fromkeys(each["pass"] for each in rows)
+    shown = {"overhead_us": "overhead", "whole_us": "whole call", "torch_us": "torch's"}
+    lines = row(
+        "call", *(f"{which}: {what}, us" for which in passes for what in shown.values()), first=True
+    )
     for op, by in times.items():
-        lines += row(op, *(by.get(which, "-") for which in passes))
+        cells = (
+            "-" if which not in by or (column, op) in NO_TORCH else by[which][column]
+            for which in passes
+            for column in shown
+        )
+        lines += row(op, *cells)
     return "\n".join([*lines, "", made_by(path, rows)])
 
 
@@ -269,10 +304,10 @@ def of_gpu(path: Path) -> str:
         ours, torchs = by["ours"], by["torch"]
         lines += row(
             *key,
-            *(f"{float(each['median_ms']):.3g}" for each in (ours, torchs)),
+            *(records.number(each["median_ms"]) for each in (ours, torchs)),
             f"{float(ours['times_best_peer']):.2f} ({ours['best_peer']})",
             f"{float(ours['gflop_per_s']) / 1e3:.3g}",
-            *(f"{float(ours[share]):.0%}" for share in ("fma_share", "copy_share")),
+            *(records.percent(ours[share]) for share in ("fma_share", "copy_share")),
         )
     return "\n".join([picture(path.stem), *lines, "", made_by(path, records.read(path))])
 
@@ -319,13 +354,12 @@ def picture(name: str) -> str:
 def made_by(path: Path, rows: list[records.Row]) -> str:
     row = rows[0]
     machine = row["gpu"] if row.get("device") == "cuda" else f"{row['cpu']}, {row['isa']} kernels"
-    threads = f", {row['threads']} threads" if "threads" in row else ""
+    threads = f", {records.threads(row['threads'])}" if "threads" in row else ""
     uses = f" with {row['torch_isa']}" if row.get("torch_isa") else ""
     dates = ", ".join(sorted({each["date"][:10] for each in rows}))
-    commits = ", ".join(dict.fromkeys(each["commit"] for each in rows))
     return (
-        f"Measured {dates} on {machine}{threads}, torch {row['torch']}{uses}, commit "
-        f"{commits}; all of it in [{path.name}]({path.relative_to(README.parent)})."
+        f"Measured {dates} on {machine}{threads}, torch {row['torch']}{uses}, "
+        f"{records.commits(rows)}; all of it in [{path.name}]({path.relative_to(README.parent)})."
     )
 
 

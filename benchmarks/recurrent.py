@@ -32,6 +32,7 @@ import environment
 import records
 import timing
 import torch
+from commandline import add_output, add_threads, make_parser, positive
 from progress import make_console, progress
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -152,23 +153,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--part", nargs="+", choices=PARTS, default=[*PARTS], help="which parts")
-    add("--op", nargs="+", choices=RECURRENT, default=[*RECURRENT], help="which ops")
-    add("--sizes", nargs=4, type=int, metavar=("T", "B", "I", "H"), help="in place of the shapes")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--seconds", type=float, help="to time one case (default: 2, with --quick 0.1)")
-    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    add("--part", nargs="+", choices=PARTS, default=[*PARTS], help="which parts (default: all)")
+    add("--op", nargs="+", choices=RECURRENT, default=[*RECURRENT], help="which ops (default: all)")
+    add(
+        "--sizes",
+        nargs=4,
+        type=positive(int),
+        metavar=("T", "B", "I", "H"),
+        help="in place of the shapes",
+    )
+    add_threads(parser)
+    add("--seconds", type=positive(float), help="to time one case (default: 2, with --quick 0.1)")
+    add_output(parser, KEY)
     add("--quick", action="store_true", help="few shapes, briefly; the figures are rough")
     options = parser.parse_args(arguments)
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else 2.0
-    if min(options.threads, options.seconds, *(options.sizes or [1])) <= 0:
-        parser.error("--threads, --seconds and --sizes must be positive")
     return options
 
 
@@ -461,7 +463,7 @@ def quartiles(values: list[float]) -> records.Row:
 def summary(rows: list[records.Row]) -> str:
     if not rows:
         return "this system does not tell the peak"
-    return ", ".join(f"{r['implementation']} {number(r['median'])}" for r in rows) + (
+    return ", ".join(f"{r['implementation']} {records.number(r['median'])}" for r in rows) + (
         f" {rows[0]['unit']}"
     )
 
@@ -483,19 +485,14 @@ def tables(rows: list[records.Row]) -> Iterator[Table]:
             drawn.add_row(
                 *(case if case != before else [""] * 3),
                 each["implementation"],
-                number(each["median"]),
-                f"{number(each['q1'])} .. {number(each['q3'])}",
+                records.number(each["median"]),
+                f"{records.number(each['q1'])} .. {records.number(each['q3'])}",
                 f"{float(each['times_torch']):.2f}" if each["times_torch"] else "-",
                 f"{float(share):.0%}" if share else "-",
                 f"{float(each['times_base']):.2f} {base}" if base else "",
             )
             before = case
         yield drawn
-
-
-def number(text: str) -> str:
-    value = float(text)
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,10 @@
     python benchmarks/run.py --quick              a few shapes, briefly
     python benchmarks/run.py --op attention --shapes causal --dtype float32 bfloat16
 
+A shape's name holds its sizes: T x B x I x H, steps, batch, inputs and hidden units, for recurrent
+layers; B x heads x T x D for attention, and in decoding B x heads x 1 x S x D, one query on S keys;
+rows x H x V, hidden units and words, for the loss. window256: a query sees 256 keys back.
+
 Ours and torch share one thread pool and are timed in turn, round after round, after their results
 have been compared: a kernel whose error breaks the tolerance rule of `pykernels.testing` is not
 timed, and the exit code is 1. The share of the FMA floor is the arithmetic of the op (see
@@ -12,7 +16,8 @@ rate is measured five times between the rounds; the best of the five counts, as 
 the measurement can only lower it, so the share is never flattered.
 
 The scratch is what our C++ kernels take beside inputs, outputs and what is kept for the backward
-pass, at its most during one call. Geometric means over the shapes of an op close the table.
+pass, at its most during one call. Geometric means over the shapes of an op close the table; those
+of attention leave windows and decoding out. On a narrow terminal the table has fewer columns.
 
 With ``PYKERNELS_ISA=avx2`` the others are held to AVX2 too, but for ONNX Runtime, which takes what
 the processor has; and memory that is given back stays in the process (`environment.py`).
@@ -36,7 +41,6 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import environment
 import gpu
@@ -44,7 +48,10 @@ import peers
 import records
 import timing
 import torch
+from commandline import add_output, add_threads, make_parser, positive
 from progress import make_console, progress
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from workload import (
     DTYPES,
@@ -76,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = records.SCRATCH if options.quick else records.KEPT
     kind = "gpu" if options.device == "cuda" else "speed"
     path = options.output or records.default_path(common, kind, folder)
-    cpu = f"{common['cpu']}, {common['isa']} kernels, {options.threads} threads"
+    cpu = f"{common['cpu']}, {common['isa']} kernels, {records.threads(options.threads)}"
     console.print(
         f"{len(cases)} cases on {common['gpu'] if options.device == 'cuda' else cpu}, "
         f"torch {common['torch']}; about {len(cases) * options.seconds:.0f} s and the checks"
@@ -98,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         interrupted = True
     if rows:
-        console.print(table(rows))
+        console.print(fitting(rows, console))
         for line in means(rows):
             console.print(line, soft_wrap=True)
         console.print(f"Rows written to {path}", soft_wrap=True)
@@ -113,30 +120,37 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops")
+    add("--op", nargs="+", choices=SPECS, default=[*SPECS], help="which ops (default: all)")
     add("--shapes", default="", help="only shapes whose name contains this")
     add("--dtype", nargs="+", choices=DTYPES, help="which (default: float32, on cuda bfloat16)")
-    add("--passes", nargs="+", choices=PASSES, default=[*PASSES], help="which passes")
-    add("--backend", choices=_backends.BACKENDS, help="ours; the fastest by default")
-    add("--peers", nargs="*", choices=peers.PEERS, default=[*peers.PEERS], help="which peers")
+    add(
+        "--passes",
+        nargs="+",
+        choices=PASSES,
+        default=[*PASSES],
+        help="which passes (default: both)",
+    )
+    add("--backend", choices=_backends.BACKENDS, help="ours (default: the fastest)")
+    add(
+        "--peers",
+        nargs="*",
+        choices=peers.PEERS,
+        default=[*peers.PEERS],
+        help="which peers (default: all; a bare --peers: none)",
+    )
     add("--no-reference", action="store_true", help="do not time the naive reference")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--seconds", type=float, help="to time one case (default: 4, with --quick 0.4)")
-    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add_threads(parser)
+    add("--seconds", type=positive(float), help="to time one case (default: 4, with --quick 0.4)")
+    add_output(parser, KEY)
     add("--quick", action="store_true", help="few shapes, briefly; the figures are rough")
     options = parser.parse_args(arguments)
     if options.dtype is None:
         options.dtype = ["bfloat16" if options.device == "cuda" else "float32"]
     if options.seconds is None:
         options.seconds = 0.4 if options.quick else 4.0
-    if options.threads < 1 or options.seconds <= 0:
-        parser.error("--threads and --seconds must be positive")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine")
     chosen = choose(options)
@@ -306,61 +320,70 @@ def name(case: Case) -> str:
 def summary(rows: list[records.Row]) -> str:
     by = {row["implementation"]: row for row in rows}
     return (
-        f"ours {milliseconds(by['ours'])} ms, torch {milliseconds(by['torch'])} ms, "
+        f"ours {time(by['ours'])} ms, torch {time(by['torch'])} ms, "
         f"{float(by['ours']['times_torch']):.2f} times as fast"
     )
 
 
-def milliseconds(row: records.Row) -> str:
-    time = float(row["median_ms"])
-    return f"{time:.0f}" if time >= 100 else f"{time:.3g}"
-
-
-def spread(row: records.Row) -> str:
-    """The width of the middle half of the samples, in percent of the median."""
+def time(row: records.Row, short: bool = True) -> str:
+    """The median, and the width of the middle half of the samples in percent of it."""
+    median = records.number(row["median_ms"])
+    if short:
+        return median
     if row["samples"] == "1":
-        return "-"
-    return f"{(float(row['q3_ms']) - float(row['q1_ms'])) / float(row['median_ms']):.0%}"
+        return f"{median} (-)"
+    spread = (float(row["q3_ms"]) - float(row["q1_ms"])) / float(row["median_ms"])
+    return f"{median} ({spread:.0%})"
 
 
 def coloured(ratio: float) -> str:
     return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]"
 
 
-def table(rows: list[records.Row]) -> Table:
-    """One line a case; the dtype is named where there are several."""
-    drawn = Table(caption="times in ms: the median, and how wide the middle half of the samples is")
+def fitting(rows: list[records.Row], console: Console) -> Table:
+    """The whole table where the console has room for its lines, else the short one."""
+    whole = table(rows)
+    needed = console.measure(whole, options=console.options.update_width(1000)).maximum
+    return whole if needed <= console.width else table(rows, short=True)
+
+
+def table(rows: list[records.Row], short: bool = False) -> Table:
+    """One line a case; the dtype is named where there are several.
+
+    A short one leaves out the spread, the scratch and all times but those of ours and torch.
+    """
+    beside = "" if short else ", and how wide the middle half of the samples is"
+    drawn = Table(caption=f"times in ms: the median{beside}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     cases: dict[tuple[str, ...], dict[str, records.Row]] = {}
     for row in rows:
         key = (row["op"], row["shape"], row["dtype"], row["pass"])
         cases.setdefault(key, {})[row["implementation"]] = row
     several = len({row["dtype"] for row in rows}) > 1
-    drawn.add_column("shape", overflow="fold")
-    drawn.add_column("pass")
+    drawn.add_column("shape", overflow="fold")  # what gives way where even this has no room
+    drawn.add_column("pass", no_wrap=True)
     shown = [
         each
         for each in dict.fromkeys((*IMPLEMENTATIONS, *RIVALS))
         if any(row["implementation"] == each for row in rows)
+        and (not short or each in ("ours", "torch"))
     ]
-    for column in (*shown, "torch / ours", "best peer / ours", "of FMA floor", "scratch, MB"):
-        drawn.add_column(column, justify="right")
+    ratios = ("torch\n/ ours", "best\npeer\n/ ours", "of FMA\nfloor")
+    for column in (*shown, *ratios, *([] if short else ["scratch,\nMB"])):
+        drawn.add_column(column, justify="right", no_wrap=True)
     before = None
     for (op, shape, dtype, which), by in cases.items():
         if before not in (None, op):
             drawn.add_section()
         before = op
         share = by["ours"]["fma_share"]
-        times = [
-            f"{milliseconds(by[each])} ({spread(by[each])})" if each in by else "-"
-            for each in shown
-        ]
+        times = [time(by[each], short) if each in by else "-" for each in shown]
         drawn.add_row(
             f"{shape} {dtype}" if several else shape,
             which,
             *times,
             *(coloured(float(by["ours"][ratio])) for ratio in ("times_torch", "times_best_peer")),
             f"{float(share):.0%}" if share else "-",
-            by["ours"]["scratch_mb"] or "-",
+            *([] if short else [by["ours"]["scratch_mb"] or "-"]),
         )
     return drawn
 

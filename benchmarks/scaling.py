@@ -18,7 +18,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import environment
 import gpu
@@ -27,6 +26,7 @@ import records
 import timing
 import torch
 import torch.nn.functional as F
+from commandline import add_output, add_threads, make_parser, positive
 from progress import make_console, progress
 from rich.table import Table
 from torch import Tensor
@@ -271,22 +271,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--curve", nargs="+", choices=CURVES, default=[*CURVES], help="which")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--seconds", type=float, help="to time one point (default: 2, with --quick 0.1)")
-    add("--output", type=Path, help="CSV file (default: one a day and machine)")
+    add("--curve", nargs="+", choices=CURVES, default=[*CURVES], help="which curves (default: all)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add_threads(parser)
+    add("--seconds", type=positive(float), help="to time one point (default: 2, with --quick 0.1)")
+    add_output(parser, KEY)
     add("--quick", action="store_true", help="two points a curve, briefly; rough figures")
     options = parser.parse_args(arguments)
     if options.seconds is None:
         options.seconds = 0.1 if options.quick else 2.0
-    if options.threads < 1 or options.seconds <= 0:
-        parser.error("--threads and --seconds must be positive")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine")
     return options

@@ -16,10 +16,12 @@ import decoding
 import environment
 import errors
 import gpu
+import memory
 import numpy as np
 import overhead
 import peers
 import plot
+import product
 import pytest
 import readme
 import records
@@ -29,6 +31,7 @@ import scaling
 import timing
 import torch
 import workload
+from rich.console import Console
 
 from pykernels import _backends, functional
 from pykernels.testing import measure, stock
@@ -188,22 +191,45 @@ def test_quick_run_writes_a_row_for_each(tmp_path, capsys):
     assert {row["times_torch"] for row in rows if row["implementation"] == "torch"} == {"1"}
     out = capsys.readouterr().out
     assert "rnn-1024x1x64x64" in out
-    assert "torch / ours" in out
+    assert "of FMA" in out
     assert "rnn float32 forward, mean of 1: " in out
     assert plot.main(["--speed", str(path), "--output", str(tmp_path)]) == 0
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
 def test_means_are_geometric():
-    row = {"op": "gru", "dtype": "float32", "pass": "forward", "implementation": "ours"}
+    row = {"dtype": "float32", "pass": "forward", "implementation": "ours"}
+    ratios = {"times_torch": "2", "times_best_peer": "0.5"}
     rows = [
-        row | {"times_torch": torchs, "times_best_peer": best}
-        for torchs, best in (("2", "0.5"), ("8", "0.5"))
+        row | ratios | {"op": "gru", "shape": "gru-1x2x3x4"},
+        row | ratios | {"op": "gru", "shape": "gru-2x2x3x4", "times_torch": "8"},
     ]
     rows.append(rows[0] | {"implementation": "torch", "times_torch": "1"})
-    assert [*run.means(rows)] == [
-        "gru float32 forward, mean of 2: 4.00 times as fast as torch, 0.50 as the best peer"
+    rows += [  # of which a mean would show little but the second and the third
+        row | ratios | {"op": "attention", "shape": f"attention-{shape}", "times_torch": torchs}
+        for shape, torchs in (("1x8x4x2", "2"), ("1x8x4x2-window2", "9"), ("decode-1x8x1x4x2", "9"))
     ]
+    assert [*run.means(rows)] == [
+        "gru float32 forward, mean of 2: 4.00 times as fast as torch, 0.50 as the best peer",
+        "attention (whole sequences, no window) float32 forward, mean of 1: 2.00 times as fast as "
+        "torch, 0.50 as the best peer",
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_table_fits_its_terminal(width):
+    """Names of columns are never cut, and from 100 columns on no shape is."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    rows = [r for r in records.read(records.newest("speed")) if r["dtype"] == "float32"]
+    console.print(run.fitting(rows, console))
+    lines = console.export_text().splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= width
+    assert "…" not in text
+    assert ("scratch" in text) == ("onnxruntime" in text) == (width == 200)
+    assert sum("forward" in line for line in lines) == 2 * len({r["shape"] for r in rows})
+    if width > 80:
+        assert "attention-1x8x4096x64-window256 " in text
 
 
 def test_a_wrong_kernel_is_not_timed(tmp_path, capsys, monkeypatch):
@@ -251,7 +277,11 @@ def test_what_was_measured_is_kept_when_a_run_is_cut_off(cut, tmp_path, capsys, 
     ("arguments", "words"),
     [
         (["--shapes", "nothing"], "matches none of rnn-50x1x300x512"),
-        (["--threads", "0"], "must be positive"),
+        (["--threads", "0"], "--threads: must be positive"),
+        (["--seconds", "-1"], "--seconds: must be positive"),
+        (["--output", "/dev/null/speed.csv"], "--output: /dev/null is not a folder"),
+        (["--output", str(records.HERE)], "--output: " + str(records.HERE)),
+        (["--output", str(readme.README)], "README.md holds no rows of this benchmark"),
         (["--op", "nothing"], "invalid choice: 'nothing'"),
         (["--peers", "nothing"], "invalid choice: 'nothing'"),
         (["--op", "rnn", "--backend", "nothing"], "invalid choice: 'nothing'"),
@@ -261,6 +291,36 @@ def test_refusals(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "program",
+    [decoding, errors, memory, overhead, plot, product, readme, recurrent, run, scaling],
+    ids=lambda program: program.__name__,
+)
+def test_help_is_said_and_nothing_is_run(program, capsys):
+    """A summary, the options and then what the docstring goes on to say."""
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    out = capsys.readouterr().out
+    for line in program.__doc__.strip().splitlines():
+        assert line in out
+    for mark in ("(default: None)", "(default: )", "(default: ["):
+        assert mark not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--speed", "none.csv"], "--speed: none.csv: No such file"),
+        (["--errors", str(records.newest("speed"))], "holds no rows of this benchmark"),
+        (["--output", str(readme.README)], "--output"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_in_a_line(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plot.main(arguments)
+    assert words in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_backend_that_cannot_serve_is_said(capsys, monkeypatch):
@@ -421,7 +481,7 @@ def test_a_wrong_peer_is_not_timed(tmp_path, capsys, monkeypatch):
         by["ours"]["best_peer"]
         == min(rivals, key=lambda row: float(row["median_ms"]))["implementation"]
     )
-    assert "best peer / ours" in capsys.readouterr().out
+    assert "onnxruntime" in capsys.readouterr().out
     right = peers.Peer
     monkeypatch.setattr(
         peers,
@@ -514,11 +574,9 @@ def test_scaling_ends_at_a_wrong_kernel(tmp_path, capsys, monkeypatch):
 
 
 def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(overhead, "SECONDS", 1e-3)
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
-    monkeypatch.setattr(overhead.records, "KEPT", tmp_path)
-    overhead.main()
-    (path,) = tmp_path.glob("*-overhead.csv")
+    path = tmp_path / "overhead.csv"
+    overhead.main(["--seconds", "1e-3", "--output", str(path)])
     rows = overhead.records.read(path)
     ops = {row["op"] for row in rows}
     functions = {*functional.__all__} - {"AttentionGradients", "PackedWeights"}
@@ -531,19 +589,26 @@ def test_overhead_of_every_function_is_measured(tmp_path, capsys, monkeypatch):
         ours, kernel = float(row["ours_us"]), float(row["kernel_us"])
         assert kernel > 0
         assert float(row["overhead_us"]) == pytest.approx(ours - kernel, abs=0.02 * ours)
-    assert "overhead_us" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "overhead_us" in out
+    assert f"[{len(rows)}/{len(rows)}] " in out  # it says how far it is
     monkeypatch.setattr(records, "newest", lambda kind: path)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    assert f"| {overhead.LAYER} |" in readme.overhead()
+    table = [line.split(" | ") for line in readme.overhead().splitlines() if "|" in line]
+    cells = {line[0].strip("| "): line[1:] for line in table}
+    first = next(row for row in rows if row["op"] == "attention")
+    shown = ("overhead_us", "whole_us", "torch_us")
+    assert cells["attention"][:3] == [first[column] for column in shown]
+    assert cells["attention_varlen"][2] == "-"  # what is timed there is another call
+    assert cells[overhead.LAYER][3] == "-"
 
 
 def test_decoding_is_held_against_reading(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(decoding, "KEYS", 64)
     monkeypatch.setattr(decoding, "TOTAL", 2**20)
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-4)
-    monkeypatch.setattr(records, "KEPT", tmp_path)
-    decoding.main(["--seconds", "0.01", "--threads", "2"])
-    (path,) = tmp_path.glob("*-decoding.csv")
+    path = tmp_path / "decoding.csv"
+    decoding.main(["--seconds", "0.01", "--threads", "2", "--output", str(path)])
     rows = {(row["dtype"], row["implementation"]): row for row in records.read(path)}
     assert len(rows) == 6
     for (dtype, _), row in rows.items():
@@ -551,7 +616,9 @@ def test_decoding_is_held_against_reading(tmp_path, capsys, monkeypatch):
         assert moved == pytest.approx(2 * 8 * 64 * 64 * workload.DTYPES[dtype].itemsize, rel=1e-2)
         read = float(rows[dtype, "read"]["median_us"])
         assert float(row["read_share"]) == pytest.approx(read / float(row["median_us"]), rel=1e-2)
-    assert "of the read rate" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of the read rate" in out
+    assert "[2/2] bfloat16: " in out
     monkeypatch.setattr(records, "newest", lambda kind: path)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     assert "| bfloat16 |" in readme.decoding()
@@ -631,6 +698,58 @@ def test_shared_turns_bring_no_call_twice_in_a_row():
     for call in (first, second, second, first):
         call()
     assert log == [0, 1, 2, 0]
+
+
+def test_numbers_are_read_as_they_are():
+    shown = {"0.01234": "0.0123", "99.4": "99.4", "123.4": "123", "1234.5": "1,234"}
+    assert {text: records.number(text) for text in shown} == shown
+    shares = {"0": "0%", "0.0004": "<1%", "0.0099": "<1%", "0.01": "1%", "0.5": "50%"}
+    assert {text: records.percent(text) for text in shares} == shares
+    assert (records.threads("1"), records.threads(2)) == ("1 thread", "2 threads")
+
+
+def test_a_column_without_a_time_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "speed.csv"
+    row = {
+        **{"op": "rnn", "shape": "rnn-8x4x2x1", "dtype": "float32", "pass": "forward"},
+        **{"cpu": "Some CPU", "isa": "avx2", "torch": "2.0", "date": "2026-01-01T00:00:00Z"},
+        **{"median_ms": "1234.5", "fma_share": "0.5", "times_torch": "1", "threads": "1"},
+    }
+    monkeypatch.setattr(records, "newest", lambda kind: path)
+    monkeypatch.setattr(records, "KEPT", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    rows = [row | {"implementation": name, "commit": name} for name in workload.IMPLEMENTATIONS]
+    records.merge(path, rows[:2], ["implementation"])
+    assert "ours, ms | torch, ms | torch / ours" in readme.speed()
+    assert "| forward | 1,234 | 1,234 | 1.00 |" in readme.speed()
+    assert "1 thread, torch 2.0, commits ours, torch;" in readme.speed()
+    records.merge(path, rows, ["implementation"])
+    assert "ours, ms | torch, ms | reference, ms | torch / ours" in readme.speed()
+
+
+def test_memory_is_shown(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "recurrent.csv"
+    arguments = [*TINY, "--op", "gru", "--part", "memory", "--output", str(path)]
+    assert recurrent.main(arguments) == 0
+    if not path.exists():
+        pytest.skip("this system does not tell the peak")
+    monkeypatch.setattr(records, "newest", lambda kind: path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert "| gru-3x2x5x4 | " in readme.memory()
+
+
+def test_what_the_readme_says_of_gpus():
+    """Its sentences on who is faster there hold for every row that is kept."""
+    ours = [
+        row
+        for path in records.of_gpus()
+        for row in records.read(path)
+        if row["implementation"] == "ours"
+    ]
+    recurrent_rows = [row for row in ours if row["op"] in workload.RECURRENT]
+    faster = [row for row in recurrent_rows if float(row["times_torch"]) > 1]
+    assert len(faster) > len(recurrent_rows) / 2
+    assert all(float(row["times_torch"]) < 1 for row in ours if row not in recurrent_rows)
 
 
 def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
