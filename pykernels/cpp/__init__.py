@@ -107,8 +107,8 @@ class Result(NamedTuple):
 
     sizes: tuple[int, ...]
     dtype: torch.dtype | None = None  # of the first tensor that the kernel reads if that is None
-    #: The number of a tensor, whose last axis is contiguous, that it lies like: with its axes in the
-    #: same order. Row-major if None, or where C cannot tell how tensors lie: before torch 2.10.
+    #: The number of a tensor, whose last axis is contiguous, that it lies like: with its axes in
+    #: that order. Row-major if None, or where C cannot tell how tensors lie: before torch 2.10.
     lies_like: int | None = None
 
     def like(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Result(NamedTuple):
         return x.new_empty(self.sizes, dtype=self.dtype)
 
     def laid_out(self, x: Tensor) -> tuple[Any, ...]:
-        """Sizes, row-major strides, dtype, what it lies like; x is the first tensor of the kernel."""
+        """Sizes, row-major strides, dtype, what it lies like; x is the kernel's first tensor."""
         whole = [max(1, size) for size in self.sizes]  # torch's rule
         strides = tuple(math.prod(whole[axis + 1 :]) for axis in range(len(whole)))
         return self.sizes, strides, self.dtype or x.dtype, self.lies_like

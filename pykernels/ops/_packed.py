@@ -36,8 +36,8 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Forgets the weights."""
-        # Backend, the epoch, states and memory of the weights, what it packed: one tuple, as threads
-        # may meet.
+        # Backend, epoch, states and memory of the weights, what it packed: one tuple, as threads may
+        # meet.
         self._kept: tuple[ModuleType, object, list[Any], list[Any], Any] | None = None
         self._step: tuple[object, Callable[..., tuple[Tensor, ...] | None] | None] = None, None
 
@@ -79,8 +79,8 @@ class PackedWeights:
     ) -> tuple[Tensor, ...] | None:
         """The states after one step of a cell, unchecked: a check takes longer than a step.
 
-        None where there are no packed weights for that, or a dispatch mode looks on, or any argument
-        is out of the ordinary: the way through all checks then says what.
+        None where there are no packed weights for that, where a dispatch mode looks on, or where
+        any argument is out of the ordinary: the way through all checks then says what.
         """
         epoch, step = self._step
         if step is None or epoch is not _epoch or torch.is_grad_enabled():
