@@ -36,8 +36,8 @@ class PackedWeights:
 
     def clear(self) -> None:
         """Forgets the weights."""
-        # Backend, epoch, states and memory of the weights, what it packed: one tuple, as threads may
-        # meet.
+        # Backend, epoch, states and memory of the weights, what it packed: one tuple, as threads
+        # may meet.
         self._kept: tuple[ModuleType, object, list[Any], list[Any], Any] | None = None
         self._step: tuple[object, Callable[..., tuple[Tensor, ...] | None] | None] = None, None
 
