@@ -203,7 +203,7 @@ def show(console: Console, seen: Seen) -> None:
 
 def draw(console: Console, found: list[Seen]) -> None:
     """Saves a picture: under each model and word, the cosines of all pairs of sentences."""
-    figure, axes = plt.subplots(1, len(found), figsize=(4.4 * len(found), 4.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(found), figsize=(4.4 * len(found), 5.2), squeeze=False)
     for axis, seen in zip(axes[0], found, strict=True):
         cosines, (_, sense) = seen.similarity.numpy(), senses(seen.word)
         # The least of the pairs is the darkest: models differ in how near all their vectors lie.
@@ -223,9 +223,11 @@ def draw(console: Console, found: list[Seen]) -> None:
         axis.tick_params(length=0)
         within, between, _ = within_and_between(seen.similarity, sense)
         axis.set_title(
-            f'"{seen.word}", {seen.model}\nwithin {within:.2f}, between {between:.2f} (row: 1)',
-            fontsize=11,
+            f'"{seen.word}", {seen.model}\nwithin {within:.2f}, between {between:.2f}', fontsize=11
         )
+    figure.suptitle(
+        "Cosines of a word's vectors in different sentences (its embedding row has 1 in all)"
+    )
     program.save(console, figure, "contextual_embeddings.png")
 
 

@@ -13,7 +13,9 @@ The words between have nouns of their own, which must not be mistaken for the on
 One model of each kind learns both. A recurrence can learn only what its gradient tells it of: the
 norm of dh_T/dh_t over the steps T - t between shows how far that is, in the trained models and in
 plain RNNs whose W_hh shrinks or stretches every state. Clipping leaves that norm as it is; it keeps
-the step of a weight small where the gradient has exploded.
+the step of the weights small where the gradient has exploded. A step that takes such a gradient
+whole throws the weights so far off that all states saturate: hardly a gradient comes back then, and
+the model does no better than a guess.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import collections
 import math
 import re
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 
@@ -43,7 +46,14 @@ MANY = tuple(f"{noun}s" for noun in ONE)
 NOUNS = ONE + MANY
 MARKS = ("<pad>", "<note>", "<recall>", "<verb>", "<other>", "the", "that", "is", "are")
 TASKS = ("recall", "agreement")
-COLORS = {"rnn": "#d1495b", "gru": "#edae49", "lstm": "#00798c", "transformer": "#30638e"}
+GUESSED = (math.log(len(NOUNS)) + math.log(2)) / 2  # the loss of all answers being equally likely
+#: By kind of layers; later ones are drawn smaller, so that those of equal values all show.
+STYLES = {
+    "rnn": {"color": "#d1495b", "marker": "o", "linestyle": "-", "markersize": 11},
+    "gru": {"color": "#edae49", "marker": "s", "linestyle": "--", "markersize": 9},
+    "lstm": {"color": "#00798c", "marker": "^", "linestyle": "-.", "markersize": 7},
+    "transformer": {"color": "#4b2e83", "marker": "D", "linestyle": ":", "markersize": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -183,9 +193,12 @@ def learn(
 
 
 def clipping(questions: Questions, sizes: Sizes, seed: int, console: Console) -> dict[str, Run]:
-    """An RNN that begins with an exploding gradient, trained by plain steps, clipped and not."""
+    """An RNN that begins with an exploding gradient, trained by plain steps, clipped and not.
+
+    Both take the rate at which the clipped one learns well.
+    """
     runs = {}
-    for name, clip in (("clipped", 1.0), ("not clipped", math.inf)):
+    for name, clip in (("clipped", 0.5), ("not clipped", math.inf)):
         model = plain_rnn(2.0, questions, sizes, seed)
         runs[name] = Run(model, torch.optim.SGD(model.parameters()), clip)
     with program.progress(console, "clipping", sizes.steps) as advance:
@@ -195,7 +208,7 @@ def clipping(questions: Questions, sizes: Sizes, seed: int, console: Console) ->
             advance,
             B=sizes.batch,
             steps=sizes.steps,
-            rate=0.5,
+            rate=2.0,
             seed=seed,
         )
     return runs
@@ -225,11 +238,16 @@ def show_reach(console: Console, norms: dict[str, Tensor]) -> None:
 
 def show_clipping(console: Console, runs: dict[str, Run]) -> None:
     for name, run in runs.items():
+        last = statistics.mean(run.losses[-len(run.losses) // 10 :])  # steps differ in their k
+        stretch = torch.linalg.matrix_norm(run.model.body.weight_hh_l0.detach(), 2)
         console.print(
-            f"An RNN that explodes, {name}: largest gradient {max(run.norms):.1e}, loss "
-            f"{run.losses[0]:.2f} -> {run.losses[-1]:.2f}",
+            f"An RNN that explodes, {name}: loss {run.losses[0]:.2f} -> {last:.2f}, at most "
+            f"{max(run.losses):.2f}; norm of the gradient before clipping at most "
+            f"{max(run.norms):.0e}; W_hh stretches a state up to {stretch:.1f} times",
             highlight=False,
+            soft_wrap=True,
         )
+    console.print(f"A guess among the answers has a loss of {GUESSED:.2f}\n", highlight=False)
 
 
 def draw(
@@ -240,31 +258,40 @@ def draw(
     runs: dict[str, Run],
 ) -> None:
     """One picture: accuracy by distance, gradients by distance, training clipped and not."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8))
-    for axis, i in zip(axes[0], range(len(TASKS)), strict=True):
+    figure, axes = plt.subplot_mosaic(
+        [[*TASKS], ["reach", "reach"], ["loss", "norm"]], figsize=(11, 12)
+    )
+    for row, task in enumerate(TASKS):
+        axis = axes[task]
         for kind, share in shares.items():
-            axis.plot(sizes.asked, share[i], "o-", color=COLORS[kind], label=kind)
-        chance = 1 / len(NOUNS) if TASKS[i] == "recall" else 1 / 2
-        axis.axhline(chance, color="gray", linestyle=":", label="chance")
-        axis.axvline(max(sizes.learned), color="gray", linewidth=0.8)
-        axis.set(title=TASKS[i], xlabel="words between", ylabel="right answers", xscale="log")
-    for name, norm in norms.items():
-        plain = name not in COLORS
-        axes[1, 0].plot(
-            range(len(norm)), norm.flip(0), "--" if plain else "-", color=COLORS.get(name),
-            label=name,
-        )  # fmt: skip
-    axes[1, 0].set(
+            axis.plot(sizes.asked, share[row], label=kind, **STYLES[kind])
+        chance = 1 / len(NOUNS) if task == "recall" else 1 / 2
+        axis.axhline(chance, color="gray", linestyle=(0, (1, 3)), label="chance")
+        axis.axvline(max(sizes.learned), color="gray", linewidth=0.8, label="longest k learned")
+        axis.set(title=task, xlabel="k, words between", ylabel="right answers", ylim=(0, 1.05))
+        program.logarithmic(axis, sizes.asked)
+    for i, (name, norm) in enumerate(norms.items()):
+        plain = {"color": f"C{i}", "linestyle": (0, (4, 1, 1, 1)), "linewidth": 1}
+        style = STYLES.get(name, plain)
+        every = (i, max(1, sizes.back // 10))
+        axes["reach"].plot(range(len(norm)), norm.flip(0), label=name, markevery=every, **style)
+    axes["reach"].set(
         title="how far gradients reach", xlabel="T - t, steps back", yscale="log",
         ylabel="norm of dh_T/dh_t, as a share of that at T", ylim=(1e-12, 1e8),
     )  # fmt: skip
     for name, run in runs.items():
-        axes[1, 1].plot(run.losses, label=f"loss, {name}")
-        axes[1, 1].plot(run.norms, linewidth=0.7, label=f"gradient's norm, {name}")
-    axes[1, 1].set(title="an RNN that explodes", xlabel="step", yscale="log")
-    for axis in axes.flat:
+        axes["loss"].plot(run.losses, linewidth=0.8, label=name)
+        axes["norm"].plot(run.norms, linewidth=0.8, label=name)
+    axes["loss"].axhline(GUESSED, color="gray", linestyle=(0, (1, 3)), label="a guess")
+    axes["loss"].set(title="an RNN that explodes", xlabel="step", ylabel="loss, nats", yscale="log")
+    axes["norm"].axhline(runs["clipped"].clip, color="gray", linewidth=0.8, label="clipped to this")
+    axes["norm"].set(
+        title="its gradient before clipping", xlabel="step", ylabel="norm", yscale="log"
+    )
+    for name, axis in axes.items():
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        if name != "recall":  # agreement has the same lines
+            axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     program.save(console, figure, "memory_span.png")
 
 

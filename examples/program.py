@@ -8,7 +8,8 @@ import gc
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 OUTPUT = Path(__file__).parent / "output"
@@ -130,9 +132,16 @@ def resident(name: str) -> float:
     return next((1024.0 * int(x.split()[1]) for x in lines if x.startswith(f"{name}:")), math.nan)
 
 
+def logarithmic(axis: Axes, values: Sequence[int]) -> None:
+    """Makes x logarithmic, with `values` as its ticks, as they are read, and none between."""
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(values, [f"{value:,}" for value in values])
+
+
 def save(console: Console, figure: Figure, name: str) -> None:
     """Saves the picture among the outputs and says where."""
-    figure.tight_layout()
-    figure.savefig(OUTPUT / name, dpi=150)
+    figure.set_layout_engine("constrained")
+    figure.savefig(OUTPUT / name, dpi=150, bbox_inches="tight")
     plt.close(figure)
     console.print(f"Picture: {OUTPUT / name}\n", soft_wrap=True)

@@ -175,7 +175,9 @@ def draw_sweep(console: Console, found: list[Size]) -> None:
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
     for axis in axes:
-        axis.set(xlabel="V, size of the vocabulary", xscale="log")
+        program.logarithmic(axis, rows)
+        axis.tick_params(axis="x", rotation=45)
+        axis.set_xlabel("V, size of the vocabulary")
         axis.grid(alpha=0.3)
     program.save(console, figure, "vocabulary.png")
 

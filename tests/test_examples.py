@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import contextual_embeddings
@@ -17,6 +19,8 @@ import text
 import torch
 import training
 import vocabulary
+from matplotlib import pyplot as plt
+from rich.console import Console
 
 import pykernels.nn
 
@@ -74,6 +78,32 @@ def test_vocabulary_sweep_quick(capsys, output):
     assert (output / "vocabulary.png").stat().st_size > 10_000
 
 
+def test_docstrings_of_a_library(tmp_path, monkeypatch):
+    """Each paragraph once, of files that parse; an escape that is none warns nobody."""
+    files = {
+        "a.py": '"""One.\n\nTwo."""\ndef f():\n    """One."""\n    return "\\d"\n',
+        "b.py": '"""Three."""\nclass\n',
+        "test/c.py": '"""Four."""\n',
+    }
+    for name, source in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    monkeypatch.setattr(vocabulary.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert vocabulary.docstrings.__wrapped__() == ["One.", "Two."]
+
+
+def test_ticks_are_the_values():
+    figure, axis = plt.subplots()
+    axis.plot([1, 256, 1000], [0, 1, 2])
+    program.logarithmic(axis, [1, 256, 1000])
+    figure.canvas.draw()
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "256", "1,000"]
+    assert not axis.get_xticks(minor=True).size
+    plt.close(figure)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells the peak")
 def test_peak_memory_sees_what_was_freed_before():
     for _ in range(2):
@@ -121,9 +151,19 @@ def test_memory_span_quick(capsys, output):
     printed = capsys.readouterr().out
     assert "transformer: step 10/10" in printed
     assert "W_hh times 2.0" in printed
+    assert "before clipping" in printed
     assert (output / "memory_span.png").stat().st_size > 10_000
     assert memory_span.main(["--quick"]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_explodes_unless_clipped():
+    """What the last pictures of memory_span.py show, at a part of its steps."""
+    sizes = replace(memory_span.FULL, batch=16, steps=60)
+    questions = memory_span.Questions(sizes.learned, "cpu")
+    runs = memory_span.clipping(questions, sizes, 0, Console(quiet=True))
+    worst = {name: max(run.losses[20:]) for name, run in runs.items()}
+    assert worst["clipped"] < runs["clipped"].losses[0] < worst["not clipped"]
 
 
 def test_contextual_embeddings_quick(monkeypatch, capsys, output):
