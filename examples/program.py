@@ -31,9 +31,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """The options that all examples have; `doc` begins with what the program does."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="seconds, with tiny models")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn by chance")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser
+
+
+def positive(value: str) -> int:
+    """The type of an option that counts something."""
+    if not value.isdecimal() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a positive whole number")
+    return int(value)
 
 
 def run(
@@ -46,7 +53,11 @@ def run(
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU on this machine")
     torch.backends.cudnn.allow_tf32 = False  # stock layers on a GPU: float32 as ours is
-    OUTPUT.mkdir(parents=True, exist_ok=True)
+    try:
+        OUTPUT.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=OUTPUT).close()
+    except OSError as error:
+        parser.error(f"nothing can be written to {OUTPUT}: {error.strerror}")
     # Plain and wide where there is no terminal, so that a log keeps a table's lines whole.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     try:

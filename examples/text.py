@@ -62,10 +62,19 @@ def train_tokenizer(kind: str, size: int, texts: list[str]) -> Tokenizer:
     # "##" marks WordPiece's pieces that go on a word; nowhere does the text have it.
     parts = [decoders.Replace("##", "")] if kind == "wordpiece" else []
     tokenizer.decoder = decoders.Sequence([*parts, decoders.Fuse()])
-    tokenizer.train_from_iterator(
-        texts,
-        trainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False, **extra),
-    )
+    # Words and characters that are left out are <unk>; the other kinds can spell all of the text.
+    least = len(SPECIAL) + (0 if kind in ("character", "word") else len(set().union(*texts)))
+    if size >= least:
+        tokenizer.train_from_iterator(
+            texts,
+            trainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False, **extra),
+        )
+        least = tokenizer.get_vocab_size()
+    if least > size:
+        raise SystemExit(
+            f"error: a vocabulary of {size} is too small for {kind}, which needs more than "
+            f"{max(size, least - 1)} tokens to spell this text"
+        )
     return tokenizer
 
 

@@ -59,6 +59,40 @@ class Run:
         )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training is kept, and what it is of: the options and sizes that shape it.
+
+    With `resume` it goes on from what is there. Of other settings that would be another model: the
+    program ends as soon as the two have been held together, before any work.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    resume: bool
+
+    def __post_init__(self) -> None:
+        self.state()
+
+    def state(self) -> dict[str, Any] | None:
+        """What to go on from; None to start anew."""
+        if not self.resume or not self.path.exists():
+            return None
+        state = load(self.path)
+        saved, asked = state["about"]["settings"], self.settings
+        differing = [
+            f"{name}: saved {saved.get(name, 'nothing')}, asked {asked.get(name, 'nothing')}"
+            for name in {**saved, **asked}
+            if saved.get(name) != asked.get(name)
+        ]
+        if differing:
+            raise SystemExit(
+                f"error: {self.path} is of other options ({'; '.join(differing)}): "
+                "ask for what was saved, or delete the file to train anew"
+            )
+        return state
+
+
 def train(
     runs: dict[str, Run],
     batch: Callable[[int, torch.Generator], tuple[Tensor, Tensor]],
@@ -68,20 +102,20 @@ def train(
     steps: int,
     rate: float,
     seed: int,
-    checkpoint: Path | None = None,
+    checkpoint: Checkpoint | None = None,
     about: dict[str, Any] | None = None,
 ) -> None:
     """Trains `runs` on the same batches, `batch(B, draw)` each, in turn step by step.
 
-    Where `checkpoint` exists, it goes on from there. There it saves the runs and `about` (plain
-    numbers and strings) at the end, every `SAVE_EVERY` steps and on Ctrl-C.
+    It goes on from what `checkpoint` has. There it saves the runs and, beside the settings, `about`
+    (plain numbers and strings) at the end, every `SAVE_EVERY` steps and on Ctrl-C; what an earlier
+    training has left stays until then.
     """
     draw = torch.Generator().manual_seed(seed)
-    first = 0
-    if checkpoint and checkpoint.exists():
-        first = restore(runs, draw, load(checkpoint))
-        for _ in range(first):
-            advance("read from the checkpoint")
+    start = checkpoint.state() if checkpoint else None
+    first = restore(runs, draw, start) if start else 0
+    for _ in range(first):
+        advance("read from the checkpoint")
     with program.whole_steps() as interrupted:
         for step in range(first, steps):
             inputs, targets = batch(B, draw)
@@ -91,10 +125,13 @@ def train(
             advance("loss " + ", ".join(f"{k} {run.losses[-1]:.4f}" for k, run in runs.items()))
             last = interrupted() or step + 1 == steps
             if checkpoint and (last or not (step + 1) % SAVE_EVERY):
-                save(checkpoint, runs, draw, step + 1, about or {})
+                kept = {"settings": checkpoint.settings, **(about or {})}
+                save(checkpoint.path, runs, draw, step + 1, kept)
             if interrupted():
                 raise KeyboardInterrupt(
-                    f"{step + 1} steps are kept in {checkpoint}: --resume" if checkpoint else ""
+                    f"{step + 1} steps are kept in {checkpoint.path}: --resume"
+                    if checkpoint
+                    else ""
                 )
 
 
@@ -122,12 +159,16 @@ def save(
 
 def load(path: Path) -> dict[str, Any]:
     """A checkpoint: tensors, numbers and strings, since a file must not be able to run code."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def settings(path: Path) -> dict[str, Any] | None:
-    """What the checkpoint at `path` was trained with; None where there is none."""
-    return load(path)["about"]["settings"] if path.exists() else None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and {"about", "step", "draw", "runs"} <= state.keys():
+            return state
+    except Exception:  # of any type, on bytes that mean nothing
+        pass
+    raise SystemExit(
+        f"error: {path} cannot be read: it is damaged or no checkpoint of these programs; "
+        "delete it and train anew"
+    )
 
 
 def restore(runs: dict[str, Run], draw: torch.Generator, state: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import hashlib
 import itertools
 import re
 import statistics
@@ -16,6 +17,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import models
 import program
@@ -27,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
-from training import Run
+from training import Checkpoint, Run
 
 SIZES = (500, 1000, 2000, 4000, 8000, 16_000, 30_000)
 LOWER = 3.0  # how far below its first piece a new token's score begins, in nats
@@ -71,29 +73,38 @@ class Size:
 def sweep(options: argparse.Namespace, console: Console) -> None:
     """Trains one RNN for each size of the vocabulary; prints and draws what that changes."""
     sizes, width, B, steps = ((500, 2000), 16, 4, 10) if options.quick else (SIZES, 128, 16, 100)
-    more = [] if options.quick else docstrings()
+    checkpoints = {size: checkpoint(size, steps, options) for size in sizes}
+    more = []
+    if not options.quick:
+        console.print("Reading the docstrings of the standard library")
+        more = docstrings()
     texts = [*text.paragraphs()[0], *more]
     found = []
     for size in sizes:
+        console.print(f"V = {size:,}: training a tokenizer ({options.tokenizer})")
         tokenizer = text.train_tokenizer(options.tokenizer, size, texts)
         rows = tokenizer.get_vocab_size()
         if found and rows == found[-1].rows:
             console.print(f"{options.tokenizer} finds no more than {rows:,} tokens in this text")
             break
         corpus = text.Corpus(tokenizer, 128, options.device, more)
+        console.print(f"V = {rows:,}: timing steps of stock layers and of ours")
         for _ in range(1 if found else 2):  # the first of all also loads what is loaded once
             costs = [step_cost(layers, rows, width, B, corpus, options) for layers in models.LAYERS]
         torch.manual_seed(options.seed)
         model = models.LanguageModel("ours", "rnn", rows, width).to(options.device)
-        settings = {"size": size, "tokenizer": options.tokenizer, "seed": options.seed}
-        name = f"V = {rows:,}"
-        path = program.OUTPUT / f"vocabulary-{size}{'-quick' * options.quick}.pt"
-        learn(name, model, corpus, B, steps, path, settings, options, console)
+        learn(f"V = {rows:,}", model, corpus, B, steps, checkpoints[size], options, console)
         _, bits = training.judge(model, corpus, B)
         seconds, megabytes = zip(*costs, strict=True)
         found.append(Size(rows, corpus.tokens_a_word, corpus.unknown, bits, seconds, megabytes))
     show_sweep(console, found, options.tokenizer)
     draw_sweep(console, found)
+
+
+def checkpoint(size: int, steps: int, options: argparse.Namespace) -> Checkpoint:
+    path = program.OUTPUT / f"vocabulary-{size}{'-quick' * options.quick}.pt"
+    settings = {"size": size, "tokenizer": options.tokenizer, "steps": steps, "seed": options.seed}
+    return Checkpoint(path, settings, options.resume)
 
 
 def learn(
@@ -102,15 +113,11 @@ def learn(
     corpus: text.Corpus,
     B: int,
     steps: int,
-    path: Path,
-    settings: dict[str, int | str],
+    checkpoint: Checkpoint,
     options: argparse.Namespace,
     console: Console,
 ) -> None:
-    """Trains one model with a progress bar, or goes on from its checkpoint at `path`."""
-    settings = {**settings, "steps": steps}
-    if not options.resume or training.settings(path) != settings:
-        path.unlink(missing_ok=True)
+    """Trains one model with a progress bar, or goes on from its checkpoint."""
     with program.progress(console, name, steps) as advance:
         training.train(
             {"ours": Run.of(model)},
@@ -120,8 +127,7 @@ def learn(
             steps=steps,
             rate=4e-3,
             seed=options.seed,
-            checkpoint=path,
-            about={"settings": settings},
+            checkpoint=checkpoint,
         )
 
 
@@ -235,15 +241,30 @@ def old_logits(model: models.LanguageModel, corpus: text.Corpus, old: int) -> Te
     return model.logits(corpus.held_out(8)[0][0])[..., :old]
 
 
+def digest(model: models.LanguageModel, tokenizer: Tokenizer) -> str:
+    """A name for these weights and tokens that no others have."""
+    weights = [p.detach().cpu().numpy().tobytes() for p in model.parameters()]
+    return hashlib.sha256(b"".join([tokenizer.to_str().encode(), *weights])).hexdigest()[:12]
+
+
 def extend(
-    kind: str,
     model: models.LanguageModel,
     tokenizer: Tokenizer,
+    base: dict[str, Any],
     options: argparse.Namespace,
     console: Console,
 ) -> Tokenizer:
-    """Gives a trained model `options.extend` words as tokens and trains their rows alone."""
+    """Gives a trained model `options.extend` words as tokens and trains their rows alone.
+
+    `base` are the settings that the model was trained with.
+    """
+    kind = base["kind"]
     B, length, steps = (4, 32, 10) if options.quick else (16, 64, 100)
+    # New rows fit the model that they were trained on and no other.
+    settings = {f"base {name}": value for name, value in base.items()}
+    settings |= {"base": digest(model, tokenizer), "words": options.extend, "steps": steps}
+    path = program.OUTPUT / f"vocabulary-{kind}-extended{'-quick' * options.quick}.pt"
+    kept = Checkpoint(path, {**settings, "seed": options.seed}, options.resume)
     before, old = text.Corpus(tokenizer, length, options.device), tokenizer.get_vocab_size()
     grown, first = add_words(tokenizer, text.paragraphs()[0], options.extend)
     after = text.Corpus(grown, length, options.device)
@@ -252,9 +273,7 @@ def extend(
     grow(model, first)
     rows.append((f"{len(first)} words added", after, *training.judge(model, after, B)))
     train_new_rows_alone(model, old)
-    path = program.OUTPUT / f"vocabulary-{kind}-extended{'-quick' * options.quick}.pt"
-    settings = {"kind": kind, "words": len(first), "seed": options.seed}
-    learn(f"{kind}, new rows", model, after, B, steps, path, settings, options, console)
+    learn(f"{kind}, new rows", model, after, B, steps, kept, options, console)
     rows.append(("their rows trained", after, *training.judge(model, after, B)))
     table = Table(title=f"{kind}: words added to its vocabulary of {old:,}")
     for column in ("", "tokens/word", "perplexity", "bits/character"):

@@ -75,6 +75,8 @@ def test_vocabulary_sweep_quick(capsys, output):
         1,
         1,
     ]
+    for said in ("V = 500: training a tokenizer", "V = 500: timing steps"):
+        assert said in printed, "no long work goes unsaid"
     assert (output / "vocabulary.png").stat().st_size > 10_000
 
 
@@ -227,8 +229,13 @@ def test_resumed_as_if_uninterrupted(monkeypatch, capsys, output):
         assert one["seen"][0] == other["seen"][0], "the losses"
         for name, value in one["model"].items():
             assert torch.equal(value, other["model"][name]), name
-    with pytest.raises(SystemExit, match="is of other options"):
-        language_model.main([*arguments, "--resume", "--seed", "1"])
+    for option, saved, asked in (
+        ("seed", 0, 1), ("tokenizer", "bpe", "word"), ("vocabulary", 2000, 500),
+    ):  # fmt: skip
+        words = rf"is of other options \({option}: saved {saved}, asked {asked}\)"
+        with pytest.raises(SystemExit, match=words):
+            language_model.main([*arguments, "--resume", f"--{option}", str(asked)])
+    assert training.load(path)["step"] == 20, "it is as it was"
     capsys.readouterr()
     assert language_model.main([*arguments, "--prompt", "The object"]) == 0
     assert capsys.readouterr().out.startswith("lstm writes: The object")
@@ -236,6 +243,114 @@ def test_resumed_as_if_uninterrupted(monkeypatch, capsys, output):
     printed = capsys.readouterr().out
     assert "20 words added" in printed
     assert float(re.search(r"old tokens moved by (\S+)", printed)[1]) < 1e-5
+    resumed["runs"]["ours"]["model"]["head.bias"] += 1
+    torch.save(resumed, path)
+    with pytest.raises(SystemExit, match=r"extended-quick.pt is of other options \(base: saved"):
+        language_model.main([*arguments, "--extend", "20", "--resume"])
+
+
+#: By program: the checkpoint that it reads first, and what makes it do so.
+FIRST = {
+    contextual_embeddings: ("contextual_embeddings-rnn", []),
+    language_model: ("language_model-rnn", []),
+    memory_span: ("memory_span-rnn", []),
+    vocabulary: ("vocabulary-500", ["--sweep"]),
+}
+
+
+def begin(program_, *arguments):
+    main = getattr(program_, "main", language_model.main)
+    return main(["--quick", *FIRST[program_][1], *arguments])
+
+
+@pytest.mark.parametrize("program_", FIRST)
+def test_checkpoint_of_other_options_is_kept(program_, output):
+    """--resume ends in one line that names them, and touches nothing."""
+    path = output / f"{FIRST[program_][0]}-quick.pt"
+    draw = torch.Generator()
+    training.save(path, {}, draw, 20, {"settings": {"seed": 0, "gone": 1}})
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        begin(program_, "--resume", "--seed", "3")
+    assert "seed: saved 0, asked 3" in ended.value.code
+    assert "gone: saved 1, asked nothing" in ended.value.code
+    assert "\n" not in ended.value.code
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("program_", FIRST)
+def test_checkpoint_stays_until_it_is_replaced(program_, monkeypatch, output):
+    """Without --resume it is not read, and it is there when training ends before its first save."""
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    path = output / f"{FIRST[program_][0]}-quick.pt"
+    path.write_bytes(b"of before")
+    monkeypatch.setattr(training.Run, "step", interrupted)
+    monkeypatch.setattr(vocabulary, "step_cost", lambda *_: (1.0, 1.0))
+    assert begin(program_) == 130
+    assert path.read_bytes() == b"of before"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_damaged_checkpoint_is_said_in_one_line(damage, output):
+    path = output / "language_model-rnn-quick.pt"
+    training.save(path, {}, torch.Generator(), 20, {"settings": {}})
+    if damage == "other":
+        torch.save([1], path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"text"}[damage])
+    for arguments in (["--resume"], ["--prompt", "The", "--models", "rnn"]):
+        with pytest.raises(SystemExit, match=r"cannot be read: .* train anew$") as ended:
+            language_model.main(["--quick", *arguments])
+        assert "\n" not in ended.value.code
+
+
+def test_models_that_are_saved_are_named(output):
+    """Where those asked for are not there; a missing one is said before another one writes."""
+    with pytest.raises(SystemExit, match="is not there: train first"):
+        language_model.main(["--quick", "--prompt", "The"])
+    (output / "language_model-gru.pt").touch()
+    (output / "language_model-rnn-quick.pt").touch()
+    with pytest.raises(SystemExit, match=r"saved \(--models gru, --models rnn --quick\), or"):
+        language_model.main(["--quick", "--prompt", "The"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--vocabulary", "-5"], "--vocabulary: '-5' is not a positive whole number"),
+        (["--vocabulary", "many"], "'many' is not a positive whole number"),
+        (["--extend", "0"], "--extend: '0' is not a positive whole number"),
+        (["--extend", "-3"], "--extend: '-3' is not a positive whole number"),
+        (["--sweep", "--prompt", "x"], "not allowed with argument --sweep"),
+        (["--extend", "3", "--prompt", "x"], "not allowed with argument --extend"),
+    ],
+)
+def test_refusals(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        language_model.main(["--quick", *arguments])
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_output_that_cannot_be_written_is_said_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(program, "OUTPUT", tmp_path / "file" / "output")
+    with pytest.raises(SystemExit):
+        memory_span.main(["--quick"])
+    assert "nothing can be written to" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "wordpiece"])
+def test_vocabulary_is_at_most_what_was_asked_for(kind):
+    """Or it is an error: these kinds spell every word, and need all characters for it."""
+    learned, _ = text.paragraphs()
+    for size in (3, len(set("".join(learned))) + 3):
+        words = f"a vocabulary of {size} is too small for {kind}"
+        with pytest.raises(SystemExit, match=words):
+            text.train_tokenizer(kind, size, learned)
 
 
 @pytest.mark.parametrize("kind", models.KINDS)
