@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -859,6 +860,28 @@ def test_scale_that_float32_flushes_to_zero(backend, scale):
     q, k, v = (torch.randn(1, 2, 5, 8, device=device(backend)) for _ in range(3))
     out = functional.attention(q, k, v, scale=scale, backend=backend)
     torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+
+
+def test_numbers_of_numpy():
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    want = functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+    got = functional.scaled_dot_product_attention(
+        q, k, v, dropout_p=np.float32(0), scale=np.float32(0.5)
+    )
+    assert torch.equal(got, want)
+    window = (np.int64(2), None)
+    want = functional.attention(q, k, v, window=(2, None))
+    assert torch.equal(functional.attention(q, k, v, window=window), want)
+
+
+def test_slopes_that_need_a_gradient():
+    """Refused, but where none is asked for."""
+    q, slopes = torch.randn(1, 2, 3, 4), torch.rand(2, requires_grad=True)
+    want = functional.attention(q, q, q, alibi_slopes=slopes.detach())
+    with torch.no_grad():
+        assert torch.equal(functional.attention(q, q, q, alibi_slopes=slopes), want)
+    with pytest.raises(ValueError, match="alibi_slopes"):
+        functional.attention(q, q, q, alibi_slopes=slopes)
 
 
 def test_lazy_minus():

@@ -686,6 +686,19 @@ torch.save(program.module()(torch.load(sys.argv[1] + "/x")), sys.argv[1] + "/fou
 """
 
 
+def test_export_of_a_window_by_the_length():
+    class Local(torch.nn.Module):
+        def forward(self, q):
+            return functional.attention(q, q, q, window=(q.shape[2] // 2, None))
+
+    length = {"q": {2: torch.export.Dim("S", min=2, max=64)}}
+    program = torch.export.export(
+        Local(), (torch.randn(1, 2, 8, 4),), dynamic_shapes=length, strict=False
+    )
+    q = torch.randn(1, 2, 9, 4)
+    torch.testing.assert_close(program.module()(q), Local()(q))
+
+
 def test_export_runs_in_a_fresh_process(tmp_path):
     """Which knows nothing of the model, and has pykernels for its operators alone."""
     model, x = Model().eval(), torch.randn(5, 3, 4)
