@@ -39,8 +39,8 @@ PK_INLINE Range split(int64_t n, int64_t block, int64_t parts, int64_t index) {
 // Meets in about 0.1 us when every thread has a core. It spins: recurrences wait here once a step.
 class Barrier {
  public:
-  // More than threads on an idle machine are apart, less than the time slice of a thread without a
-  // core.
+  // Longer than the threads of an idle machine are apart, shorter than the time for which a thread
+  // waits until it gets a core that another has.
   static constexpr std::chrono::nanoseconds kLong = std::chrono::microseconds(200);
 
   // Returns once all threads are here. If at meetings time and again some thread waits for longer

@@ -17,8 +17,8 @@ namespace pykernels {
 // Multiply-adds in a step from which two threads beat one: half of them take as long as a meeting.
 constexpr int64_t kShareableStep = 8192;
 
-// Multiply-adds a nanosecond below which a core counts as missing: a tenth of what one with AVX2
-// does.
+// Multiply-adds a nanosecond that a thread with more to do than others must make, or count as one
+// without a core: a tenth of what a core with AVX2 makes.
 constexpr int64_t kSlowestPace = 5;
 
 // Rows of a step whose products are computed before the cell runs on them.
@@ -61,7 +61,7 @@ class StepShare {
       : team_(team), walk_(walk),
         small_(team.size == 1 || walk.B * depth * columns < kShareableStep),
         by_rows_(!small_ && !walk.offsets && walk.B >= team.size * (kTileRows / 2)),
-        // Shares are a block apart.
+        // Shares differ by a block at the most.
         patience_(Barrier::kLong + std::chrono::nanoseconds(walk.B * depth * block / kSlowestPace)),
         alone_(small_ || (!by_rows_ && team.barrier->crowded())) {}
 

@@ -43,8 +43,7 @@ class Backward {
         single_(p.whole && blocks_ <= 1),
         in_place_(std::is_same_v<S, T> && width_ == n_.D && !p.packing.queries),
         dq_row_(in_place_ ? p.dq.row : width_), head_rows_(longest_queries(n_, p.packing)),
-        batch_rows_((in_place_ ? n_.N : heads_ * group_) * head_rows_),
-        set_rows_((batches_ - 1) * batch_rows_ + heads_ * group_ * head_rows_),
+        batch_rows_(heads_ * group_ * head_rows_), set_rows_(batches_ * batch_rows_),
         per_thread_(
             Arena<T>::padded(kBackwardKeys * n_.D) + Arena<T>::padded(kBackwardKeys * n_.D_v) +
             Arena<T>::padded(kBackwardKeys * width_) * 2 +

@@ -24,11 +24,11 @@ class PackedWeights:
     size of the weights, in float32 for half precision.
 
     Weights that have changed are packed anew. A change is known by the version that torch counts
-    up as it writes to a tensor, by the memory that it has, and by the step of any optimizer, as
-    fused ones count no version. Other writes that count none are not seen, those through ``.data``,
-    NumPy or a pointer, and what torch.distributed receives: call `clear` after one. The layers do
-    so whenever `train` or `eval` is called. Weights in memory that processes share are never kept.
-    Copying or pickling it gives an empty one.
+    up as it writes to a tensor, by the memory that it has, and by the step of any
+    `torch.optim.Optimizer`, as fused ones count no version. Other writes that count none are not
+    seen, those through ``.data``, NumPy or a pointer, and what torch.distributed receives: call
+    `clear` after one. The layers do so whenever `train` or `eval` is called. Weights in memory that
+    processes share are never kept. Copying or pickling it gives an empty one.
     """
 
     def __init__(self) -> None:

@@ -270,8 +270,10 @@ def attention(
     Returns:
         ``out`` [B, N, S_q, D_v] in q's dtype, or ``(out, lse)`` with ``lse`` [B, N, S_q] in float32
         (float64 for float64), rounded at the size of a score: weights made from it are no better.
-        A query that sees no key gets out = 0, lse = -inf (or its sink) and no gradient. The axes of
-        out lie in memory in the order of q's, but in compiled programs, where out is contiguous.
+        A query that sees no key gets out = 0, lse = -inf (or its sink) and no gradient. From the
+        kernels the axes of out lie in memory in the order of q's, if q's last one is contiguous;
+        where compilers and transforms look on, from the reference and of a D_v that is not D on a
+        GPU, out is contiguous.
 
     Raises:
         TypeError: something is no tensor, dtypes differ or are not floating, scale is no number,
@@ -369,8 +371,8 @@ def scaled_dot_product_attention(
         enable_gqa: let the heads of query be a multiple of those of key and value.
 
     Returns:
-        [..., N, S_q, D_v] in the dtype of query, and as it lies in memory (see `attention`); zeros
-        for a query that sees no key.
+        [..., N, S_q, D_v] in the dtype of query; zeros for a query that sees no key. It lies in
+        memory as that of `attention` does.
 
     Raises:
         TypeError, ValueError: as `attention`; also for a `dropout_p` outside [0, 1].
