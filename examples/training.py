@@ -83,7 +83,7 @@ class Checkpoint:
         differing = [
             f"{name}: saved {saved.get(name, 'nothing')}, asked {asked.get(name, 'nothing')}"
             for name in {**saved, **asked}
-            if saved.get(name) != asked.get(name)
+            if name not in saved or name not in asked or saved[name] != asked[name]
         ]
         if differing:
             raise SystemExit(
@@ -161,7 +161,8 @@ def load(path: Path) -> dict[str, Any]:
     """A checkpoint: tensors, numbers and strings, since a file must not be able to run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and {"about", "step", "draw", "runs"} <= state.keys():
+        whole = {"about", "step", "draw", "runs"} <= state.keys()
+        if whole and isinstance(state["about"]["settings"], dict):
             return state
     except Exception:  # of any type, on bytes that mean nothing
         pass

@@ -81,8 +81,12 @@ def sweep(options: argparse.Namespace, console: Console) -> None:
     texts = [*text.paragraphs()[0], *more]
     found = []
     for size in sizes:
-        console.print(f"V = {size:,}: training a tokenizer ({options.tokenizer})")
-        tokenizer = text.train_tokenizer(options.tokenizer, size, texts)
+        start = checkpoints[size].state()
+        if start:  # its own, as no seed fixes those of some kinds
+            tokenizer = Tokenizer.from_str(start["about"]["tokenizer"])
+        else:
+            console.print(f"V = {size:,}: training a tokenizer ({options.tokenizer})")
+            tokenizer = text.train_tokenizer(options.tokenizer, size, texts)
         rows = tokenizer.get_vocab_size()
         if found and rows == found[-1].rows:
             console.print(f"{options.tokenizer} finds no more than {rows:,} tokens in this text")
@@ -128,6 +132,7 @@ def learn(
             rate=4e-3,
             seed=options.seed,
             checkpoint=checkpoint,
+            about={"tokenizer": corpus.tokenizer.to_str()},
         )
 
 

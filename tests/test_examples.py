@@ -69,6 +69,19 @@ def test_language_model_quick():
         assert column in printed
 
 
+def test_a_sweep_resumed_has_its_own_tokens(monkeypatch, capsys, output):
+    """Those of these kinds differ from one training to the next."""
+    sweep = ["--quick", "--sweep", "--tokenizer", "unigram"]
+    monkeypatch.setattr(vocabulary, "step_cost", lambda *_: (1.0, 1.0))
+    assert language_model.main(sweep) == 0
+    monkeypatch.setattr(text, "train_tokenizer", None)
+    tables = [capsys.readouterr().out]
+    assert language_model.main([*sweep, "--resume"]) == 0
+    tables.append(capsys.readouterr().out)
+    first, second = (out[out.index("bits") :] for out in tables)
+    assert first == second
+
+
 def test_vocabulary_sweep_quick(capsys, output):
     assert language_model.main(["--quick", "--sweep"]) == 0
     printed = capsys.readouterr().out
