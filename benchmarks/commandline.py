@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 from collections.abc import Callable, Collection
 from functools import partial
@@ -33,7 +34,7 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, key: Collection[str]) -> None:
-    """`key`: the columns that rows already in the file must have."""
+    """`key`: the columns that tell the rows of this benchmark apart."""
     parser.add_argument(
         "--output",
         type=partial(result_file, key=key),
@@ -46,8 +47,8 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError("must be positive")
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError("must be positive and finite")
         return value
 
     parse.__name__ = kind.__name__  # which argparse says of what is no number
@@ -59,18 +60,19 @@ def result_file(text: str, key: Collection[str]) -> Path:
     not after all has been measured.
     """
     path = Path(text)
-    if path.is_file() and not path.stat().st_size:
-        return path
     if path.exists():
-        return kept_file(text, key)
+        if path.is_file() and not os.access(path, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text} cannot be written to")
+        is_empty = path.is_file() and not path.stat().st_size
+        return path if is_empty else kept_file(text, key)
     folder = next(each for each in path.absolute().parents if each.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{folder} is not a folder that can be written to")
     return path
 
 
-def kept_file(text: str, columns: Collection[str]) -> Path:
-    """The type of an option that names a file with rows of such columns."""
+def kept_file(text: str, key: Collection[str]) -> Path:
+    """The type of an option that names a file with rows that such columns tell apart."""
     path = Path(text)
     try:
         rows = records.read(path)
@@ -78,6 +80,6 @@ def kept_file(text: str, columns: Collection[str]) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error):
         rows = []
-    if not rows or not rows[0].keys() >= {*columns}:
+    if not rows or rows[0].keys() & records.IDENTITY != {*key}:
         raise argparse.ArgumentTypeError(f"{text} holds no rows of this benchmark")
     return path

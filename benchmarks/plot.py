@@ -17,9 +17,11 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import records
+import run
 import scaling
 import torch
 from commandline import kept_file, make_parser
+from errors import KEY as ERRORS_KEY
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -34,12 +36,12 @@ DTYPE_COLOURS = {
     "bfloat16": "#d97706",
     "float16": "#00a6a6",
 }
-#: The program whose file a picture is drawn from, and a column that no other's has.
+#: The program whose file a picture is drawn from, and what tells the rows of that apart.
 SOURCES = {
-    "speed": ("run.py", "times_best_peer"),
-    "gpu": ("run.py --device cuda", "times_best_peer"),
-    "errors": ("errors.py", "torch_error"),
-    "scaling": ("scaling.py", "model_ms"),
+    "speed": ("run.py", run.KEY),
+    "gpu": ("run.py --device cuda", run.KEY),
+    "errors": ("errors.py", ERRORS_KEY),
+    "scaling": ("scaling.py", scaling.KEY),
 }
 #: What a share is of, in short and in full.
 FLOORS = {"cpu": ("floor", "FMA floor"), "cuda": ("rate", "measured matrix rate")}
@@ -58,16 +60,20 @@ STYLE = {
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    for kind, (program, column) in SOURCES.items():
+    for kind, (program, key) in SOURCES.items():
         parser.add_argument(
             f"--{kind}",
-            type=partial(kept_file, columns=[column]),
+            type=partial(kept_file, key=key),
             help=f"CSV file of {program} (default: the newest kept)",
         )
     parser.add_argument(
         "--output", type=Path, default=records.KEPT, help="folder (default: benchmarks/results)"
     )
     options = parser.parse_args(arguments)
+    for kind, device in (("speed", "cpu"), ("gpu", "cuda")):
+        path = getattr(options, kind)
+        if path and records.read(path)[0]["device"] != device:
+            parser.error(f"--{kind}: {path} has no rows of a {device} device")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,6 +20,11 @@ KEPT = HERE / "results"
 SCRATCH = HERE / "output"  # ignored by git: quick runs, which prove nothing
 
 Row = dict[str, str]
+#: What tells rows apart, in the files of all benchmarks together; those of each have their own.
+IDENTITY = {
+    *("op", "shape", "pass", "dtype", "device", "threads", "implementation", "backend"),
+    *("spec", "tensor", "part", "curve", "value"),
+}
 
 
 def provenance(device: str = "cpu") -> Row:

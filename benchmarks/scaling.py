@@ -38,7 +38,7 @@ from pykernels.testing import evaluate
 from pykernels.testing.specs import AttentionSpec, RNNSpec
 from pykernels.testing.tolerance import Measured, measure
 
-KEY = ("curve", "value", "pass", "device", "threads", "implementation")
+KEY = ("curve", "value", "pass", "dtype", "device", "threads", "implementation")
 LAYERS = {"ours": pykernels.nn, "torch": torch.nn}
 DTYPE = "float32"
 #: Sizes of the models of curve "-V", and of the others where they stand still.

@@ -1,5 +1,6 @@
 """The benchmark's own rules: fair turns, no time for a wrong kernel, no figure typed by hand."""
 
+import argparse
 import contextlib
 import csv
 import functools
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 
+import commandline
 import decoding
 import environment
 import errors
@@ -279,6 +281,7 @@ def test_what_was_measured_is_kept_when_a_run_is_cut_off(cut, tmp_path, capsys, 
         (["--shapes", "nothing"], "matches none of rnn-50x1x300x512"),
         (["--threads", "0"], "--threads: must be positive"),
         (["--seconds", "-1"], "--seconds: must be positive"),
+        (["--seconds", "inf"], "--seconds: must be positive and finite"),
         (["--output", "/dev/null/speed.csv"], "--output: /dev/null is not a folder"),
         (["--output", str(records.HERE)], "--output: " + str(records.HERE)),
         (["--output", str(readme.README)], "README.md holds no rows of this benchmark"),
@@ -291,6 +294,28 @@ def test_refusals(arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         run.main(arguments)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", sorted(records.KEPT.glob("*.csv")), ids=lambda path: path.stem)
+def test_no_benchmark_writes_into_the_file_of_another(kept):
+    """Its rows would be told apart by fewer columns, and most be lost."""
+    programs = {
+        "speed": run,
+        "gpu": run,
+        "errors": errors,
+        "scaling": scaling,
+        "recurrent": recurrent,
+        "product": product,
+        "overhead": overhead,
+        "decoding": decoding,
+    }
+    own = programs[kept.stem.rpartition("-")[2]]
+    for program in {*programs.values()}:
+        if program is own:
+            assert commandline.result_file(str(kept), program.KEY) == kept
+        else:
+            with pytest.raises(argparse.ArgumentTypeError, match="holds no rows"):
+                commandline.result_file(str(kept), program.KEY)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +339,8 @@ def test_help_is_said_and_nothing_is_run(program, capsys):
     [
         (["--speed", "none.csv"], "--speed: none.csv: No such file"),
         (["--errors", str(records.newest("speed"))], "holds no rows of this benchmark"),
+        (["--speed", str(records.newest("gpu"))], "has no rows of a cpu device"),
+        (["--gpu", str(records.newest("speed"))], "has no rows of a cuda device"),
         (["--output", str(readme.README)], "--output"),
     ],
 )
@@ -758,7 +785,7 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
         **{"op": "rnn", "shape": "rnn-8x4x2x1", "dtype": "bfloat16", "pass": "forward"},
         **{"device": "cuda", "gpu": "Some GPU", "torch": "2.0", "commit": "abc", "threads": "1"},
         **{"date": "2026-01-01T00:00:00Z", "gflop_per_s": "1500", "best_peer": "torch flash"},
-        **{"fma_share": "0.5", "copy_share": "0.25"},
+        **{"fma_share": "0.5", "copy_share": "0.25", "backend": "triton"},
     }
     times = {"ours": "2", "torch": "5", "torch flash": "3"}
     rows = [
@@ -773,11 +800,11 @@ def test_figures_of_a_gpu_are_shown(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(records, "of_gpus", functools.partial(records.of_gpus, tmp_path))
     assert readme.gpu() == readme.NO_GPU_RESULTS
-    records.merge(path, rows, run.KEY[:-1])
+    records.merge(path, rows, run.KEY)
     older = [{**row, "date": "2025-01-01T00:00:00Z"} for row in rows]
-    records.merge(tmp_path / "older-gpu.csv", older, run.KEY[:-1])
+    records.merge(tmp_path / "older-gpu.csv", older, run.KEY)
     others = [{**row, "gpu": "Another"} for row in older]
-    records.merge(tmp_path / "other-gpu.csv", others, run.KEY[:-1])
+    records.merge(tmp_path / "other-gpu.csv", others, run.KEY)
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(records, "KEPT", tmp_path)  # without a picture
     assert records.of_gpus() == [path, tmp_path / "other-gpu.csv"]
