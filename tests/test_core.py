@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from pykernels import _backends, functional
+from pykernels.testing import evaluate
+from pykernels.testing.specs import find
 
 HEADER = Path(__file__).parents[1] / "csrc" / "core" / "vec_math.h"
 EXHAUSTIVE = os.environ.get("PYKERNELS_EXHAUSTIVE") == "1"
@@ -381,6 +383,13 @@ def test_gemm_is_near_the_arithmetic_rate():
 def test_rates_are_rates(extension):
     assert extension.fma_rate("float64", 1, 0.01) > 1e8
     assert extension.copy_rate(1, 1 << 20, 0.01) > 1e8
+
+
+@pytest.mark.parametrize("seed", [1, 5, 8])
+@pytest.mark.parametrize("op", ["rnn", "gru", "lstm"])
+def test_long_sums(op, seed):
+    """Of 600 products that cancel: in one chain they break the rule at some of these seeds."""
+    evaluate.check(find(f"{op}-i600"), torch.float32, "cpp", seed=seed)
 
 
 # --- threads -------------------------------------------------------------------------------------

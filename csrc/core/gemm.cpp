@@ -1,42 +1,52 @@
 // The register tile: the only loop in which multiply-adds run.
 #include "gemm.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace pykernels {
 namespace {
+
+// Terms that are added in one chain. The error of a chain grows with its length: that of two half
+// as long, added up, is less.
+constexpr int64_t kTileChain = 160;
 
 template <class T, int ROWS, int PANELS>
 void run(int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_panel,
          int64_t b_step, bool accumulate, T* c, int64_t c_row, int64_t tiles, int64_t a_tile) {
   constexpr int columns = PANELS * kPanelVecs;
   for (int64_t tile = 0; tile < tiles; ++tile, a += a_tile, c += ROWS * c_row) {
-    vec<T> sum[ROWS][columns];
-#pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 32
-      for (int j = 0; j < columns; ++j) sum[i][j] = vec<T>{};
     const T* left_at = a;
     const T* right_at = b;
-    for (int64_t k = 0; k < depth; ++k, left_at += a_step, right_at += b_step) {
-      vec<T> right[columns];
+    int64_t k = 0;
+    do {
+      vec<T> sum[ROWS][columns];
 #pragma GCC unroll 32
-      for (int j = 0; j < columns; ++j)
-        right[j] = load(right_at + j / kPanelVecs * b_panel + j % kPanelVecs * lanes<T>);
+      for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 32
-      for (int i = 0; i < ROWS; ++i) {
-        const vec<T> left = broadcast(left_at[i * a_row]);
+        for (int j = 0; j < columns; ++j) sum[i][j] = vec<T>{};
+      const bool add = accumulate || k > 0;
+      for (const int64_t end = std::min(depth, k + kTileChain); k < end;
+           ++k, left_at += a_step, right_at += b_step) {
+        vec<T> right[columns];
 #pragma GCC unroll 32
-        for (int j = 0; j < columns; ++j) sum[i][j] += left * right[j];
+        for (int j = 0; j < columns; ++j)
+          right[j] = load(right_at + j / kPanelVecs * b_panel + j % kPanelVecs * lanes<T>);
+#pragma GCC unroll 32
+        for (int i = 0; i < ROWS; ++i) {
+          const vec<T> left = broadcast(left_at[i * a_row]);
+#pragma GCC unroll 32
+          for (int j = 0; j < columns; ++j) sum[i][j] += left * right[j];
+        }
       }
-    }
 #pragma GCC unroll 32
-    for (int i = 0; i < ROWS; ++i)
+      for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 32
-      for (int j = 0; j < columns; ++j) {
-        T* const to = c + i * c_row + j * lanes<T>;
-        store(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
-      }
+        for (int j = 0; j < columns; ++j) {
+          T* const to = c + i * c_row + j * lanes<T>;
+          store(to, add ? load(to) + sum[i][j] : sum[i][j]);
+        }
+    } while (k < depth);
   }
 }
 

@@ -30,7 +30,7 @@ constexpr int kLeastRows = kVecRegisters == 32 ? 9 : 4;
 // Depth of one blocked step: a sum of 300 terms, common among embeddings, is one. With AVX2 the
 // panel of B and the tile of A, which meet in the first-level cache, take 28 KB of its 32; with
 // AVX-512, where the panel alone has 40 KB and streams from the second level, shallower steps were
-// no faster. A sum within it is one chain: shorter where each of its terms rounds twice.
+// no faster. Shorter where each term rounds twice: then a sum within it is one chain.
 template <class T>
 constexpr int64_t kDepth = (kFused ? 1280 : 512) / sizeof(T);
 
@@ -318,16 +318,15 @@ class Gemm {
       const int64_t valid = std::min(tile_row, columns - first);
       T* const to = c + row * c_row + first;
       const bool whole = valid == tile_row;
+      for (int64_t r = 0; r < count && accumulate && !whole; ++r)
+        for (int64_t x = 0; x < tile_row; x += lanes<T>)
+          store(edge + r * tile_row + x,
+                x < valid ? load_n(to + r * c_row + x, valid - x) : vec<T>{});
       multiply_tile(count, wide, depth, a + row * depth, 1, count, b + first * depth, depth * width,
-                    width, whole && accumulate, whole ? to : edge, whole ? c_row : tile_row);
-      if (whole) return;
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t x = 0; x < valid; x += lanes<T>) {
-          vec<T> value = load(edge + r * tile_row + x);
-          if (accumulate) value += load_n(to + r * c_row + x, valid - x);
-          store_n(to + r * c_row + x, value, valid - x);
-        }
-      }
+                    width, accumulate, whole ? to : edge, whole ? c_row : tile_row);
+      for (int64_t r = 0; r < count && !whole; ++r)
+        for (int64_t x = 0; x < valid; x += lanes<T>)
+          store_n(to + r * c_row + x, load(edge + r * tile_row + x), valid - x);
     });
   }
 
