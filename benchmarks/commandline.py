@@ -33,6 +33,15 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_seconds(parser: argparse.ArgumentParser, default: float, what: str) -> None:
+    parser.add_argument(
+        "--seconds",
+        type=positive(float),
+        default=default,
+        help=f"to time {what} (default: %(default)g)",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser, key: Collection[str]) -> None:
     """`key`: the columns that tell the rows of this benchmark apart."""
     parser.add_argument(

@@ -20,7 +20,7 @@ import environment
 import records
 import timing
 import torch
-from commandline import add_output, add_threads, make_parser, positive
+from commandline import add_output, add_seconds, add_threads, make_parser
 from progress import make_console, progress
 from rich.table import Table
 from torch import Tensor
@@ -68,12 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add_threads(parser)
-    parser.add_argument(
-        "--seconds",
-        type=positive(float),
-        default=20.0,
-        help="to time one dtype (default: %(default)g)",
-    )
+    add_seconds(parser, 20.0, "one dtype")
     add_output(parser, KEY)
     return parser.parse_args(arguments)
 

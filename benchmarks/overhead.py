@@ -23,7 +23,7 @@ from unittest import mock
 import records
 import timing
 import torch
-from commandline import add_output, make_parser, positive
+from commandline import add_output, add_seconds, make_parser
 from progress import make_console, progress
 from rich.table import Table
 from torch import Tensor
@@ -76,12 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--seconds",
-        type=positive(float),
-        default=1.5,
-        help="to time one call (default: %(default)g)",
-    )
+    add_seconds(parser, 1.5, "one call")
     add_output(parser, KEY)
     return parser.parse_args(arguments)
 

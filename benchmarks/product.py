@@ -14,7 +14,7 @@ import argparse
 import records
 import timing
 import torch
-from commandline import add_output, make_parser, positive
+from commandline import add_output, add_seconds, make_parser
 from progress import make_console
 from workload import DTYPES
 
@@ -79,12 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "--seconds",
-        type=positive(float),
-        default=10.0,
-        help="to time one dtype (default: %(default)g)",
-    )
+    add_seconds(parser, 10.0, "one dtype")
     add_output(parser, KEY)
     return parser.parse_args(arguments)
 

@@ -3,6 +3,7 @@
 // Python takes longer than a small kernel to ask tensors where they are, to make those for the
 // results and to put the arguments together; here that takes a fraction.
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -68,11 +69,12 @@ using Result = std::tuple<py::tuple, py::tuple, py::object, std::optional<size_t
 py::tuple strides_like(const dlpack::Tensor& like, const py::tuple& sizes,
                        const py::tuple& row_major) {
   const int32_t last = like.ndim - 1;
+  if (last < 1 || std::is_sorted(like.strides, like.strides + last, std::greater<>()))
+    return row_major;
   std::vector<int32_t> order(like.ndim);  // outermost first
   std::iota(order.begin(), order.end(), 0);
-  const auto farther = [&](int32_t a, int32_t b) { return like.strides[a] > like.strides[b]; };
-  if (last < 1 || std::is_sorted(order.begin(), order.end() - 1, farther)) return row_major;
-  std::stable_sort(order.begin(), order.end() - 1, farther);
+  std::stable_sort(order.begin(), order.end() - 1,
+                   [&](int32_t a, int32_t b) { return like.strides[a] > like.strides[b]; });
   py::tuple found(like.ndim);
   int64_t next = 1;
   for (int32_t i = last; i >= 0; --i) {
